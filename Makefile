@@ -1,0 +1,54 @@
+# setup: virtual environment in .venv; demo: the whole path on synthetic data; test: lint, format, tests.
+# Needs Python 3.10 to 3.12 and make; uv is fetched into the environment if it is not there.
+
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+DEMO := data/demo
+
+.PHONY: setup demo test test-slow lint lock clean
+
+setup: .venv/.installed
+
+.venv/.installed: requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10, 3.11 or 3.12 on PATH; set PYTHON=..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+demo: setup
+	rm -rf $(DEMO) runs/demo
+	$(BIN)/python tools/sample_data.py $(DEMO)/raw
+	$(BIN)/python tools/convert.py --clusters $(DEMO)/raw/train_clusters.parquet \
+		--sequences $(DEMO)/raw/train.db --out $(DEMO)/shards --split train
+	$(BIN)/python tools/convert.py --clusters $(DEMO)/raw/valid_clusters.parquet \
+		--sequences $(DEMO)/raw/validation.db --out $(DEMO)/shards --split valid
+	$(BIN)/composer train.py yamls/demo.yaml
+	$(BIN)/python tools/evaluate.py runs/demo/checkpoints/latest-rank0.pt --data $(DEMO)/shards
+	$(BIN)/python tools/export_hf.py runs/demo/checkpoints/latest-rank0.pt runs/demo/hugging_face
+	@echo
+	@$(BIN)/python tools/plot_convergence.py runs/demo/tensorboard --data $(DEMO)/shards \
+		--out runs/demo/perplexity.png
+	@echo "shards: $(DEMO)/shards"
+	@echo "checkpoints: runs/demo/checkpoints"
+	@echo "model for transformers: runs/demo/hugging_face"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: lint
+	$(BIN)/python -m pytest -m slow
+
+lock:  # pins for Python 3.10 to 3.12, without the address of any package index
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev --no-header --no-annotate \
+		--no-emit-index-url pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf .venv $(DEMO) runs/demo

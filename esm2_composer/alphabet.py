@@ -1,0 +1,29 @@
+"""ESM-2's 33 tokens, and the way from residue letters to their ids.
+
+The order is that of fair-esm's "ESM-1b" alphabet; checkpoints depend on it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+TOKENS = ("<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>")
+VOCAB_SIZE = len(TOKENS)
+CLS, PAD, EOS, UNK, MASK = (TOKENS.index(t) for t in ("<cls>", "<pad>", "<eos>", "<unk>", "<mask>"))
+AMINO_ACIDS = np.arange(4, 24, dtype=np.uint8)  # the 20 standard ones, in the order of TOKENS
+LETTERS = "".join(t for t in TOKENS if len(t) == 1)
+
+_BYTE_TO_ID = np.full(256, UNK, dtype=np.uint8)
+_BYTE_TO_ID[np.frombuffer(LETTERS.encode(), dtype=np.uint8)] = [TOKENS.index(t) for t in LETTERS]
+
+
+def encode(residues: bytes) -> np.ndarray:
+    """Token ids of `<cls> residues <eos>`, uint8 (len(residues) + 2,).
+
+    A byte that is no token, a lower-case letter included, becomes `<unk>`, as in Hugging Face's tokenizer;
+    conversion lets no such byte into the shards.
+    """
+    tokens = np.empty(len(residues) + 2, dtype=np.uint8)
+    tokens[0], tokens[-1] = CLS, EOS
+    tokens[1:-1] = _BYTE_TO_ID[np.frombuffer(residues, dtype=np.uint8)]
+    return tokens

@@ -1,0 +1,70 @@
+"""Bidirectional attention over sequences laid end to end: one function, several kernels.
+
+A flat batch holds T tokens of B sequences; sequence b is the tokens cu_seqlens[b] to cu_seqlens[b+1]. No
+kernel here computes padding, and no token sees another sequence.
+
+    cpu     a loop over sequences around torch's CPU flash attention; any device, any dtype: the reference
+    torch   FlashAttention-2's variable-length kernel inside torch; CUDA, fp16 or bf16
+    flash   the flash-attn package (version 2 or 3); CUDA, fp16 or bf16
+
+`auto` takes `torch` on a CUDA device and `cpu` elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+BACKENDS = ("auto", "cpu", "torch", "flash")
+
+# q, k, v (T, heads, head_dim), cu_seqlens int32 (B+1,), longest sequence -> (T, heads, head_dim)
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+def select_attention(backend: str, device: torch.device) -> Attention:
+    """The attention function for `backend` on `device`.
+
+    Raises ValueError if the backend is unknown or cannot run there, naming those that can.
+    """
+    available = ["cpu"]
+    if device.type == "cuda":
+        available.insert(0, "torch")
+        if importlib.util.find_spec("flash_attn") or importlib.util.find_spec("flash_attn_interface"):
+            available.append("flash")
+    if backend == "auto":
+        backend = available[0]
+    if backend not in available:
+        raise ValueError(
+            f"attention '{backend}' is not available on {device.type}; "
+            f"available here: auto, {', '.join(available)}"
+        )
+    return {"cpu": _per_sequence, "torch": _torch_varlen, "flash": _flash_package}[backend]
+
+
+def _per_sequence(q, k, v, cu_seqlens, max_seqlen):
+    lengths = cu_seqlens.diff().tolist()
+    outputs = []
+    # One split has one backward; a slice a sequence would each fill a gradient of the whole batch.
+    for one in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        # torch's own function takes (batch, heads, length, head_dim)
+        batched = (x.transpose(0, 1).unsqueeze(0) for x in one)
+        outputs.append(F.scaled_dot_product_attention(*batched).squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _torch_varlen(q, k, v, cu_seqlens, max_seqlen):
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, False, False
+    )[0]
+
+
+def _flash_package(q, k, v, cu_seqlens, max_seqlen):
+    if importlib.util.find_spec("flash_attn_interface"):  # version 3
+        from flash_attn_interface import flash_attn_varlen_func
+    else:
+        from flash_attn import flash_attn_varlen_func
+    out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return out[0] if isinstance(out, tuple) else out

@@ -1,0 +1,293 @@
+"""The YAML schema: what a recipe may say, checked before anything heavy is imported.
+
+A recipe's keys are the fields below. An unknown key, a wrong type or an impossible value is a `UserError`
+that names the file, the key and what would be right. This module imports neither torch nor Composer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from esm2_composer.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    size: Literal["8m", "35m", "150m", "650m", "3b", "15b"] | None = None
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    num_heads: int | None = None
+    ffn_hidden_size: int | None = None
+    attention: Literal["auto", "cpu", "torch", "flash"] = "auto"
+    init_from: str | None = None
+
+    @property
+    def dimensions(self) -> dict[str, int | None]:
+        names = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class DataSection:
+    remote: str
+    local: str | None = None
+    num_workers: int = 4
+    max_length: int = 1024
+    min_length: int = 1
+    mask_fraction: float = 0.15
+    mask_split: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    replacement: Literal["amino_acids", "all_tokens"] = "amino_acids"
+
+    def split(self, name: str) -> tuple[str | None, str]:
+        """(remote, local) of a split; remote is None where the shards are read in place."""
+        if self.local is None:
+            return None, f"{self.remote}/{name}"
+        return f"{self.remote}/{name}", f"{self.local}/{name}"
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class ScheduleSection:
+    warmup: int
+    decay_fraction: float = 0.9
+    floor: float = 0.1
+
+
+@dataclass(frozen=True)
+class FSDPSection:
+    """Passed to Composer as they are, except `version`: 1 needs GPUs, 2 runs anywhere."""
+
+    version: Literal[1, 2] = 1
+    sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"] = "FULL_SHARD"
+    data_parallel_shard_degree: int = -1
+    data_parallel_replicate_degree: int | None = None
+    mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
+    activation_checkpointing: bool = False
+    state_dict_type: Literal["full", "sharded"] = "full"
+
+
+@dataclass(frozen=True)
+class WandbSection:
+    project: str
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoggersSection:
+    wandb: WandbSection | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    run_name: str
+    max_duration: str
+    eval_interval: str
+    global_train_batch_size: int
+    device_microbatch_tokens: int
+    save_folder: str
+    model: ModelSection
+    data: DataSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    seed: int = 17
+    save_interval: str = "1000ba"
+    save_num_checkpoints_to_keep: int = 3
+    autoresume: bool = True
+    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
+    compile: bool = False
+    tensorboard_folder: str | None = None
+    fsdp: FSDPSection | None = None
+    loggers: LoggersSection = field(default_factory=LoggersSection)
+
+    @property
+    def updates(self) -> int:
+        """`max_duration` as a number of optimizer updates."""
+        return _batches(self.max_duration)
+
+
+def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe at `path`, apply `key.subkey=value` overrides, check it.
+
+    `${other.key}` and `${oc.env:VARIABLE}` are resolved.
+
+    Raises:
+        UserError: the file, a key or a value is wrong.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"'{override}' is not an override; write key=value or key.subkey=value")
+    try:
+        loaded = OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
+            raise UserError(f"{path}: a recipe is a mapping of keys, this is not")
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        content = OmegaConf.to_container(merged, resolve=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # PyYAML's errors, whose types OmegaConf does not wrap
+        if type(error).__module__.startswith("yaml"):
+            raise UserError(f"{path}: not YAML: {error}") from error
+        raise
+    recipe = _build(Recipe, content, "", path)
+    for problem in _problems(recipe):
+        raise UserError(f"{path}: {problem}")
+    return recipe
+
+
+def _build(cls: type, content: Any, prefix: str, path: str) -> Any:
+    """A dataclass instance from a mapping, every value checked against its annotation."""
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: '{prefix.rstrip('.')}' must be a mapping of keys, not {content!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in content:
+        if key not in fields:
+            raise UserError(f"{path}: unknown key '{prefix}{key}'; {_suggest(str(key), fields)}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, spec in fields.items():
+        if name in content:
+            values[name] = _convert(hints[name], content[name], f"{prefix}{name}", path)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise UserError(f"{path}: key '{prefix}{name}' is missing")
+    return cls(**values)
+
+
+def _suggest(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
+
+
+def _convert(hint: Any, value: Any, key: str, path: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        (inner,) = (a for a in args if a is not type(None))
+        return _convert(inner, value, key, path)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{key}.", path)
+    if origin is Literal:
+        if value not in args or isinstance(value, bool):
+            hint_text = _suggest(str(value), [str(a) for a in args])
+            allowed = ", ".join(str(a) for a in args)
+            near = f"; {hint_text}" if hint_text.startswith("did") else ""
+            raise UserError(f"{path}: '{key}' is {value!r}; allowed: {allowed}{near}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
+            count = "" if args[-1] is Ellipsis else f"{len(args)} "
+            raise UserError(f"{path}: '{key}' must be a list of {count}values, not {value!r}")
+        return tuple(_convert(args[0], item, key, path) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # run_name: 17
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{path}: '{key}' must be {_TYPE_NAMES[hint]}, not {value!r}")
+    return value
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+
+
+def _batches(duration: str) -> int:
+    match = re.fullmatch(r"([1-9]\d*)ba", duration)
+    return int(match[1]) if match else 0
+
+
+def _problems(r: Recipe) -> typing.Iterator[str]:
+    """What is wrong with values that are each of the right type."""
+    for key in ("max_duration", "eval_interval", "save_interval"):
+        if not _batches(getattr(r, key)):
+            yield f"'{key}' is {getattr(r, key)!r}; write a number of updates such as 1000ba"
+    at_least = {
+        "global_train_batch_size": (r.global_train_batch_size, 1),
+        "save_num_checkpoints_to_keep": (r.save_num_checkpoints_to_keep, 1),
+        "seed": (r.seed, 0),
+        "schedule.warmup": (r.schedule.warmup, 0),
+        "data.num_workers": (r.data.num_workers, 0),
+        "data.min_length": (r.data.min_length, 1),
+        "data.max_length": (r.data.max_length, 8),
+        "optimizer.weight_decay": (r.optimizer.weight_decay, 0),
+    }
+    for key, (value, minimum) in at_least.items():
+        if value < minimum:
+            yield f"'{key}' is {value}; it must be at least {minimum}"
+    above_zero = {
+        "optimizer.lr": r.optimizer.lr,
+        "optimizer.eps": r.optimizer.eps,
+        "optimizer.clip_norm": r.optimizer.clip_norm,
+        "schedule.decay_fraction": r.schedule.decay_fraction,
+        "data.mask_fraction": r.data.mask_fraction,
+    }
+    for key, value in above_zero.items():
+        if not value > 0:
+            yield f"'{key}' is {value}; it must be above 0"
+    at_most_one = {
+        "data.mask_fraction": r.data.mask_fraction,
+        "schedule.decay_fraction": r.schedule.decay_fraction,
+        "schedule.floor": r.schedule.floor,
+        **{f"data.mask_split[{i}]": share for i, share in enumerate(r.data.mask_split)},
+        **{f"optimizer.betas[{i}]": beta for i, beta in enumerate(r.optimizer.betas)},
+    }
+    for key, value in at_most_one.items():
+        if not 0 <= value <= 1:
+            yield f"'{key}' is {value}; it must lie between 0 and 1"
+    if abs(sum(r.data.mask_split) - 1) > 1e-6:
+        yield f"'data.mask_split' adds up to {sum(r.data.mask_split):g}, not 1"
+    if r.schedule.warmup >= r.updates:
+        yield f"'schedule.warmup' is {r.schedule.warmup}; it must be below max_duration, {r.updates}"
+    if r.device_microbatch_tokens < r.data.max_length:
+        yield (
+            f"'device_microbatch_tokens' is {r.device_microbatch_tokens}; "
+            f"it must hold a sequence of data.max_length, {r.data.max_length}"
+        )
+    yield from _model_problems(r.model)
+    yield from _data_problems(r.data)
+
+
+def _model_problems(model: ModelSection) -> typing.Iterator[str]:
+    given = [name for name, value in model.dimensions.items() if value is not None]
+    sources = [model.size is not None, bool(given), model.init_from is not None]
+    if sum(sources) != 1:
+        yield (
+            "'model' needs exactly one of: size, init_from, "
+            "or all of num_layers, hidden_size, num_heads, ffn_hidden_size"
+        )
+    if given and len(given) < len(model.dimensions):
+        absent = ", ".join(name for name in model.dimensions if name not in given)
+        yield f"'model' gives {', '.join(given)} but not {absent}"
+
+
+def _data_problems(data: DataSection) -> typing.Iterator[str]:
+    if "://" in data.remote:
+        if data.local is None:
+            yield f"'data.remote' is {data.remote}; set 'data.local' to a folder for its cache"
+        return
+    for split in ("train", "valid"):
+        if not (Path(data.remote) / split / "index.json").is_file():
+            yield f"'data.remote' is {data.remote}, which holds no {split} shards ({split}/index.json)"

@@ -1,0 +1,179 @@
+"""From MDS shards of clusters to this rank's share of a global batch, as flat tokens.
+
+The unit of meaning is the global batch. Which clusters it holds follows from Streaming's order, which depends
+on seed and epoch only, as long as the global batch size stays; what each cluster shows follows from its draw.
+Ranks and workers only decide where a sequence is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from streaming import StreamingDataset
+from torch.utils.data import DataLoader, IterableDataset
+
+from esm2_composer import alphabet
+from esm2_composer.errors import UserError
+from esm2_composer.masking import KeyedUniforms, MaskingRule
+
+# Streaming lays an epoch out for this many nodes, so it resumes on any number of them that divides it.
+CANONICAL_NODES = 64
+
+Sequences = dict[str, torch.Tensor]  # tokens uint8 (T,), labels uint8 (T,), lengths int32 (B,)
+
+
+@dataclass(frozen=True)
+class ClusterDraw:
+    """What a cluster shows in an epoch: one member, one window of it, one mask.
+
+    The member is uniform among those of at least `min_length` residues (among all, if none is so long). The
+    window of at most `max_length` tokens is uniform over every window of `<cls> residues <eos>`, the last
+    included, so `<cls>` and `<eos>` show at true ends only.
+    """
+
+    seed: int
+    max_length: int
+    min_length: int
+    masking: MaskingRule
+
+    def __call__(self, cluster: dict[str, Any], epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs, labels), both uint8 (tokens,); see `MaskingRule.apply`."""
+        uniforms = KeyedUniforms(self.seed, epoch, cluster["cluster_id"])
+        which_member, which_window = uniforms.draw(2)
+        lengths = cluster["lengths"]
+        (members,) = np.nonzero(lengths >= min(self.min_length, lengths.max()))
+        member = members[int(which_member * len(members))]
+        start = int(lengths[:member].sum())
+        tokens = alphabet.encode(cluster["residues"][start : start + int(lengths[member])])
+        windows = max(len(tokens) - self.max_length, 0) + 1
+        first = int(which_window * windows)
+        tokens = tokens[first : first + self.max_length]
+        return self.masking.apply(tokens, uniforms.draw(len(tokens)))
+
+
+class ClusterDataset(StreamingDataset):
+    """MDS shards of clusters, each drawn anew every epoch, or always as in `pinned_epoch`."""
+
+    def __init__(self, draw: ClusterDraw, pinned_epoch: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._draw = draw
+        self._pinned_epoch = pinned_epoch
+
+    def end_epochs_after(self, samples: int) -> None:
+        """Make an epoch `samples` long. Streaming takes that as an argument only, which comes too early:
+        before it has read how many samples there are."""
+        self.epoch_size = self.streams[0].choose = samples
+        self.length = samples // _world_size()
+
+    def get_item(self, sample_id: int, retry: int = 7) -> tuple[np.ndarray, np.ndarray]:
+        # Streaming counts an epoch on before it yields the epoch's first sample.
+        epoch = self.next_epoch - 1 if self._pinned_epoch is None else self._pinned_epoch
+        return self._draw(super().get_item(sample_id, retry), epoch)
+
+
+class EvaluationBatches(IterableDataset):
+    """Every cluster once, in shard order, `batch_size` to a global batch: this rank's share of each.
+
+    Streaming's own iteration repeats samples so that ranks have equally many; here ranks have equally many
+    batches, and the last may be short or empty.
+    """
+
+    def __init__(self, clusters: ClusterDataset, batch_size: int) -> None:
+        self._clusters = clusters
+        self._batch_size = batch_size
+        self._rank, self._ranks = _rank(), _world_size()
+
+    def __len__(self) -> int:
+        return math.ceil(self._clusters.num_samples / self._batch_size)
+
+    def __iter__(self) -> Iterator[Sequences]:
+        worker = torch.utils.data.get_worker_info()
+        batches = range(worker.id if worker else 0, len(self), worker.num_workers if worker else 1)
+        for batch in batches:
+            start = batch * self._batch_size
+            stop = min(start + self._batch_size, self._clusters.num_samples)
+            yield collate([self._clusters[i] for i in range(start + self._rank, stop, self._ranks)])
+
+
+def collate(samples: Sequence[tuple[np.ndarray, np.ndarray]]) -> Sequences:
+    """Lay (inputs, labels) pairs end to end."""
+    inputs, labels = zip(*samples, strict=True) if samples else ((), ())
+    empty = np.empty(0, np.uint8)
+    return {
+        "tokens": torch.from_numpy(np.concatenate([*inputs, empty])),
+        "labels": torch.from_numpy(np.concatenate([*labels, empty])),
+        "lengths": torch.tensor([len(tokens) for tokens in inputs], dtype=torch.int32),
+    }
+
+
+def train_loader(
+    draw: ClusterDraw, remote: str | None, local: str, global_batch_size: int, num_workers: int
+) -> DataLoader:
+    """Shuffled clusters, `global_batch_size` a step over all ranks, for training.
+
+    An epoch is a whole number of global batches: fewer clusters than one batch are left for later epochs,
+    other ones each time.
+
+    Raises:
+        UserError: the ranks cannot share the batch equally, or there are fewer clusters than one batch.
+    """
+    ranks = _world_size()
+    if global_batch_size % ranks:
+        raise UserError(f"global_train_batch_size {global_batch_size} is not a multiple of the {ranks} ranks")
+    clusters = _open(
+        remote,
+        local,
+        draw=draw,
+        batch_size=global_batch_size // ranks,
+        shuffle=True,
+        shuffle_seed=draw.seed,
+        num_canonical_nodes=math.gcd(CANONICAL_NODES, global_batch_size),
+    )
+    batches = clusters.num_samples // global_batch_size
+    if not batches:
+        raise UserError(
+            f"{remote or local} holds {clusters.num_samples} clusters, "
+            f"fewer than one global_train_batch_size of {global_batch_size}"
+        )
+    clusters.end_epochs_after(batches * global_batch_size)
+    return DataLoader(
+        clusters,
+        batch_size=clusters.batch_size,
+        collate_fn=collate,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+    )
+
+
+def evaluation_loader(
+    draw: ClusterDraw, remote: str | None, local: str, global_batch_size: int, num_workers: int
+) -> DataLoader:
+    """Every cluster once, drawn the same way every time, for evaluation."""
+    clusters = _open(remote, local, draw=draw, batch_size=1, pinned_epoch=0)
+    return DataLoader(
+        EvaluationBatches(clusters, global_batch_size),
+        batch_size=None,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+    )
+
+
+def _open(remote: str | None, local: str, **arguments: Any) -> ClusterDataset:
+    try:
+        return ClusterDataset(remote=remote, local=local, validate_hash="xxh64" if remote else None, **arguments)
+    except Exception as error:  # each store raises its own types
+        raise UserError(f"{remote or local}: cannot be opened as MDS shards ({error})") from error
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

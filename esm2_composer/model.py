@@ -1,0 +1,228 @@
+"""ESM-2 (Lin et al., Science 2023) without padding.
+
+Sequences lie end to end in one flat vector of tokens, from the embedding to the logits. Letters in shapes:
+T tokens of all sequences, B sequences, D hidden size, H heads, K head size, L layers, V = 33 tokens.
+
+Nothing that must stay fp32 is a buffer: rotary tables are computed in each forward pass, so no mixed-
+precision policy and no `.to(bfloat16)` can round them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from esm2_composer.alphabet import MASK, PAD, VOCAB_SIZE
+from esm2_composer.attention import select_attention
+
+INIT_STD = 0.02
+LAYER_NORM_EPS = 1e-5
+ROTARY_BASE = 10000.0
+# Token dropout assumes that training hides this share of all tokens, whatever share a run really hides.
+EXPECTED_MASK_RATIO = 0.15 * 0.8
+
+
+@dataclass(frozen=True)
+class ESM2Config:
+    """The dimensions of a model, and the attention backend it runs on (see `attention`)."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    ffn_hidden_size: int
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
+        if self.head_size % 8:
+            raise ValueError(
+                f"hidden_size / num_heads is {self.head_size}; attention kernels need a multiple of 8"
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+SIZES = {
+    "8m": ESM2Config(6, 320, 20, 1280),
+    "35m": ESM2Config(12, 480, 20, 1920),
+    "150m": ESM2Config(30, 640, 20, 2560),
+    "650m": ESM2Config(33, 1280, 20, 5120),
+    "3b": ESM2Config(36, 2560, 40, 10240),
+    "15b": ESM2Config(48, 5120, 40, 20480),
+}
+
+
+def rotary_angles(positions: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, fp32 (T, 1, K/2), of position * base^(-2i/K) (Su et al., RoFormer, 2021)."""
+    exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
+    angles = positions.float()[:, None, None] / ROTARY_BASE**exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x (T, H, K) in the planes (i, i + K/2), computed in fp32, returned in x's dtype."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer block: attention, then a GELU feed-forward."""
+
+    def __init__(self, config: ESM2Config) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.num_heads, self.head_size = config.num_heads, config.head_size
+        self.attention_norm = nn.LayerNorm(d, eps=LAYER_NORM_EPS)
+        self.qkv = nn.Linear(d, 3 * d)
+        self.out = nn.Linear(d, d)
+        self.ffn_norm = nn.LayerNorm(d, eps=LAYER_NORM_EPS)
+        self.fc1 = nn.Linear(d, config.ffn_hidden_size)
+        self.fc2 = nn.Linear(config.ffn_hidden_size, d)
+
+    def forward(self, x, cos, sin, attention, cu_seqlens, max_seqlen) -> torch.Tensor:
+        """x (T, D) -> (T, D)."""
+        q, k, v = self.qkv(self.attention_norm(x)).view(-1, 3, self.num_heads, self.head_size).unbind(1)
+        # ESM-2 scales q by K^-0.5 before the rotation; rotation is linear, so the kernel may scale instead.
+        mixed = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, max_seqlen)
+        x = x + self.out(mixed.flatten(1))
+        return x + self.fc2(F.gelu(self.fc1(self.ffn_norm(x))))
+
+
+class Head(nn.Module):
+    """The masked-language-model head; its last product shares the embedding's weight."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
+        self.bias = nn.Parameter(torch.zeros(VOCAB_SIZE))
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """x (N, D), embedding (V, D) -> logits (N, V)."""
+        return F.linear(self.norm(F.gelu(self.dense(x))), embedding, self.bias)
+
+
+class ESM2(nn.Module):
+    """The ESM-2 masked language model on flat batches."""
+
+    def __init__(self, config: ESM2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(VOCAB_SIZE, config.hidden_size, padding_idx=PAD)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
+        self.head = Head(config.hidden_size)
+        # ESM-2's contact predictor. Masked-language-model training never touches it; it is here so that
+        # weights pass through unchanged.
+        self.contact_head = nn.Linear(config.num_layers * config.num_heads, 1).requires_grad_(False)
+        self.apply(self.param_init_fn)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits of every token, or of those at `positions` only.
+
+        Args:
+            tokens: ids, any integer dtype, (T,).
+            cu_seqlens: int32 (B+1,), where each sequence starts, and T at the end.
+            max_seqlen: the longest sequence; read from `cu_seqlens` if not given, which makes a GPU wait.
+            positions: int64 (M,), indices into the T tokens.
+
+        Returns:
+            Logits (T, 33) or (M, 33).
+        """
+        if max_seqlen is None:
+            max_seqlen = int(cu_seqlens.diff().max())
+        tokens = tokens.int()
+        lengths = cu_seqlens.diff()
+        sequence = torch.repeat_interleave(
+            torch.arange(len(lengths), device=tokens.device), lengths, output_size=len(tokens)
+        )
+        place = torch.arange(len(tokens), device=tokens.device) - cu_seqlens[sequence]
+        cos, sin = rotary_angles(place, self.config.head_size)
+        attention = select_attention(self.config.attention, tokens.device)
+
+        x = self._embed(tokens, sequence, lengths)
+        for layer in self.layers:
+            x = layer(x, cos, sin, attention, cu_seqlens, max_seqlen)
+        if positions is not None:
+            x = x[positions]
+        return self.head(self.norm(x), self.embed.weight)
+
+    def _embed(self, tokens: torch.Tensor, sequence: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Embeddings (T, D) with token dropout: `<mask>` embeds to zero, and the rest of its sequence is
+        scaled up by the share hidden there, relative to the share expected in training."""
+        masked = tokens == MASK
+        hidden = torch.zeros_like(lengths, dtype=torch.float32).index_add(0, sequence, masked.float())
+        scale = (1 - EXPECTED_MASK_RATIO) / (1 - hidden / lengths)
+        x = self.embed(tokens)
+        return x * (scale[sequence] * ~masked)[:, None].to(x.dtype)
+
+    # Composer looks these three up when it shards a model.
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        return isinstance(module, Layer)
+
+    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
+        return isinstance(module, Layer)
+
+    def param_init_fn(self, module: nn.Module) -> None:
+        """Initialise the parameters `module` itself holds: N(0, 0.02), zero biases, unit norms."""
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=INIT_STD)
+            if isinstance(module, nn.Embedding):
+                with torch.no_grad():
+                    module.weight[PAD].zero_()
+            else:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, Head):
+            nn.init.zeros_(module.bias)
+
+    def flops(self, lengths: Sequence[int], predicted: int) -> int:
+        """Floating-point operations of one training step (forward and backward, no recomputation).
+
+        Args:
+            lengths: tokens of each sequence.
+            predicted: tokens the head is computed for.
+        """
+        c = self.config
+        d, tokens = c.hidden_size, sum(lengths)
+        products = c.num_layers * (4 * d * d + 2 * d * c.ffn_hidden_size) * tokens
+        attention = c.num_layers * 2 * d * sum(n * n for n in lengths)
+        head = (d * d + d * VOCAB_SIZE) * predicted
+        return 6 * (products + attention + head)  # 2 a multiply-add, once forward and twice backward
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, attention: str = "auto") -> ESM2:
+        """Load a Hugging Face folder, a fair-esm `.pt` file or a Composer checkpoint (see `weights`)."""
+        from esm2_composer.weights import load_pretrained
+
+        return load_pretrained(path, attention)
+
+    def save_hf(self, path: str | Path) -> None:
+        """Write a folder that transformers' `AutoModelForMaskedLM` and `AutoTokenizer` load."""
+        from esm2_composer.weights import save_hugging_face
+
+        save_hugging_face(self, path)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters, the tied decoder once and the contact head included."""
+    return sum(p.numel() for p in model.parameters())

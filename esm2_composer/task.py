@@ -1,0 +1,47 @@
+"""ESM-2's masked-language-model training as a ComposerModel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from composer.metrics import LanguageCrossEntropy, LanguagePerplexity, MaskedAccuracy
+from composer.models import ComposerModel
+from torchmetrics import Metric
+
+from esm2_composer.model import ESM2
+from esm2_composer.pool import Microbatch
+
+
+class MaskedLanguageModel(ComposerModel):
+    """Predicts the true ids at a microbatch's selected positions; no logits are computed elsewhere."""
+
+    def __init__(self, net: ESM2) -> None:
+        super().__init__()
+        self.net = net
+        self._metrics = {
+            "loss": LanguageCrossEntropy(),
+            "perplexity": LanguagePerplexity(),
+            "masked_accuracy": MaskedAccuracy(),
+        }
+
+    def forward(self, batch: Microbatch) -> torch.Tensor:
+        """Logits (M, 33)."""
+        return self.net(batch["tokens"], batch["cu_seqlens"], batch["max_seqlen"], batch["positions"])
+
+    def loss(self, outputs: torch.Tensor, batch: Microbatch) -> torch.Tensor:
+        """The mean over the microbatch's selected tokens. Composer weights it by their number, so that the
+        gradient is the mean over all selected tokens of the global batch."""
+        total = F.cross_entropy(outputs.float(), batch["targets"], reduction="sum")
+        return total / max(batch["num_masked"], 1)
+
+    def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
+        return {} if is_train else self._metrics  # in training they would cost a second forward pass
+
+    def update_metric(self, batch: Microbatch, outputs: torch.Tensor, metric: Metric) -> None:
+        metric.update(outputs.float(), batch["targets"])
+
+    def flops_per_batch(self, batch: dict[str, Any]) -> int:
+        """Operations of a training step on this rank's whole batch, for Composer's SpeedMonitor."""
+        return sum(self.net.flops(m["cu_seqlens"].diff().tolist(), m["num_masked"]) for m in batch["microbatches"])

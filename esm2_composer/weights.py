@@ -1,0 +1,336 @@
+"""Weights in and out: Hugging Face, fair-esm, and Composer checkpoints.
+
+One table holds the three namings. Files are read without running code from them: safetensors, or
+`torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from esm2_composer import alphabet
+from esm2_composer.errors import UserError
+from esm2_composer.model import ESM2, LAYER_NORM_EPS, ROTARY_BASE, ESM2Config
+
+State = Mapping[str, torch.Tensor]
+
+COMPOSER_PREFIX = "net."  # the attribute of task.MaskedLanguageModel that holds the ESM2
+
+# module here, in transformers' EsmForMaskedLM, in fair-esm; the three of `qkv` lie stacked here
+_LAYER_MODULES = (
+    ("attention_norm", ("attention.LayerNorm",), ("self_attn_layer_norm",)),
+    (
+        "qkv",
+        ("attention.self.query", "attention.self.key", "attention.self.value"),
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ),
+    ("out", ("attention.output.dense",), ("self_attn.out_proj",)),
+    ("ffn_norm", ("LayerNorm",), ("final_layer_norm",)),
+    ("fc1", ("intermediate.dense",), ("fc1",)),
+    ("fc2", ("output.dense",), ("fc2",)),
+)
+_MODULES = (
+    ("norm", "esm.encoder.emb_layer_norm_after", "emb_layer_norm_after"),
+    ("head.dense", "lm_head.dense", "lm_head.dense"),
+    ("head.norm", "lm_head.layer_norm", "lm_head.layer_norm"),
+    ("contact_head", "esm.contact_head.regression", "contact_head.regression"),
+)
+_TENSORS = (
+    ("embed.weight", "esm.embeddings.word_embeddings.weight", "embed_tokens.weight"),
+    ("head.bias", "lm_head.bias", "lm_head.bias"),
+)
+_HF_LAYER, _FAIR_LAYER = "esm.encoder.layer", "layers"
+_FAIR_PREFIXES = ("encoder.sentence_encoder.", "encoder.")
+
+
+def _names(num_layers: int, fair: bool) -> Iterable[tuple[str, list[str]]]:
+    """(our key, the foreign keys whose tensors it stacks) of a whole model."""
+    for ours, hf_key, fair_key in _TENSORS:
+        yield ours, [fair_key if fair else hf_key]
+    for ours, hf_module, fair_module in _MODULES:
+        for kind in ("weight", "bias"):
+            yield f"{ours}.{kind}", [f"{fair_module if fair else hf_module}.{kind}"]
+    for i in range(num_layers):
+        layer = f"{_FAIR_LAYER if fair else _HF_LAYER}.{i}"
+        for ours, hf_modules, fair_modules in _LAYER_MODULES:
+            for kind in ("weight", "bias"):
+                modules = fair_modules if fair else hf_modules
+                yield f"layers.{i}.{ours}.{kind}", [f"{layer}.{module}.{kind}" for module in modules]
+
+
+def load_pretrained(path: str | Path, attention: str = "auto") -> ESM2:
+    """An ESM2 on the CPU, fp32, with the weights at `path`.
+
+    Args:
+        path: a Hugging Face folder or hub name, a fair-esm `.pt` file, or a Composer checkpoint (a file, or
+            the folder of a sharded one).
+        attention: the backend the model is to run on.
+
+    Raises:
+        UserError: nothing is there, the file is damaged or would run code, or it is not an ESM-2.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / ".metadata").exists():
+        config, state = _from_composer(_read_sharded(path), path)
+    elif path.is_dir():
+        config, state = _from_hugging_face(path)
+    elif path.is_file():
+        content = _torch_load(path)
+        if "state" in content:
+            config, state = _from_composer(content["state"]["model"], path)
+        else:
+            config, state = _from_fair_esm(content, path)
+    elif len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in (".", ".."):
+        config, state = _from_hugging_face(_download(str(path)))
+    else:
+        raise UserError(f"{path}: no such file or folder")
+    with torch.device("meta"):
+        model = ESM2(ESM2Config(**config, attention=attention))
+    return _fill(model, state, path)
+
+
+def _fill(model: ESM2, state: State, path: Path) -> ESM2:
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, shape in expected.items():
+        if name not in state:
+            raise UserError(f"{path}: not a whole ESM-2, '{name}' is missing")
+        if state[name].shape != shape:
+            raise UserError(f"{path}: '{name}' has shape {tuple(state[name].shape)}, not {tuple(shape)}")
+    fp32 = {name: state[name].detach().float().contiguous() for name in expected}
+    model.load_state_dict(fp32, assign=True)
+    model.contact_head.requires_grad_(False)
+    return model
+
+
+# Plain data that checkpoints hold beside tensors: fair-esm's arguments; Composer's clock, versions and NumPy
+# random state.
+_PLAIN_TYPES = [
+    argparse.Namespace,
+    datetime.timedelta,
+    torch.torch_version.TorchVersion,
+    np.ndarray,
+    np.dtype,
+    np.dtypes.UInt32DType,
+    np.empty(0).__reduce__()[0],  # NumPy's array constructor, whose module NumPy 2 renamed
+]
+
+
+def _torch_load(path: Path) -> dict:
+    with torch.serialization.safe_globals(_PLAIN_TYPES):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises half a dozen types for damaged files
+            raise UserError(f"{path}: cannot be read as weights ({_reason(error)})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def _reason(error: Exception) -> str:
+    unsafe = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+    if unsafe:
+        return f"it would run code: {unsafe[1]}"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _stack(foreign: State, num_layers: int, fair: bool, path: Path) -> dict[str, torch.Tensor]:
+    state = {}
+    for ours, keys in _names(num_layers, fair):
+        if ours.startswith("contact_head") and keys[0] not in foreign:
+            continue  # shipped apart, or not at all
+        missing = [key for key in keys if key not in foreign]
+        if missing:
+            raise UserError(f"{path}: not a whole ESM-2, '{missing[0]}' is missing")
+        state[ours] = torch.cat([foreign[key] for key in keys])
+    return state
+
+
+def _with_contact_head(state: dict[str, torch.Tensor], num_layers: int, num_heads: int) -> State:
+    """Weights that come without a contact head get one that is finite and predicts nothing."""
+    state.setdefault("contact_head.weight", torch.zeros(1, num_layers * num_heads))
+    state.setdefault("contact_head.bias", torch.zeros(1))
+    return state
+
+
+def _from_hugging_face(folder: Path) -> tuple[dict, State]:
+    try:
+        hf = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: neither a Hugging Face folder (no config.json) nor a checkpoint") from None
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    expected = {
+        "model_type": "esm",
+        "position_embedding_type": "rotary",
+        "emb_layer_norm_before": False,
+        "vocab_size": alphabet.VOCAB_SIZE,
+        "token_dropout": True,
+    }
+    for key, value in expected.items():
+        if (hf.get(key) or False) != value:
+            raise UserError(f"{folder}: not an ESM-2 ({key} is {hf.get(key)!r}, not {value!r})")
+    config = {
+        "num_layers": hf["num_hidden_layers"],
+        "hidden_size": hf["hidden_size"],
+        "num_heads": hf["num_attention_heads"],
+        "ffn_hidden_size": hf["intermediate_size"],
+    }
+    state = _stack(_read_hugging_face(folder), config["num_layers"], fair=False, path=folder)
+    return config, _with_contact_head(state, config["num_layers"], config["num_heads"])
+
+
+def _read_hugging_face(folder: Path) -> State:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        elif (folder / name).exists():
+            files = [name]
+        else:
+            continue
+        state: dict[str, torch.Tensor] = {}
+        for file in files:
+            state.update(_read_tensors(folder / file))
+        return state
+    raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin")
+
+
+def _read_tensors(path: Path) -> State:
+    if path.suffix != ".safetensors":
+        return _torch_load(path)
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors has its own type for damage, the system others
+        raise UserError(f"{path}: cannot be read as weights ({error})") from error
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.txt"]))
+    except Exception as error:  # network, permission and spelling all arrive as different types
+        raise UserError(f"{name}: neither a path here nor a model on the hub ({error})") from error
+
+
+def _from_fair_esm(content: dict, path: Path) -> tuple[dict, State]:
+    foreign = content.get("model")
+    if not isinstance(foreign, dict):
+        raise UserError(f"{path}: neither a fair-esm file nor a Composer checkpoint")
+    for prefix in _FAIR_PREFIXES:
+        foreign = {key.removeprefix(prefix): tensor for key, tensor in foreign.items()}
+    frequencies = foreign.get("layers.0.self_attn.rot_emb.inv_freq")
+    if frequencies is None or "embed_tokens.weight" not in foreign:
+        raise UserError(f"{path}: not an ESM-2 (no rotary embedding)")
+    beside = path.with_name(f"{path.stem}-contact-regression.pt")
+    if beside.exists():
+        foreign = {**foreign, **_torch_load(beside)["model"]}
+    hidden_size = foreign["embed_tokens.weight"].shape[1]
+    config = {
+        "num_layers": _count_layers(foreign, f"{_FAIR_LAYER}."),
+        "hidden_size": hidden_size,
+        "num_heads": hidden_size // (2 * len(frequencies)),
+        "ffn_hidden_size": foreign["layers.0.fc1.weight"].shape[0],
+    }
+    state = _stack(foreign, config["num_layers"], fair=True, path=path)
+    return config, _with_contact_head(state, config["num_layers"], config["num_heads"])
+
+
+def _count_layers(state: State, prefix: str) -> int:
+    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))
+
+
+def _from_composer(stored: State, path: Path) -> tuple[dict, State]:
+    state = {key.removeprefix(COMPOSER_PREFIX): tensor for key, tensor in stored.items()}
+    try:
+        num_layers = _count_layers(state, "layers.")
+        config = {
+            "num_layers": num_layers,
+            "hidden_size": state["embed.weight"].shape[1],
+            # the contact head sees every attention map: layers x heads inputs
+            "num_heads": state["contact_head.weight"].shape[1] // num_layers,
+            "ffn_hidden_size": state["layers.0.fc1.weight"].shape[0],
+        }
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: a Composer checkpoint, but not of an ESM-2 ({error})") from error
+    return config, state
+
+
+def _read_sharded(folder: Path) -> State:
+    """The model's tensors from a `torch.distributed.checkpoint` folder; optimizer state is not read."""
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.FileSystemReader(folder)
+    prefix = "state.model."
+    tensors = {
+        key.removeprefix(prefix): torch.empty(meta.size, dtype=meta.properties.dtype)
+        for key, meta in reader.read_metadata().state_dict_metadata.items()
+        if key.startswith(prefix)
+    }
+    dcp.load({"state": {"model": tensors}}, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def save_hugging_face(model: ESM2, path: str | Path) -> None:
+    """Write `model` as a Hugging Face folder: config, safetensors (fp32), tokenizer and vocabulary."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    state = model.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    for ours, keys in _names(config.num_layers, fair=False):
+        parts = state[ours].detach().float().cpu().chunk(len(keys))
+        tensors.update(zip(keys, (part.contiguous() for part in parts), strict=True))
+    tensors["lm_head.decoder.weight"] = tensors["esm.embeddings.word_embeddings.weight"].clone()
+    exponents = torch.arange(0, config.head_size, 2, dtype=torch.int64).float() / config.head_size
+    for i in range(config.num_layers):  # transformers 4 keeps this constant in every layer
+        name = f"{_HF_LAYER}.{i}.attention.self.rotary_embeddings.inv_freq"
+        tensors[name] = 1.0 / ROTARY_BASE**exponents
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "config.json", _hugging_face_config(config))
+    (folder / "vocab.txt").write_text("\n".join(alphabet.TOKENS) + "\n")
+    special = {f"{name}_token": f"<{name}>" for name in ("cls", "pad", "eos", "unk", "mask")}
+    _write_json(folder / "special_tokens_map.json", special)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {**special, "tokenizer_class": "EsmTokenizer", "model_max_length": 1024},
+    )
+
+
+def _hugging_face_config(config: ESM2Config) -> dict:
+    return {
+        "architectures": ["EsmForMaskedLM"],
+        "model_type": "esm",
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.ffn_hidden_size,
+        "vocab_size": alphabet.VOCAB_SIZE,
+        "pad_token_id": alphabet.PAD,
+        "mask_token_id": alphabet.MASK,
+        "position_embedding_type": "rotary",
+        "max_position_embeddings": 1026,
+        "layer_norm_eps": LAYER_NORM_EPS,
+        "token_dropout": True,
+        "emb_layer_norm_before": False,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "is_folding_model": False,
+        "use_cache": False,
+        "torch_dtype": "float32",
+    }
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
