@@ -25,6 +25,8 @@ def main() -> int:
     if trainer.state.timestamp >= trainer.state.max_duration:
         print(f"{recipe.run_name} is done: {recipe.updates} updates, nothing left to train")
         return 0
+    if trainer.state.timestamp.batch == 0:
+        trainer.eval()  # where the curve starts, and a broken validation split shows before days are spent
     trainer.fit()
     preempted = any(isinstance(c, Preemption) and c.preempted for c in trainer.state.callbacks)
     trainer.close()
