@@ -1,10 +1,11 @@
 # setup: virtual environment in .venv; demo: the whole path on synthetic data; test: lint, format, tests.
-# Needs Python 3.10 to 3.12 and make; uv is fetched into the environment if it is not there.
+# Needs Python 3.10 to 3.12 and make; uv is installed into the environment if it is not on PATH.
 
 SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+UV := $(or $(shell command -v uv),$(BIN)/uv)
 DEMO := data/demo
 
 .PHONY: setup demo test test-slow lint lock clean
@@ -14,9 +15,9 @@ setup: .venv/.installed
 .venv/.installed: requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10, 3.11 or 3.12 on PATH; set PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	test -x $(UV) || $(BIN)/python -m pip install --quiet uv
+	$(UV) pip install --quiet --python $(BIN)/python -r requirements.lock
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
 
 demo: setup
@@ -47,7 +48,7 @@ test-slow: lint
 	$(BIN)/python -m pytest -m slow
 
 lock:  # pins for Python 3.10 to 3.12, without the address of any package index
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra dev --no-header --no-annotate \
+	$(UV) pip compile --quiet --universal --python-version 3.10 --extra dev --no-header --no-annotate \
 		--no-emit-index-url pyproject.toml --output-file requirements.lock
 
 clean:

@@ -1,0 +1,57 @@
+"""What several test files need: real data where it is, small shards, and the project's commands."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real proteins, with `tiny/` and `full/`."""
+    folder = Path(os.environ.get("ESM2_REAL_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder}; set ESM2_REAL_DATA")
+    return folder
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command to its end, its output as text."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def python(*command: str | Path, **options) -> subprocess.CompletedProcess:
+    return run(sys.executable, *command, **options)
+
+
+def composer(*command: str | Path, **options) -> subprocess.CompletedProcess:
+    """Composer's launcher, on the project's train.py."""
+    return run(Path(sys.executable).with_name("composer"), *command, **options)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 96 synthetic training clusters and 10 validation clusters."""
+    folder = tmp_path_factory.mktemp("sample")
+    made = python(ROOT / "tools/sample_data.py", folder / "raw", "--clusters", "96", "--valid-clusters", "10")
+    assert made.returncode == 0, made.stderr
+    for split, sequences in (("train", "train.db"), ("valid", "validation.db")):
+        converted = python(
+            ROOT / "tools/convert.py",
+            *("--clusters", folder / "raw" / f"{split}_clusters.parquet"),
+            *("--sequences", folder / "raw" / sequences),
+            *("--out", folder / "shards", "--split", split),
+        )
+        assert converted.returncode == 0, converted.stderr
+    return folder / "shards"

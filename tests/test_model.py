@@ -1,0 +1,207 @@
+"""ESM2 is ESM-2: logits and gradients equal those of transformers and fair-esm; sizes, init, FLOPs."""
+
+import esm
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import EsmConfig, EsmForMaskedLM
+
+from esm2_composer import alphabet
+from esm2_composer.model import ESM2, SIZES, ESM2Config, count_parameters, rotary_angles
+from esm2_composer.weights import _hugging_face_config, _names
+
+# the head sizes of all six models
+CONFIGS = {
+    16: ESM2Config(2, 64, 4, 256),
+    24: ESM2Config(2, 96, 4, 384),
+    32: ESM2Config(2, 128, 4, 512),
+    64: ESM2Config(2, 128, 2, 512),
+    128: ESM2Config(2, 256, 2, 1024),
+}
+LENGTHS = [3, 1024, 17, 330, 64]
+
+
+def random_model(config: ESM2Config) -> ESM2:
+    """A model far from its initialisation, so that biases, norms and attention matter."""
+    torch.manual_seed(0)
+    model = ESM2(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.08)
+    return model
+
+
+def random_batch(lengths: list[int], seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (T,) with <cls>, <eos>, every letter, and masks in all but the first sequence; cu_seqlens."""
+    generator = torch.Generator().manual_seed(seed)
+    sequences = []
+    for i, length in enumerate(lengths):
+        inner = torch.randint(4, 29, (length - 2,), generator=generator)  # the 20, X, B, U, Z, O
+        if i:
+            inner[torch.rand(length - 2, generator=generator) < 0.3 / (i + 1)] = alphabet.MASK
+        sequences.append(F.pad(F.pad(inner, (1, 0), value=alphabet.CLS), (0, 1), value=alphabet.EOS))
+    return torch.cat(sequences), torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def padded(tokens: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(tokens.split(lengths), batch_first=True, padding_value=alphabet.PAD)
+
+
+def hugging_face(model: ESM2) -> EsmForMaskedLM:
+    reference = EsmForMaskedLM(EsmConfig(**_hugging_face_config(model.config)))
+    copy_weights(model, reference, fair=False)
+    return reference
+
+
+def fair_esm(model: ESM2) -> torch.nn.Module:
+    c = model.config
+    letters = esm.data.Alphabet.from_architecture("ESM-1b")
+    reference = esm.model.esm2.ESM2(c.num_layers, c.hidden_size, c.num_heads, letters, token_dropout=True)
+    copy_weights(model, reference, fair=True)
+    return reference
+
+
+def copy_weights(model: ESM2, reference: torch.nn.Module, fair: bool) -> None:
+    ours, theirs = model.state_dict(), reference.state_dict()
+    with torch.no_grad():
+        for name, keys in _names(model.config.num_layers, fair):
+            for key, part in zip(keys, ours[name].chunk(len(keys)), strict=True):
+                theirs[key].copy_(part)
+
+
+def reference_logits(reference: torch.nn.Module, tokens: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    batch = padded(tokens, lengths)
+    if isinstance(reference, EsmForMaskedLM):
+        out = reference(batch, attention_mask=(batch != alphabet.PAD).long()).logits
+    else:
+        out = reference(batch)["logits"]
+    return torch.cat([row[:length] for row, length in zip(out, lengths, strict=True)])
+
+
+@pytest.mark.parametrize("make_reference", [hugging_face, fair_esm])
+@pytest.mark.parametrize("head_size", CONFIGS)
+def test_logits_and_gradients_equal_the_reference(head_size, make_reference):
+    model = random_model(CONFIGS[head_size])
+    reference = make_reference(model)
+    tokens, cu_seqlens = random_batch(LENGTHS)
+    positions = torch.arange(0, len(tokens), 3)
+    targets = tokens[positions].clamp(max=31)
+
+    logits = model(tokens, cu_seqlens)
+    expected = reference_logits(reference, tokens, LENGTHS)
+    assert expected.std() > 0.5  # logits of some size, or the comparison says nothing
+    assert (logits - expected).abs().max() <= 1e-4
+
+    F.cross_entropy(model(tokens, cu_seqlens, positions=positions), targets).backward()
+    F.cross_entropy(expected[positions], targets).backward()
+    gradients = {name: p.grad for name, p in reference.named_parameters()}
+    for name, keys in _names(model.config.num_layers, fair=make_reference is fair_esm):
+        ours = model.get_parameter(name).grad
+        if name.startswith("contact_head"):
+            assert ours is None
+            continue
+        theirs = torch.cat([gradients[key] for key in keys])
+        if name.endswith("qkv.bias"):  # the gradient of a key's bias is zero but for rounding
+            ours, theirs = (torch.cat((g.chunk(3)[0], g.chunk(3)[2])) for g in (ours, theirs))
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), name
+
+
+def test_the_8m_model_equals_transformers_on_unequal_masked_sequences():
+    torch.manual_seed(0)
+    model = ESM2(SIZES["8m"]).eval()
+    reference = hugging_face(model).eval()
+    tokens, cu_seqlens = random_batch(LENGTHS)
+    with torch.no_grad():
+        difference = model(tokens, cu_seqlens) - reference_logits(reference, tokens, LENGTHS)
+    assert difference.abs().max() <= 1e-4
+
+
+def test_a_sequence_does_not_see_its_neighbours():
+    model = random_model(CONFIGS[16]).eval()
+    tokens, cu_seqlens = random_batch(LENGTHS)
+    with torch.no_grad():
+        together = model(tokens, cu_seqlens).split(LENGTHS)
+        for sequence, logits in zip(tokens.split(LENGTHS), together, strict=True):
+            alone = model(sequence, torch.tensor([0, len(sequence)], dtype=torch.int32))
+            assert (alone - logits).abs().max() <= 1e-5  # products of another height round differently
+
+
+def test_positions_select_rows_of_the_full_logits():
+    model = random_model(CONFIGS[16]).eval()
+    tokens, cu_seqlens = random_batch([20, 30])
+    positions = torch.tensor([0, 7, 49])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(tokens, cu_seqlens, positions=positions), model(tokens, cu_seqlens)[positions]
+        )
+
+
+def test_tokens_may_be_uint8():
+    model = random_model(CONFIGS[16]).eval()
+    tokens, cu_seqlens = random_batch([20, 30])
+    with torch.no_grad():
+        assert torch.equal(model(tokens.to(torch.uint8), cu_seqlens), model(tokens, cu_seqlens))
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [
+        ("8m", 7_512_474),
+        ("35m", 33_501_394),
+        ("150m", 148_140_154),
+        ("650m", 651_043_254),
+        ("3b", 2_839_005_634),
+        ("15b", 15_129_100_194),
+    ],
+)
+def test_sizes_have_the_published_parameter_counts(size, parameters):
+    with torch.device("meta"):
+        assert count_parameters(ESM2(SIZES[size])) == parameters
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "complaint"),
+    [((2, 64, 3, 256), "does not divide"), ((2, 60, 5, 256), "multiple of 8"), ((0, 64, 4, 256), "num_layers")],
+)
+def test_impossible_dimensions_are_refused(dimensions, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        ESM2Config(*dimensions)
+
+
+def test_initialisation_is_normal_with_zero_biases_and_pad_row():
+    torch.manual_seed(0)
+    model = ESM2(CONFIGS[128])
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert torch.equal(parameter, torch.full_like(parameter, name.endswith("weight"))), name
+        elif name.endswith("bias"):
+            assert not parameter.any(), name
+        elif parameter.numel() > 10_000:
+            assert abs(parameter.std() - 0.02) < 4e-4, name
+            assert abs(parameter.mean()) < 4e-4, name
+    assert not model.embed.weight[alphabet.PAD].any()
+    assert model.embed.weight[alphabet.PAD + 1].any()
+
+
+def test_rotary_angles_are_exact_and_survive_a_bf16_model():
+    cos, sin = rotary_angles(torch.tensor([0, 1, 1025]), 64)
+    exact = torch.tensor([0, 1, 1025], dtype=torch.float64)[:, None] * 10000 ** (
+        -torch.arange(0, 64, 2, dtype=torch.float64) / 64
+    )
+    assert cos.dtype == torch.float32
+    torch.testing.assert_close(cos[:, 0].double(), exact.cos(), atol=2e-4, rtol=0)
+    torch.testing.assert_close(sin[:, 0].double(), exact.sin(), atol=2e-4, rtol=0)
+    model = random_model(CONFIGS[64])
+    assert not list(model.buffers())  # nothing a mixed-precision policy could cast
+
+
+def test_flops_follow_the_formula():
+    c = SIZES["650m"]
+    with torch.device("meta"):
+        model = ESM2(c)
+    lengths, predicted = [1024, 100], 150
+    d, tokens = c.hidden_size, 1124
+    products = 72 * c.num_layers * d**2 * tokens
+    attention = 12 * c.num_layers * d * (1024**2 + 100**2)
+    assert model.flops(lengths, predicted) == products + attention + 6 * (d**2 + 33 * d) * predicted
+    assert model.flops([1024], 1024) / 1024 == pytest.approx(4.42e9, rel=1e-3)  # 650M, full length
