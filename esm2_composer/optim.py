@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from composer.core import State
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 
 def build_adamw(
@@ -24,25 +22,24 @@ def build_adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
-@dataclass(frozen=True)
-class WarmupLinearHold:
-    """ESM-2's schedule: linear warmup, linear decay over `decay_fraction` of the rest, then constant.
+def rate_factor(update: int, warmup: int, updates: int, decay_fraction: float, floor: float) -> float:
+    """The factor on the peak learning rate with which update number `update`, counted from 1, is made.
 
-    A Composer scheduler: called with the state, it returns the factor on the peak learning rate.
+    Linear warmup over `warmup` updates, linear decay to `floor` over `decay_fraction` of the rest of the
+    run's `updates`, then constant.
     """
+    if update < warmup:
+        return update / warmup
+    progress = (update - warmup) / (decay_fraction * (updates - warmup))
+    return max(floor, 1 - (1 - floor) * progress)
 
-    warmup: int  # updates
-    updates: int  # of the whole run
-    decay_fraction: float  # of the updates after warmup
-    floor: float  # factor at the end of the decay
 
-    def factor(self, update: int) -> float:
-        """The factor update number `update`, counted from 1, trains with."""
-        if update < self.warmup:
-            return update / self.warmup
-        progress = (update - self.warmup) / (self.decay_fraction * (self.updates - self.warmup))
-        return max(self.floor, 1 - (1 - self.floor) * progress)
+def build_schedule(
+    optimizer: torch.optim.Optimizer, warmup: int, updates: int, decay_fraction: float, floor: float
+) -> LambdaLR:
+    """ESM-2's schedule (see `rate_factor`), to be stepped after every update.
 
-    def __call__(self, state: State, ssr: float = 1.0) -> float:
-        # Composer asks before it counts the update that is about to be made.
-        return self.factor(state.timestamp.batch.value + 1)
+    torch counts the steps made. Composer's own scheduler protocol would read the clock instead, which lags:
+    its first two updates share a rate.
+    """
+    return LambdaLR(optimizer, lambda done: rate_factor(done + 1, warmup, updates, decay_fraction, floor))

@@ -11,6 +11,7 @@ X, B, U, Z, O, or nothing at all, is rejected.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 import time
@@ -111,6 +112,8 @@ def build_record(cluster: RawCluster, report: Report) -> dict[str, Any] | None:
         try:
             if raw is None:
                 raise ValueError("member without sequence")
+            if not isinstance(raw, bytes):
+                raise ValueError("sequence is not text")
             residues, changes = clean(raw)
         except ValueError as reason:
             report.reject(str(reason), member_id)
@@ -137,39 +140,54 @@ class BioNeMo:
 
     def __init__(self, clusters: Path, sequences: Path) -> None:
         """Raises UserError if a file is missing or not what it should be."""
+        self._clusters_path, self._sequences_path = clusters, sequences
         self._clusters = _open_parquet(clusters)
         self._sequences = _open_proteins(sequences)
         schema = self._clusters.schema_arrow
-        members = schema.field("ur90_id").type if "ur90_id" in schema.names else None
-        if members is None and "ur50_id" not in schema.names:
+        self._columns = [name for name in schema.names if name in ("ur50_id", "ur90_id")]
+        if not self._columns:
             raise UserError(
                 f"{clusters}: neither a column 'ur90_id' (members) nor 'ur50_id'; it has {', '.join(schema.names)}"
             )
-        if members is not None and not (_is_list(members) and _is_string(members.value_type)):
-            raise UserError(f"{clusters}: column 'ur90_id' is {members}; it must be a list of strings")
-        if "ur50_id" in schema.names and not _is_string(schema.field("ur50_id").type):
-            raise UserError(f"{clusters}: column 'ur50_id' must hold strings")
-        self._columns = [name for name in ("ur50_id", "ur90_id") if name in schema.names]
+        for name in self._columns:
+            kind = schema.types[schema.names.index(name)]
+            wanted = "a list of strings" if name == "ur90_id" else "a string"
+            if not (_is_list(kind) and _is_string(kind.value_type) if name == "ur90_id" else _is_string(kind)):
+                raise UserError(f"{clusters}: column '{name}' is {kind}; it must be {wanted}")
 
     def __len__(self) -> int:
         return self._clusters.metadata.num_rows
 
     def __iter__(self) -> Iterator[RawCluster]:
-        for batch in self._clusters.iter_batches(batch_size=4096, columns=self._columns):
-            columns = batch.to_pydict()
-            members = columns.get("ur90_id") or [[cluster_id] for cluster_id in columns["ur50_id"]]
+        """Clusters in the order of the parquet. Raises UserError where a file turns out to be damaged."""
+        for columns in self._read_columns():
+            names = columns.get("ur50_id") or [None] * len(columns["ur90_id"])
+            members = columns.get("ur90_id") or [[name] for name in names]
             members = [ids or [] for ids in members]  # null is an empty list
-            names = columns.get("ur50_id") or [ids[0] if ids else "" for ids in members]
             sequences = self._look_up([member for ids in members for member in ids])
             for name, ids in zip(names, members, strict=True):
-                yield name, [(member, sequences.get(member.encode())) for member in ids]
+                yield (
+                    name or (ids[0] if ids else None) or "null",
+                    [(member or "null", sequences.get((member or "").encode())) for member in ids],
+                )
 
-    def _look_up(self, ids: Sequence[str]) -> dict[bytes, bytes]:
-        found: dict[bytes, bytes] = {}
-        for start in range(0, len(ids), 5000):
-            some = ids[start : start + 5000]
-            marks = ",".join("?" * len(some))
-            found.update(self._sequences.execute(f"SELECT id, sequence FROM protein WHERE id IN ({marks})", some))
+    def _read_columns(self) -> Iterator[dict[str, list]]:
+        try:
+            for batch in self._clusters.iter_batches(batch_size=4096, columns=self._columns):
+                yield batch.to_pydict()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self._clusters_path}: damaged ({error})") from error
+
+    def _look_up(self, ids: Sequence[str | None]) -> dict[bytes, Any]:
+        found: dict[bytes, Any] = {}
+        try:
+            for start in range(0, len(ids), 5000):  # SQLite takes some 32,000 parameters
+                some = ids[start : start + 5000]
+                marks = ",".join("?" * len(some))
+                query = f"SELECT id, sequence FROM protein WHERE id IN ({marks})"
+                found.update(self._sequences.execute(query, some))
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{self._sequences_path}: cannot be read ({error})") from error
         return found
 
 
@@ -188,9 +206,9 @@ def _open_proteins(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
     connection.text_factory = bytes
     try:
-        columns = {row[1] for row in connection.execute("PRAGMA table_info(protein)")}
+        columns = {row[1].lower() for row in connection.execute("PRAGMA table_info(protein)")}
     except sqlite3.DatabaseError as error:
-        raise UserError(f"{path}: not an SQLite database ({error})") from error
+        raise UserError(f"{path}: cannot be read as an SQLite database ({error})") from error
     if not {b"id", b"sequence"} <= columns:
         raise UserError(f"{path}: no table 'protein' with columns 'id' and 'sequence'")
     return connection
@@ -221,11 +239,15 @@ def write_split(
     Raises:
         UserError: `out` exists, nothing is left to write, or too much is rejected.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out} exists already; remove it, or choose another folder")
     partial = out.with_name(f".{out.name}.partial")
-    if partial.exists():  # of a run that did not end
-        shutil.rmtree(partial)
+    try:
+        if partial.exists():  # of a run that did not end
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{partial}: cannot be written ({error.strerror})") from error
     report, start = Report(), time.monotonic()
     writer = MDSWriter(
         out=str(partial), columns=COLUMNS, compression="zstd", hashes=["xxh64"], size_limit=SHARD_BYTES

@@ -15,13 +15,14 @@ from composer.core import Callback
 from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 from composer.utils import dist, get_device
 
+from esm2_composer.attention import select_attention
 from esm2_composer.callbacks import Preemption, ProgressLines
 from esm2_composer.config import FSDPSection, ModelSection, Recipe
 from esm2_composer.data import ClusterDraw, evaluation_loader, train_loader
 from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, SIZES, ESM2Config
-from esm2_composer.optim import WarmupLinearHold, build_adamw
+from esm2_composer.optim import build_adamw, build_schedule
 from esm2_composer.pool import data_spec
 from esm2_composer.task import MaskedLanguageModel
 
@@ -39,10 +40,14 @@ def build_trainer(recipe: Recipe) -> Trainer:
 
     torch.manual_seed(recipe.seed)  # the same on every rank: sharded ranks must agree on the weights
     net = build_model(recipe.model)
+    try:
+        select_attention(net.config.attention, torch.device("cuda" if on_gpu else "cpu"))
+    except ValueError as error:
+        raise UserError(f"model.attention: {error}") from error
     model = MaskedLanguageModel(net)
     o = recipe.optimizer
     optimizer = build_adamw(net, o.lr, o.betas, o.eps, o.weight_decay)
-    schedule = WarmupLinearHold(updates=recipe.updates, **dataclasses.asdict(recipe.schedule))
+    schedule = build_schedule(optimizer, updates=recipe.updates, **dataclasses.asdict(recipe.schedule))
 
     draw = cluster_draw(recipe)
     batch, workers = recipe.global_train_batch_size, recipe.data.num_workers
@@ -60,6 +65,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         model=model,
         optimizers=optimizer,
         schedulers=schedule,
+        step_schedulers_every_batch=True,
         algorithms=[GradientClipping("norm", recipe.optimizer.clip_norm)],
         train_dataloader=data_spec(train, recipe.device_microbatch_tokens),
         accumulate_train_batch_on_tokens=True,

@@ -136,10 +136,12 @@ def _torch_load(path: Path) -> dict:
 
 
 def _reason(error: Exception) -> str:
-    unsafe = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+    unsafe = re.search(r"GLOBAL (\S+)", str(error))
     if unsafe:
         return f"it would run code: {unsafe[1]}"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, RuntimeError | OSError):
+        return str(error).splitlines()[0]
+    return "not a file that torch wrote"
 
 
 def _stack(foreign: State, num_layers: int, fair: bool, path: Path) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ read, written, changed and rejected.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -25,10 +26,12 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder that holds, or will hold, train/ and valid/")
     parser.add_argument("--split", choices=("train", "valid"), default="train")
     parser.add_argument(
-        "--max-reject-fraction", type=float, default=0.01, help="stop if more members are unusable"
+        "--max-reject-fraction", type=float, default=0.01, help="write nothing if more members are unusable"
     )
     args = parser.parse_args()
-    if "://" in args.out:
+    if not 0 <= args.max_reject_fraction <= 1:
+        raise UserError(f"--max-reject-fraction {args.max_reject_fraction} must lie between 0 and 1")
+    if re.match(r"[\w+-]+:/", args.out):
         raise UserError(f"--out {args.out}: write to a local folder, then copy it, index.json last")
 
     from esm2_composer.records import BioNeMo, write_split  # Streaming takes seconds to import

@@ -1,0 +1,320 @@
+"""Recipes load as written; every mistake is a UserError that names the file and the key."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esm2_composer.config import Recipe, load_recipe
+from esm2_composer.errors import UserError
+
+RECIPES = sorted((Path(__file__).parents[1] / "yamls").glob("*.yaml"))
+
+MINIMAL = """
+run_name: tiny
+max_duration: 100ba
+eval_interval: 50ba
+global_train_batch_size: 8
+device_microbatch_tokens: 2048
+save_folder: runs/tiny
+model: {size: 8m, attention: auto}
+data: {remote: shards, mask_split: [0.8, 0.1, 0.1]}
+optimizer: {lr: 1.0e-3, eps: 1.0e-8}
+schedule: {warmup: 10, floor: 0.1}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with a split each of (empty) shards in `shards`."""
+    for split in ("train", "valid"):
+        (tmp_path / "shards" / split).mkdir(parents=True)
+        (tmp_path / "shards" / split / "index.json").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def load(*overrides: str, text: str = MINIMAL) -> Recipe:
+    Path("tiny.yaml").write_text(text)
+    return load_recipe("tiny.yaml", overrides)
+
+
+def mistake(*overrides: str, text: str = MINIMAL) -> str:
+    """The message of a mistake, after the name of the file."""
+    with pytest.raises(UserError) as caught:
+        load(*overrides, text=text)
+    file, message = str(caught.value).split(": ", maxsplit=1)
+    assert file == "tiny.yaml"
+    return message
+
+
+# What loads
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads(path: Path) -> None:
+    recipe = load_recipe(str(path), ["data.remote=shards"])
+    assert recipe.model.size == (None if path.stem == "demo" else path.stem)
+    assert recipe.save_folder.split("/")[:2] == ["runs", path.stem]
+    assert recipe.run_name in (path.stem, f"esm2_{path.stem}")
+
+
+@pytest.mark.parametrize(
+    ("size", "updates", "lr", "weight_decay", "warmup"),
+    [
+        ("8m", 500_000, 4e-4, 0.01, 2_000),
+        ("35m", 500_000, 4e-4, 0.01, 2_000),
+        ("150m", 500_000, 4e-4, 0.01, 2_000),
+        ("650m", 500_000, 4e-4, 0.01, 2_000),
+        ("3b", 500_000, 4e-4, 0.01, 20_000),
+        ("15b", 270_000, 1.6e-4, 0.1, 2_000),
+    ],
+)
+def test_recipes_have_the_published_settings(
+    size: str, updates: int, lr: float, weight_decay: float, warmup: int
+) -> None:
+    (path,) = (path for path in RECIPES if path.stem == size)
+    recipe = load_recipe(str(path), ["data.remote=shards"])
+    assert (recipe.updates, recipe.schedule.warmup) == (updates, warmup)
+    assert dataclasses.astuple(recipe.optimizer) == (lr, (0.9, 0.98), 1e-8, weight_decay, 1.0)
+    assert (recipe.schedule.decay_fraction, recipe.schedule.floor) == (0.9, 0.1)
+    assert (recipe.global_train_batch_size, recipe.data.max_length) == (2048, 1024)
+    assert (recipe.data.mask_fraction, recipe.data.mask_split) == (0.15, (0.8, 0.1, 0.1))
+
+
+def test_keys_left_out_have_esm2s_values() -> None:
+    recipe = load()
+    assert (recipe.data.max_length, recipe.data.min_length) == (1024, 1)
+    assert (recipe.data.mask_fraction, recipe.data.mask_split) == (0.15, (0.8, 0.1, 0.1))
+    assert (recipe.optimizer.betas, recipe.optimizer.weight_decay) == ((0.9, 0.98), 0.01)
+    assert (recipe.schedule.decay_fraction, recipe.schedule.floor) == (0.9, 0.1)
+    assert recipe.autoresume is True
+    assert recipe.fsdp is recipe.loggers.wandb is None
+
+
+def test_overrides_win_over_the_file_the_last_one_over_all() -> None:
+    recipe = load("seed=3", "optimizer.lr=2e-4", "data.mask_split=[0.5, 0.3, 0.2]", "compile=true", "seed=4")
+    assert (recipe.seed, recipe.optimizer.lr, recipe.compile) == (4, 2e-4, True)
+    assert recipe.data.mask_split == (0.5, 0.3, 0.2)
+    assert recipe.optimizer.eps == 1e-8, "its neighbours stay"
+
+
+def test_an_override_may_make_a_section() -> None:
+    recipe = load("fsdp.version=2", "loggers.wandb.project=esm2", "loggers.wandb.tags=[a, b]")
+    assert recipe.fsdp is not None
+    assert (recipe.fsdp.version, recipe.fsdp.sharding_strategy) == (2, "FULL_SHARD")
+    assert recipe.loggers.wandb is not None
+    assert (recipe.loggers.wandb.project, recipe.loggers.wandb.tags) == ("esm2", ("a", "b"))
+
+
+def test_an_override_may_hold_equals_signs_and_null() -> None:
+    recipe = load("run_name=lr=2", "tensorboard_folder=null")
+    assert (recipe.run_name, recipe.tensorboard_folder) == ("lr=2", None)
+
+
+def test_interpolation_sees_overrides_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH_OF_TEST", "/scratch")
+    text = MINIMAL.replace("runs/tiny", "${oc.env:SCRATCH_OF_TEST}/${run_name}/${optimizer.lr}")
+    assert load("run_name=other", text=text).save_folder == "/scratch/other/0.001"
+
+
+def test_whole_numbers_become_floats_and_numbers_names() -> None:
+    recipe = load("optimizer.weight_decay=0", "optimizer.lr=1", "run_name=17")
+    assert [type(value) for value in (recipe.optimizer.weight_decay, recipe.optimizer.lr)] == [float, float]
+    assert recipe.run_name == "17"
+
+
+def test_dimensions_or_weights_take_the_place_of_a_size() -> None:
+    sizes = dict(num_layers=2, hidden_size=64, num_heads=4, ffn_hidden_size=128)
+    recipe = load("model.size=null", *(f"model.{key}={value}" for key, value in sizes.items()))
+    assert recipe.model.dimensions == sizes
+    assert load("model.size=null", "model.init_from=weights.pt").model.init_from == "weights.pt"
+
+
+def test_shards_are_read_in_place_or_through_a_cache() -> None:
+    assert load().data.split("train") == (None, "shards/train")
+    assert load("data.local=cache").data.split("valid") == ("shards/valid", "cache/valid")
+    stored = load("data.remote=s3://bucket/prefix", "data.local=/cache")
+    assert stored.data.split("train") == ("s3://bucket/prefix/train", "/cache/train")
+
+
+def test_updates_are_the_duration_in_batches() -> None:
+    assert load("max_duration=12345ba").updates == 12_345
+
+
+def test_limits_belong_to_the_range() -> None:
+    recipe = load("schedule.warmup=99", "device_microbatch_tokens=1024", "data.mask_fraction=1", "seed=0")
+    assert (recipe.schedule.warmup, recipe.device_microbatch_tokens) == (99, 1024)
+    assert load("schedule.warmup=0", "data.num_workers=0", "schedule.floor=0").schedule.floor == 0
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sead=3", "unknown key 'sead'; did you mean 'seed'?"),
+        ("optimiser.lr=3", "unknown key 'optimiser'; did you mean 'optimizer'?"),
+        ("data.max_lenght=9", "unknown key 'data.max_lenght'; did you mean 'max_length'?"),
+        ("loggers.wandb.projekt=a", "unknown key 'loggers.wandb.projekt'; did you mean 'project'?"),
+        ("schedule.zzz=1", "unknown key 'schedule.zzz'; known here: warmup, decay_fraction, floor"),
+        ("seed=true", "'seed' must be a whole number, not True"),
+        ("seed=1.5", "'seed' must be a whole number, not 1.5"),
+        ("data.num_workers=four", "'data.num_workers' must be a whole number, not 'four'"),
+        ("optimizer.lr=fast", "'optimizer.lr' must be a number, not 'fast'"),
+        ("optimizer.lr=true", "'optimizer.lr' must be a number, not True"),
+        ("optimizer.lr=null", "'optimizer.lr' must be a number, not None"),
+        ("compile=1", "'compile' must be true or false, not 1"),
+        ("run_name=[a]", "'run_name' must be a string, not ['a']"),
+        ("data.mask_split=0.8", "'data.mask_split' must be a list of 3 values, not 0.8"),
+        ("data.mask_split=[0.8, 0.2]", "'data.mask_split' must be a list of 3 values, not [0.8, 0.2]"),
+        ("optimizer.betas=[0.9, b]", "'optimizer.betas' must be a number, not 'b'"),
+        ("data=shards", "'data' must be a mapping of keys, not 'shards'"),
+        ("model.size=9m", "'model.size' is '9m'; allowed: 8m, 35m, 150m, 650m, 3b, 15b"),
+        ("precision=amp_bf61", "'precision' is 'amp_bf61'; allowed: fp32, amp_bf16, amp_fp16; did you mean"),
+        ("fsdp.version=true", "'fsdp.version' is True; allowed: 1, 2"),
+        ("loggers.wandb.entity=us", "key 'loggers.wandb.project' is missing"),
+        ("data.remote=elsewhere", "'data.remote' is elsewhere, which holds no train shards"),
+        ("data.remote=s3://bucket/prefix", "'data.remote' is s3://bucket/prefix; set 'data.local'"),
+        ("schedule.warmup=100", "'schedule.warmup' is 100; it must be below max_duration, 100"),
+        ("max_duration=3ep", "'max_duration' is '3ep'; write a number of updates such as"),
+        ("max_duration=100", "'max_duration' is '100'; write"),
+        ("eval_interval=0ba", "'eval_interval' is '0ba'; write"),
+        ("save_interval=5.5ba", "'save_interval' is '5.5ba'; write"),
+        ("device_microbatch_tokens=1023", "'device_microbatch_tokens' is 1023; it must hold"),
+        ("data.max_length=4096", "'device_microbatch_tokens' is 2048; it must hold a sequence of data.max_length"),
+        ("data.mask_split=[0.8, 0.1, 0.2]", "'data.mask_split' adds up to 1.1, not 1"),
+        ("data.mask_split=[1.2, -0.1, -0.1]", "'data.mask_split[0]' is 1.2; it must lie between 0 and 1"),
+        ("data.mask_fraction=1.01", "'data.mask_fraction' is 1.01; it must lie between 0 and 1"),
+        ("data.mask_fraction=0", "'data.mask_fraction' is 0.0; it must be above 0"),
+        ("data.min_length=0", "'data.min_length' is 0; it must be at least 1"),
+        ("data.max_length=7", "'data.max_length' is 7; it must be at least 8"),
+        ("data.num_workers=-1", "'data.num_workers' is -1; it must be at least 0"),
+        ("schedule.warmup=-1", "'schedule.warmup' is -1; it must be at least 0"),
+        ("schedule.decay_fraction=0", "'schedule.decay_fraction' is 0.0; it must be above 0"),
+        ("schedule.floor=1.1", "'schedule.floor' is 1.1; it must lie between 0 and 1"),
+        ("optimizer.lr=0", "'optimizer.lr' is 0.0; it must be above 0"),
+        ("optimizer.clip_norm=-1", "'optimizer.clip_norm' is -1.0; it must be above 0"),
+        ("global_train_batch_size=0", "'global_train_batch_size' is 0; it must be at least 1"),
+        ("model.num_layers=3", "'model' needs exactly one of: size, init_from"),
+        ("model.init_from=weights.pt", "'model' needs exactly one of: size, init_from"),
+        ("model.size=null", "'model' needs exactly one of: size, init_from"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_key(override: str, message: str) -> None:
+    told = mistake(override)
+    assert told.startswith(message)
+    assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("optimizer.betas=[1.0, 0.98]", "optimizer.betas"),  # refused by AdamW
+        ("optimizer.weight_decay=.nan", "optimizer.weight_decay"),
+        ("optimizer.lr=.inf", "optimizer.lr"),
+        ("data.mask_split[0]=0.7", "data.mask_split"),
+    ],
+)
+def test_values_that_cannot_train_are_refused(override: str, key: str) -> None:
+    assert key in mistake(override)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_both_splits_must_have_shards(folder: Path, split: str) -> None:
+    (folder / "shards" / split / "index.json").unlink()
+    assert f"no {split} shards ({split}/index.json)" in mistake()
+
+
+def test_some_dimensions_without_the_others_are_refused() -> None:
+    message = mistake("model.size=null", "model.num_layers=3", "model.num_heads=4")
+    assert message == "'model' gives num_layers, num_heads but not hidden_size, ffn_hidden_size"
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("run_name: tiny\n", "run_name"),
+        ("max_duration: 100ba\n", "max_duration"),
+        ("data: {remote: shards, mask_split: [0.8, 0.1, 0.1]}\n", "data"),
+        ("remote: shards, ", "data.remote"),
+        ("lr: 1.0e-3, ", "optimizer.lr"),
+        ("warmup: 10, ", "schedule.warmup"),
+    ],
+)
+def test_a_required_key_left_out_is_named(line: str, key: str) -> None:
+    assert line in MINIMAL
+    assert mistake(text=MINIMAL.replace(line, "")) == f"key '{key}' is missing"
+
+
+def test_an_unknown_key_of_the_file_is_named() -> None:
+    assert mistake(text=MINIMAL + "model_size: 8m\n").startswith("unknown key 'model_size'")
+
+
+@pytest.mark.parametrize("text", ["seed: [1", "a:\n\t- b", MINIMAL + "run_name: again\n", "a: 1\n---\nb: 2"])
+def test_what_is_not_yaml_is_refused(text: str) -> None:
+    message = mistake(text=text)
+    assert message.startswith("not YAML: ")
+    assert "line" in message
+
+
+def test_yaml_that_is_no_mapping_is_refused() -> None:
+    assert mistake(text="- seed: 1\n- 2\n") == "a recipe is a mapping of keys, this is not"
+    assert len(mistake(text="17\n").splitlines()) == 1
+
+
+def test_an_empty_file_misses_its_first_key() -> None:
+    assert mistake(text="") == "key 'run_name' is missing"
+
+
+@pytest.mark.parametrize("reference", ["${nothing}", "${oc.env:NO_SUCH_VARIABLE_OF_TEST}"])
+def test_an_interpolation_that_finds_nothing_names_both_ends(reference: str) -> None:
+    message = mistake(f"save_folder={reference}")
+    assert "save_folder" in message
+    assert reference.strip("${}").split(":")[-1] in message
+
+
+def test_an_override_that_is_none_is_named() -> None:
+    with pytest.raises(UserError, match=r"^'seed' is not an override; write key=value"):
+        load("run_name=a", "seed")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("absent.yaml", "no such recipe$"), ("shards", ".*directory"), ("binary.yaml", ".*utf-8")]
+)
+def test_a_file_that_cannot_be_read_is_named(folder: Path, name: str, reason: str) -> None:
+    (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(UserError, match=f"^{name}: {reason}"):
+        load_recipe(name)
+
+
+@pytest.mark.parametrize("text", [MINIMAL, MINIMAL + "sead: 3\n"])
+def test_a_recipe_is_checked_without_importing_torch_or_composer(text: str) -> None:
+    Path("tiny.yaml").write_text(text)
+    program = """
+import sys
+from esm2_composer.config import load_recipe
+from esm2_composer.errors import UserError
+try:
+    print(load_recipe("tiny.yaml").run_name)
+except UserError as error:
+    print(error)
+print([name for name in ("torch", "composer", "streaming", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    told, imported = done.stdout.splitlines()
+    assert told.startswith("tiny")
+    assert imported == "[]"
+
+
+def test_a_loaded_recipe_cannot_be_changed() -> None:
+    recipe: Any = load()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.seed = 4

@@ -1,0 +1,216 @@
+"""tools/convert.py: what it writes and prints, and that a mistake is one line, exit code 2 and no shards."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_records import write_layout
+
+TOOL = Path(__file__).parents[1] / "tools" / "convert.py"
+COLUMNS = {"ur50_id": ["c1", "c2"], "ur90_id": [["a", "b"], ["d"]]}
+PROTEINS = {"a": "MKV", "b": "MK", "d": "MKVLA"}
+
+Convert = Callable[..., "tuple[int, str]"]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_layout(folder, COLUMNS, PROTEINS)
+    return folder
+
+
+@pytest.fixture
+def convert(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Convert:
+    """Run the tool within this process, which spares its imports; gives the exit code and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        printed = capfd.readouterr()
+        assert not printed.out
+        return stop.value.code or 0, printed.err
+
+    return run
+
+
+def run_tool(*arguments: str) -> tuple[int, str]:
+    """Run the tool as a user does."""
+    done = subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=120)
+    assert not done.stdout
+    return done.returncode, done.stderr
+
+
+def options(data: Path, out: object) -> list[str]:
+    return [
+        *("--clusters", str(data / "clusters.parquet")),
+        *("--sequences", str(data / "proteins.db")),
+        *("--out", str(out)),
+    ]
+
+
+def assert_refused(result: tuple[int, str], message: str) -> None:
+    code, stderr = result
+    assert code == 2
+    assert stderr.endswith("\n")
+    (line,) = stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def store_clusters(data: Path, columns: dict[str, object]) -> None:
+    pq.write_table(pa.table(columns), data / "clusters.parquet")
+
+
+def truncate(path: Path, keep: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+
+
+def replace_database(data: Path, statement: str) -> None:
+    (data / "proteins.db").unlink()
+    database = sqlite3.connect(data / "proteins.db")
+    database.execute(statement)
+    database.close()
+
+
+WRONG_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing parquet": (lambda data: (data / "clusters.parquet").unlink(), "clusters.parquet: no such file"),
+    "missing database": (lambda data: (data / "proteins.db").unlink(), "proteins.db: no such file"),
+    "no column of ids": (
+        lambda data: store_clusters(data, {"cluster": ["c1"], "size": [1]}),
+        "clusters.parquet: neither a column 'ur90_id' (members) nor 'ur50_id'; it has cluster, size",
+    ),
+    "members are numbers": (
+        lambda data: store_clusters(data, {"ur50_id": ["c1"], "ur90_id": [[1, 2]]}),
+        "column 'ur90_id' is list<element: int64>; it must be a list of strings",
+    ),
+    "members are no list": (
+        lambda data: store_clusters(data, {"ur50_id": ["c1"], "ur90_id": ["a"]}),
+        "column 'ur90_id' is string; it must be a list of strings",
+    ),
+    "cluster ids are numbers": (
+        lambda data: store_clusters(data, {"ur50_id": [1]}),
+        "column 'ur50_id' must hold strings",
+    ),
+    "text as parquet": (
+        lambda data: (data / "clusters.parquet").write_text("ur90_id\na\n" * 99),
+        "clusters.parquet: not a parquet file",
+    ),
+    "folder as parquet": (
+        lambda data: (data / "clusters.parquet").unlink() or (data / "clusters.parquet").mkdir(),
+        "clusters.parquet: not a parquet file",
+    ),
+    "empty parquet file": (lambda data: truncate(data / "clusters.parquet", 0), "not a parquet file"),
+    "truncated parquet": (lambda data: truncate(data / "clusters.parquet", 0.8), "not a parquet file"),
+    "parquet without rows": (
+        lambda data: store_clusters(data, {"ur90_id": pa.array([], pa.list_(pa.string()))}),
+        "no cluster to write: the input is empty",
+    ),
+    "text as database": (
+        lambda data: (data / "proteins.db").write_text(">a\nMKV\n" * 99),
+        "proteins.db: not an SQLite database",
+    ),
+    "truncated database": (lambda data: truncate(data / "proteins.db", 0.5), "not an SQLite database"),
+    "database without table protein": (
+        lambda data: replace_database(data, "CREATE TABLE proteins (id TEXT, sequence TEXT)"),
+        "proteins.db: no table 'protein' with columns 'id' and 'sequence'",
+    ),
+    "table protein without sequences": (
+        lambda data: replace_database(data, "CREATE TABLE protein (id TEXT, length INTEGER)"),
+        "proteins.db: no table 'protein' with columns 'id' and 'sequence'",
+    ),
+    "database of other proteins": (
+        lambda data: replace_database(data, "CREATE TABLE protein (id TEXT, sequence TEXT)"),
+        "100.0% of 3 members rejected, more than 1.0%: member without sequence 3 (such as 'a')",
+    ),
+    "too many bad sequences": (
+        lambda data: store_clusters(data, {"ur90_id": [["a", "b", "gone"]]}),
+        "33.3% of 3 members rejected, more than 1.0%: member without sequence 1 (such as 'gone')",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_INPUTS)
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    convert: Convert, data: Path, tmp_path: Path, case: str
+) -> None:
+    damage, message = WRONG_INPUTS[case]
+    damage(data)
+    assert_refused(convert(*options(data, tmp_path / "shards")), message)
+    assert not list(tmp_path.glob("shards/*"))
+
+
+def test_wrong_database_is_one_line_in_a_process_of_its_own(data: Path, tmp_path: Path) -> None:
+    replace_database(data, "CREATE TABLE protein (id TEXT, sequence TEXT)")
+    assert_refused(run_tool(*options(data, tmp_path / "shards")), "member without sequence 3 (such as 'a')")
+    assert not list(tmp_path.glob("shards/*"))
+
+
+def test_existing_split_is_refused_and_left_alone(convert: Convert, data: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "shards" / "train" / "index.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    assert_refused(convert(*options(data, tmp_path / "shards")), f"{kept.parent} exists already")
+    assert sorted(tmp_path.glob("shards/**/*")) == [kept.parent, kept]
+    assert kept.read_text() == "mine"
+
+
+def test_object_storage_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    assert_refused(
+        run_tool(*options(data, "s3://bucket/shards")), "--out s3://bucket/shards: write to a local folder"
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_both_splits_are_written_and_their_counts_printed(convert: Convert, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "shards"
+    code, stderr = run_tool(*options(data, out))
+    assert code == 0, stderr
+    (line,) = stderr.splitlines()
+    assert line.startswith("train: 2 clusters, 3 members, 10 residues in ")
+
+    store_clusters(data, {"ur50_id": ["d"]})
+    code, stderr = convert(*options(data, out), "--split", "valid")
+    assert code == 0
+    (line,) = stderr.splitlines()
+    assert line.startswith("valid: 1 clusters, 1 members, 5 residues in ")
+
+    assert sorted(path.name for path in out.iterdir()) == ["train", "valid"]
+    for split, samples in {"train": 2, "valid": 1}.items():
+        index = json.loads((out / split / "index.json").read_text())
+        assert sum(shard["samples"] for shard in index["shards"]) == samples
+        conversion = json.loads((out / split / "conversion.json").read_text())
+        assert conversion["inputs"] == {
+            "clusters": str(data / "clusters.parquet"),
+            "sequences": str(data / "proteins.db"),
+        }
+
+
+def test_rejected_and_changed_members_are_printed(convert: Convert, data: Path, tmp_path: Path) -> None:
+    (data / "proteins.db").unlink()
+    write_layout(data, COLUMNS, {"a": "mkv*", "b": "MK", "d": "M-K"})
+    code, stderr = convert(*options(data, tmp_path / "shards"), "--max-reject-fraction", "0.34")
+    assert code == 0
+    first, *others = stderr.splitlines()
+    assert first.startswith("train: 1 clusters, 2 members, 5 residues in ")
+    assert sorted(others) == [
+        "changed, final * dropped: 1",
+        "changed, lower case made upper: 1",
+        "rejected, bad residue: 1",
+        "rejected, cluster with no usable member: 1",
+    ]

@@ -1,0 +1,303 @@
+"""What a cluster shows in an epoch, and which clusters the global batches of real MDS shards hold."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from streaming import MDSWriter
+from torch.utils.data import DataLoader
+
+from esm2_composer import alphabet
+from esm2_composer.data import ClusterDraw, Sequences, collate, evaluation_loader, train_loader
+from esm2_composer.errors import UserError
+from esm2_composer.masking import MaskingRule
+from esm2_composer.records import COLUMNS
+
+NOTHING_MASKED = MaskingRule(fraction=1e-15)
+BATCH = 8
+DRAW = ClusterDraw(seed=5, max_length=24, min_length=8, masking=MaskingRule())
+
+
+def cluster(*members: bytes, name: str = "c") -> dict[str, Any]:
+    lengths = np.array([len(member) for member in members], np.int32)
+    return {"cluster_id": name, "lengths": lengths, "residues": b"".join(members)}
+
+
+def windows(of: dict[str, Any], max_length: int, epochs: int) -> list[str]:
+    """What is shown in each epoch, as text with < and > for the ends, unmasked."""
+    draw = ClusterDraw(seed=1, max_length=max_length, min_length=1, masking=NOTHING_MASKED)
+    return [text(draw(of, epoch)[0]) for epoch in range(epochs)]
+
+
+def text(tokens: np.ndarray) -> str:
+    return "".join({alphabet.CLS: "<", alphabet.EOS: ">"}.get(i) or alphabet.TOKENS[i] for i in tokens.tolist())
+
+
+def assert_uniform(shown: list[str], over: list[str]) -> None:
+    counts = np.array([shown.count(each) for each in over])
+    assert counts.sum() == len(shown), f"also shown: {set(shown) - set(over)}"
+    expected, freedom = len(shown) / len(over), len(over) - 1
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 4 * np.sqrt(2 * freedom)
+
+
+# Members
+
+
+def test_members_are_uniform_over_epochs() -> None:
+    shown = windows(cluster(b"A" * 30, b"C", b"D" * 7, b"E" * 30), max_length=50, epochs=4000)
+    assert_uniform(shown, [f"<{'A' * 30}>", "<C>", f"<{'D' * 7}>", f"<{'E' * 30}>"])
+
+
+def test_members_below_min_length_are_not_shown() -> None:
+    draw = ClusterDraw(seed=1, max_length=50, min_length=5, masking=NOTHING_MASKED)
+    some = cluster(b"AAAA", b"CCCCC", b"D", b"EEEEEE", b"FFFF")
+    assert_uniform([text(draw(some, epoch)[0]) for epoch in range(2000)], ["<CCCCC>", "<EEEEEE>"])
+
+
+def test_all_members_are_shown_if_none_has_min_length() -> None:
+    draw = ClusterDraw(seed=1, max_length=50, min_length=5, masking=NOTHING_MASKED)
+    some = cluster(b"AAAA", b"CC", b"D")
+    assert_uniform([text(draw(some, epoch)[0]) for epoch in range(2000)], ["<AAAA>", "<CC>", "<D>"])
+
+
+# Windows
+
+
+def test_windows_are_uniform_and_the_ends_show_at_true_ends_only() -> None:
+    shown = windows(cluster(b"LAGVSERTIDPK"), max_length=8, epochs=7000)
+    whole = "<LAGVSERTIDPK>"
+    assert_uniform(shown, [whole[start : start + 8] for start in range(7)])
+    for end in "<>":
+        assert abs(sum(end in window for window in shown) - 1000) < 4 * np.sqrt(7000 / 7 * 6 / 7)
+
+
+def test_max_length_tokens_are_shown_whole_and_one_more_is_cropped() -> None:
+    assert set(windows(cluster(b"LAGVSE"), max_length=8, epochs=200)) == {"<LAGVSE>"}
+    assert set(windows(cluster(b"LAGVSER"), max_length=8, epochs=200)) == {"<LAGVSER", "LAGVSER>"}
+
+
+def test_a_window_lies_within_its_member() -> None:
+    some = cluster(b"A" * 20, b"C" * 3, b"D" * 20)
+    for window in windows(some, max_length=8, epochs=500):
+        assert len(window) <= 8
+        assert len(set(window.strip("<>"))) == 1
+
+
+# The whole draw
+
+
+def test_a_draw_depends_on_seed_epoch_and_cluster_id_alone() -> None:
+    def shown(seed: int, epoch: int, name: str) -> bytes:
+        draw = ClusterDraw(seed, max_length=16, min_length=1, masking=MaskingRule())
+        draw(cluster(b"MKV", name="another"), epoch)
+        return np.concatenate(draw(cluster(b"LAGVSERTIDPK" * 9, b"YWFM" * 20, name=name), epoch)).tobytes()
+
+    assert shown(1, 2, "a") == shown(1, 2, "a")
+    assert len({shown(*key) for key in [(1, 2, "a"), (2, 2, "a"), (1, 3, "a"), (1, 2, "b"), (2, 1, "a")]}) == 5
+
+
+def test_member_window_and_mask_are_independent() -> None:
+    draw = ClusterDraw(seed=1, max_length=8, min_length=1, masking=MaskingRule(fraction=0.5))
+    some, epochs = cluster(b"LAGVSERTIDPK", b"QNFYMHWCXBUZ"), 4000
+    wholes = "<LAGVSERTIDPK>", "<QNFYMHWCXBUZ>"
+    columns = []
+    for epoch in range(epochs):
+        inputs, labels = draw(some, epoch)
+        selected = labels != alphabet.PAD
+        window = text(np.where(selected, labels, inputs))
+        member = int(window in wholes[1])
+        columns.append([member, wholes[member].index(window), *selected[1:7]])
+    related = np.abs(np.corrcoef(np.array(columns, float).T)) - np.eye(8)
+    assert related.max() < 4 / np.sqrt(epochs)
+
+
+def test_labels_are_what_the_window_shows() -> None:
+    some = cluster(b"LAGVSERTIDPK")
+    masked = ClusterDraw(seed=1, max_length=8, min_length=1, masking=MaskingRule())
+    shown = windows(some, max_length=8, epochs=300)
+    for epoch, window in enumerate(shown):
+        inputs, labels = masked(some, epoch)
+        assert text(np.where(labels == alphabet.PAD, inputs, labels)) == window
+
+
+# Batches
+
+
+def test_collate_lays_sequences_end_to_end() -> None:
+    first = np.array([0, 4, 32, 2], np.uint8), np.array([1, 1, 9, 1], np.uint8)
+    second = np.array([0, 7, 2], np.uint8), np.array([1, 7, 1], np.uint8)
+    batch = collate([first, second])
+    assert batch["tokens"].tolist() == [0, 4, 32, 2, 0, 7, 2]
+    assert batch["labels"].tolist() == [1, 1, 9, 1, 1, 7, 1]
+    assert batch["lengths"].tolist() == [4, 3]
+    assert [batch[key].dtype for key in ("tokens", "labels", "lengths")] == [torch.uint8, torch.uint8, torch.int32]
+
+
+def test_collate_of_nothing_has_the_same_types() -> None:
+    batch = collate([])
+    assert [tuple(batch[key].shape) for key in ("tokens", "labels", "lengths")] == [(0,)] * 3
+    assert [batch[key].dtype for key in ("tokens", "labels", "lengths")] == [torch.uint8, torch.uint8, torch.int32]
+
+
+@pytest.fixture(scope="module")
+def clusters() -> list[dict[str, Any]]:
+    """37 clusters of one to four members, most longer than a window, some shorter than DRAW's least."""
+    rng = np.random.default_rng(0)
+    letters = np.frombuffer(b"LAGVSERTIDPKQNFYMHWC", np.uint8)
+
+    def member() -> bytes:
+        return rng.choice(letters, rng.integers(5, 80)).tobytes()
+
+    return [cluster(*(member() for _ in range(rng.integers(1, 5))), name=f"UniRef50_{i}") for i in range(37)]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, clusters: list[dict[str, Any]]) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "all"
+    with MDSWriter(out=str(out), columns=COLUMNS, compression="zstd", hashes=["xxh64"], size_limit=1500) as writer:
+        for each in clusters:
+            writer.write(each)
+    assert len(list(out.glob("shard.*"))) > 3
+    return out
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, written: Path) -> Callable[[], str]:
+    """A new copy of the shards at each call: Streaming opens a folder only once in a process."""
+    names = itertools.count()
+
+    def copy() -> str:
+        return str(shutil.copytree(written, tmp_path / f"copy{next(names)}"))
+
+    return copy
+
+
+def sequences(batch: Sequences) -> list[tuple[bytes, bytes]]:
+    """(inputs, labels) of each sequence."""
+    lengths = batch["lengths"].tolist()
+    parts = zip(batch["tokens"].split(lengths), batch["labels"].split(lengths), strict=True)
+    return [(inputs.numpy().tobytes(), labels.numpy().tobytes()) for inputs, labels in parts]
+
+
+def contents(loader: DataLoader) -> list[list[tuple[bytes, bytes]]]:
+    return [sequences(batch) for batch in loader]
+
+
+def names(
+    loader: DataLoader, clusters: list[dict[str, Any]], epoch: int, draw: ClusterDraw = DRAW
+) -> list[list[str]]:
+    """The cluster ids of each batch; KeyError if a sequence is not the draw of any cluster in that epoch."""
+    known = {}
+    for each in clusters:
+        inputs, labels = draw(each, epoch)
+        known[inputs.tobytes(), labels.tobytes()] = each["cluster_id"]
+    assert len(known) == len(clusters)
+    return [[known[sequence] for sequence in batch] for batch in contents(loader)]
+
+
+def flat(batches: list[list[Any]]) -> Iterator[Any]:
+    return itertools.chain.from_iterable(batches)
+
+
+def test_an_epoch_is_full_batches_of_distinct_clusters_drawn_for_that_epoch(
+    fresh: Callable[[], str], clusters: list[dict[str, Any]]
+) -> None:
+    loader = train_loader(DRAW, None, fresh(), BATCH, num_workers=0)
+    assert len(loader) == 4
+    epochs = [names(loader, clusters, epoch) for epoch in range(4)]
+    for batches in epochs:
+        assert [len(batch) for batch in batches] == [8] * 4
+        assert len(set(flat(batches))) == 32
+    orders = {tuple(flat(batches)) for batches in epochs}
+    left_out = {frozenset(each["cluster_id"] for each in clusters) - set(order) for order in orders}
+    assert len(orders) == len(left_out) == 4
+    assert not frozenset.intersection(*left_out)
+
+
+def test_the_order_is_shuffled_by_the_seed(fresh: Callable[[], str], clusters: list[dict[str, Any]]) -> None:
+    orders = []
+    for draw in (DRAW, replace(DRAW, seed=6)):
+        loader = train_loader(draw, None, fresh(), BATCH, num_workers=0)
+        orders.append(list(flat(names(loader, clusters, epoch=0, draw=draw))))
+    assert orders[0] != orders[1]
+    ids = [each["cluster_id"] for each in clusters]
+    assert all(order != sorted(order, key=ids.index) for order in orders)
+
+
+def test_workers_do_not_change_the_global_batches_of_training(fresh: Callable[[], str]) -> None:
+    alone, shared = (train_loader(DRAW, None, fresh(), BATCH, num_workers=workers) for workers in (0, 2))
+    for _ in range(2):
+        assert contents(alone) == contents(shared)
+
+
+def test_a_remote_is_read_through_its_cache(fresh: Callable[[], str], tmp_path: Path) -> None:
+    cached = train_loader(DRAW, fresh(), str(tmp_path / "cache"), BATCH, num_workers=0)
+    assert contents(cached) == contents(train_loader(DRAW, None, fresh(), BATCH, num_workers=0))
+    assert (tmp_path / "cache" / "index.json").is_file()
+
+
+def test_a_resumed_run_goes_on_after_its_last_batch(fresh: Callable[[], str]) -> None:
+    loader = train_loader(DRAW, None, fresh(), BATCH, num_workers=0)
+    contents(loader)
+    second_epoch = contents(loader)
+    state = loader.dataset.state_dict(num_samples=3 * BATCH, from_beginning=True)
+    resumed = train_loader(DRAW, None, fresh(), BATCH, num_workers=2)
+    resumed.dataset.load_state_dict(state)
+    assert contents(resumed) == second_epoch[3:]
+    assert contents(resumed) == contents(loader)
+
+
+def test_one_batch_of_all_clusters_is_enough(fresh: Callable[[], str], clusters: list[dict[str, Any]]) -> None:
+    (only,) = names(train_loader(DRAW, None, fresh(), 37, num_workers=0), clusters, epoch=0)
+    assert set(only) == {each["cluster_id"] for each in clusters}
+
+
+def test_fewer_clusters_than_a_batch_are_refused(fresh: Callable[[], str]) -> None:
+    folder = fresh()
+    with pytest.raises(UserError, match=f"{folder} holds 37 clusters.* 38$"):
+        train_loader(DRAW, None, folder, 38, num_workers=0)
+
+
+@pytest.mark.parametrize("open_loader", [train_loader, evaluation_loader])
+@pytest.mark.parametrize("remote", [None, "absent"])
+def test_a_folder_without_shards_is_refused(
+    open_loader: Callable[..., DataLoader], remote: str | None, tmp_path: Path
+) -> None:
+    remote = remote and str(tmp_path / remote)
+    with pytest.raises(UserError, match=f"^{remote or tmp_path}: cannot be opened"):
+        open_loader(DRAW, remote, str(tmp_path), BATCH, 0)
+
+
+def test_evaluation_shows_every_cluster_once_in_the_order_of_the_shards_every_time(
+    fresh: Callable[[], str], clusters: list[dict[str, Any]]
+) -> None:
+    loader = evaluation_loader(DRAW, None, fresh(), BATCH, num_workers=0)
+    assert len(loader) == 5
+    for _ in range(2):
+        batches = names(loader, clusters, epoch=0)
+        assert [len(batch) for batch in batches] == [8, 8, 8, 8, 5]
+        assert list(flat(batches)) == [each["cluster_id"] for each in clusters]
+
+
+def test_workers_do_not_change_evaluation(fresh: Callable[[], str]) -> None:
+    alone, shared = (evaluation_loader(DRAW, None, fresh(), BATCH, num_workers=workers) for workers in (0, 2))
+    expected = contents(alone)
+    assert contents(shared) == expected
+    assert contents(shared) == expected
+
+
+@pytest.mark.parametrize(("batch", "sizes"), [(37, [37]), (36, [36, 1]), (100, [37])])
+def test_the_last_evaluation_batch_is_short_but_never_empty(
+    fresh: Callable[[], str], batch: int, sizes: list[int]
+) -> None:
+    loader = evaluation_loader(DRAW, None, fresh(), batch, num_workers=0)
+    assert [len(sequences(each)) for each in loader] == sizes
+    assert len(loader) == len(sizes)

@@ -1,0 +1,206 @@
+"""Dealing a global batch into microbatches: every sequence once, near-equal piles, true counts."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from esm2_composer import alphabet
+from esm2_composer.data import Sequences, collate
+from esm2_composer.pool import Microbatch, Pool, data_spec, deal, pack
+
+
+def uniref_lengths(count: int, seed: int) -> np.ndarray:
+    """Tokens of sequences as long as UniRef50's, cropped at 1024."""
+    lengths = np.random.default_rng(seed).lognormal(5.6, 0.7, count) + 2
+    return np.clip(lengths, 3, 1024).astype(np.int32)
+
+
+def fills(lengths: np.ndarray, piles: list[list[int]]) -> list[int]:
+    return [int(lengths[pile].sum()) for pile in piles]
+
+
+# deal
+
+
+@pytest.mark.parametrize("hands", [1, 3, 16])
+@pytest.mark.parametrize("largest", [1024, 1500, 4096, 10**6])
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_every_sequence_is_dealt_once_into_piles_that_are_not_too_large(
+    hands: int, largest: int, count: int
+) -> None:
+    lengths = uniref_lengths(count, seed=count)
+    piles = deal(lengths, hands, largest)
+    assert sorted(itertools.chain.from_iterable(piles)) == list(range(count))
+    assert max(fills(lengths, piles)) <= largest
+    assert len(piles) % hands == 0
+    assert len(piles) > 0
+
+
+@pytest.mark.parametrize(
+    ("lengths", "hands", "largest", "piles"),
+    [
+        ([4] * 12, 2, 8, 6),  # exactly full
+        ([4] * 12, 2, 9, 6),
+        ([4] * 12, 2, 24, 2),
+        ([4] * 12, 2, 23, 4),
+        ([4] * 12, 5, 100, 5),
+        ([8, 1, 1], 1, 8, 2),
+        ([3] * 5, 2, 5, 6),  # 15 tokens fit into four piles of 5, five sequences of 3 do not
+    ],
+)
+def test_as_few_piles_as_hold_the_sequences(lengths: list[int], hands: int, largest: int, piles: int) -> None:
+    dealt = deal(np.array(lengths, np.int32), hands, largest)
+    assert len(dealt) == piles
+    assert max(fills(np.array(lengths), dealt)) <= largest
+
+
+def test_the_longest_go_first_each_to_the_emptiest_pile() -> None:
+    assert deal(np.array([2, 9, 4, 6, 3], np.int32), hands=2, largest=100) == [[1, 4], [3, 2, 0]]
+
+
+def test_equal_lengths_are_dealt_in_their_order() -> None:
+    assert deal(np.array([5] * 6, np.int32), hands=3, largest=100) == [[0, 3], [1, 4], [2, 5]]
+
+
+@pytest.mark.parametrize(("hands", "largest"), [(128, 65536), (32, 16384), (8, 32768)])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_fullest_rank_is_within_a_percent_of_the_mean(hands: int, largest: int, seed: int) -> None:
+    lengths = uniref_lengths(2048, seed)
+    piles = fills(lengths, deal(lengths, hands, largest))
+    ranks = [sum(piles[rank::hands]) for rank in range(hands)]
+    assert sum(ranks) == lengths.sum()
+    assert max(ranks) < 1.01 * lengths.sum() / hands
+    assert max(piles) < 1.01 * lengths.sum() / len(piles), "in every microbatch"
+
+
+def test_dealing_depends_on_the_lengths_alone() -> None:
+    lengths = uniref_lengths(500, seed=0)
+    first = deal(lengths, 8, 4096)
+    np.random.seed(1)
+    assert deal(lengths.copy(), 8, 4096) == first
+    assert deal(lengths.astype(np.int64), 8, 4096) == first
+
+
+def test_hands_without_sequences_get_empty_piles() -> None:
+    assert deal(np.array([5, 3], np.int32), hands=4, largest=8) == [[0], [1], [], []]
+    assert deal(np.array([], np.int32), hands=3, largest=8) == [[], [], []]
+
+
+# pack
+
+
+def test_pack_says_where_sequences_and_selected_tokens_are() -> None:
+    tokens = np.array([0, 32, 5, 2, 0, 6, 32, 32, 2, 0, 7, 2], np.uint8)
+    labels = np.array([1, 9, 1, 1, 1, 6, 8, 30, 1, 1, 1, 1], np.uint8)
+    packed = pack(tokens, labels, np.array([4, 5, 3], np.int32))
+    assert packed["tokens"].tolist() == tokens.tolist()
+    assert packed["cu_seqlens"].tolist() == [0, 4, 9, 12]
+    assert packed["max_seqlen"] == 5
+    assert packed["positions"].tolist() == [1, 5, 6, 7]
+    assert packed["targets"].tolist() == [9, 6, 8, 30]
+    assert (packed["num_sequences"], packed["num_tokens"], packed["num_masked"]) == (3, 12, 4)
+
+
+def test_pack_of_nothing_is_a_stand_in_that_counts_as_nothing() -> None:
+    packed = pack(np.array([], np.uint8), np.array([], np.uint8), np.array([], np.int32))
+    assert packed["tokens"].tolist() == [alphabet.CLS, alphabet.EOS]
+    assert packed["cu_seqlens"].tolist() == [0, 2]
+    assert packed["max_seqlen"] == 2
+    assert packed["positions"].tolist() == packed["targets"].tolist() == []
+    assert (packed["num_sequences"], packed["num_tokens"], packed["num_masked"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_pack_has_the_types_the_model_takes(count: int) -> None:
+    packed = pack(np.full(3 * count, 4, np.uint8), np.full(3 * count, 4, np.uint8), np.full(count, 3, np.int32))
+    tensors = {key: value.dtype for key, value in packed.items() if isinstance(value, torch.Tensor)}
+    assert tensors == {
+        "tokens": torch.uint8,
+        "cu_seqlens": torch.int32,
+        "positions": torch.int64,
+        "targets": torch.int64,
+    }
+    assert {type(value) for key, value in packed.items() if key not in tensors} == {int}
+
+
+# Pool, on one rank
+
+
+def random_share(count: int) -> Sequences:
+    """Distinct sequences, about a seventh of their tokens selected; the last has none."""
+    rng = np.random.default_rng(count)
+    samples = []
+    for i in range(count):
+        tokens = rng.integers(4, 31, rng.integers(3, 40)).astype(np.uint8)
+        selected = (rng.random(len(tokens)) < 0.15) & (i < count - 1)
+        samples.append(
+            (tokens, np.where(selected, rng.integers(4, 31, len(tokens)), alphabet.PAD).astype(np.uint8))
+        )
+    return collate(samples)
+
+
+def sequences_of_share(share: Sequences) -> list[tuple[list[int], list[int]]]:
+    lengths = share["lengths"].tolist()
+    pairs = zip(share["tokens"].split(lengths), share["labels"].split(lengths), strict=True)
+    return [(tokens.tolist(), labels.tolist()) for tokens, labels in pairs]
+
+
+def sequences_of_microbatch(packed: Microbatch) -> list[tuple[list[int], list[int]]]:
+    labels = torch.full((len(packed["tokens"]),), alphabet.PAD)
+    labels[packed["positions"]] = packed["targets"]
+    lengths = packed["cu_seqlens"].diff().tolist()
+    pairs = zip(packed["tokens"].split(lengths), labels.split(lengths), strict=True)
+    return [(tokens.tolist(), labels.tolist()) for tokens, labels in pairs]
+
+
+@pytest.mark.parametrize("budget", [40, 64, 200, 10**6])
+def test_every_sequence_is_kept_once_with_its_labels_whatever_the_budget(budget: int) -> None:
+    share = random_share(50)
+    batch = Pool(budget)(share)
+    kept = [each for packed in batch["microbatches"] for each in sequences_of_microbatch(packed)]
+    assert sorted(kept) == sorted(sequences_of_share(share))
+    assert all(len(packed["tokens"]) <= budget for packed in batch["microbatches"])
+    assert all(packed["max_seqlen"] == max(packed["cu_seqlens"].diff()) for packed in batch["microbatches"])
+    assert len(batch["microbatches"]) >= len(share["tokens"]) / budget
+
+
+def test_a_budget_that_holds_all_makes_one_microbatch() -> None:
+    share = random_share(20)
+    tokens = len(share["tokens"])
+    assert len(Pool(tokens)(share)["microbatches"]) == 1
+    assert len(Pool(tokens - 1)(share)["microbatches"]) == 2
+
+
+@pytest.mark.parametrize("budget", [40, 10**6])
+def test_counts_are_those_of_the_batch_whatever_the_budget(budget: int) -> None:
+    share = random_share(50)
+    batch = Pool(budget)(share)
+    assert batch["num_sequences"] == 50
+    assert batch["num_tokens"] == len(share["tokens"])
+    assert batch["num_masked"] == int((share["labels"] != alphabet.PAD).sum())
+
+
+def test_an_empty_share_still_makes_a_microbatch() -> None:
+    batch = Pool(100)(collate([]))
+    (packed,) = batch["microbatches"]
+    assert packed["tokens"].tolist() == [alphabet.CLS, alphabet.EOS]
+    assert (batch["num_sequences"], batch["num_tokens"], batch["num_masked"]) == (0, 0, 0)
+
+
+def test_composer_sees_pooled_batches_and_their_true_counts() -> None:
+    share = random_share(50)
+    spec = data_spec(DataLoader([share], batch_size=None), microbatch_tokens=200)
+    (batch,) = map(spec.batch_transforms, spec.dataloader)
+    assert spec.get_num_samples_in_batch(batch) == 50
+    assert spec.get_num_tokens_in_batch(batch) == len(share["tokens"])
+    masked = int((share["labels"] != alphabet.PAD).sum())
+    assert spec.get_num_tokens_in_batch(batch, token_type="loss_generating") == masked
+    packed = spec.split_batch(batch, 1)
+    assert sum(each["num_sequences"] for each in packed) == 50
+    assert sum(spec.get_num_tokens_in_batch(each) for each in packed) == len(share["tokens"]), "microbatches too"
+    assert sum(spec.get_num_tokens_in_batch(each, token_type="loss_generating") for each in packed) == masked

@@ -1,0 +1,172 @@
+"""Weights pass between Hugging Face, fair-esm, Composer checkpoints and here unchanged, or are refused."""
+
+import argparse
+import json
+import logging
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_model import CONFIGS, fair_esm, hugging_face, padded, random_batch, random_model
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from esm2_composer import alphabet
+from esm2_composer.errors import UserError
+from esm2_composer.model import ESM2
+
+
+@pytest.fixture
+def model() -> ESM2:
+    return random_model(CONFIGS[24])
+
+
+def assert_same_weights(a: ESM2, b: ESM2) -> None:
+    assert a.config == b.config
+    ours, theirs = a.state_dict(), b.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def save_fair_esm(model: ESM2, path, prefix: str) -> None:
+    """As the published files: contact head in a file beside, layers under a prefix."""
+    state = fair_esm(model).state_dict()
+    contact = {key: state.pop(key) for key in list(state) if key.startswith("contact_head")}
+    arguments = argparse.Namespace(encoder_layers=model.config.num_layers)
+    content = {"cfg": {"model": arguments}, "model": {prefix + key: value for key, value in state.items()}}
+    torch.save(content, path)
+    torch.save({"model": contact}, path.with_name(f"{path.stem}-contact-regression.pt"))
+
+
+def test_transformers_loads_an_export_whole_with_equal_logits(model, tmp_path, caplog):
+    model.save_hf(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        reference, info = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert not caplog.records
+    lengths = [3, 40, 200]
+    tokens, cu_seqlens = random_batch(lengths)
+    batch = padded(tokens, lengths)
+    with torch.no_grad():
+        expected = reference.eval()(batch, attention_mask=(batch != alphabet.PAD).long()).logits
+        ours = model.eval()(tokens, cu_seqlens)
+    for row, logits, length in zip(expected, ours.split(lengths), lengths, strict=True):
+        assert (row[:length] - logits).abs().max() <= 1e-4
+
+
+def test_the_exported_tokenizer_gives_the_ids_the_model_was_trained_on(model, tmp_path):
+    model.save_hf(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    residues = "MKTAYIAKQRXBUZO"
+    assert tokenizer(residues)["input_ids"] == alphabet.encode(residues.encode()).tolist()
+    assert tokenizer.mask_token_id == alphabet.MASK
+    assert tokenizer.pad_token_id == alphabet.PAD
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_weights_that_transformers_wrote_come_back_exactly(model, tmp_path, safe):
+    hugging_face(model).save_pretrained(tmp_path, safe_serialization=safe)
+    assert_same_weights(ESM2.from_pretrained(tmp_path), model)
+
+
+def test_sharded_hugging_face_folders_are_read(model, tmp_path):
+    hugging_face(model).save_pretrained(tmp_path, max_shard_size="300KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert_same_weights(ESM2.from_pretrained(tmp_path), model)
+
+
+def test_own_round_trip_is_exact(model, tmp_path):
+    model.save_hf(tmp_path)
+    assert_same_weights(ESM2.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("prefix", ["encoder.", "encoder.sentence_encoder.", ""])
+def test_fair_esm_files_are_read_with_the_contact_head_beside(model, tmp_path, prefix):
+    save_fair_esm(model, tmp_path / "esm2.pt", prefix)
+    assert_same_weights(ESM2.from_pretrained(tmp_path / "esm2.pt"), model)
+
+
+def test_weights_without_a_contact_head_get_a_finite_one(model, tmp_path):
+    save_fair_esm(model, tmp_path / "esm2.pt", "encoder.")
+    (tmp_path / "esm2-contact-regression.pt").unlink()
+    assert torch.isfinite(ESM2.from_pretrained(tmp_path / "esm2.pt").contact_head.weight).all()
+
+
+class Payload:
+    """Unpickled naively, this makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path):
+    torch.save({"model": Payload(tmp_path / "owned")}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match=r"would run code: \w+\.mkdir"):
+        ESM2.from_pretrained(tmp_path / "evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
+    with pytest.raises(UserError, match=r"plain\.pt"):
+        ESM2.from_pretrained(tmp_path / "plain.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def drop_a_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["esm.encoder.layer.1.output.dense.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def change_a_shape(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.dense.weight"] = tensors["lm_head.dense.weight"][:, :-1].contiguous()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def set_config(key, value):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, key: value}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (truncate, "cannot be read as weights"),
+        (drop_a_tensor, r"layer\.1\.output\.dense\.weight' is missing"),
+        (change_a_shape, "has shape"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+        (set_config("position_embedding_type", "absolute"), "not an ESM-2"),  # ESM-1b
+        (set_config("emb_layer_norm_before", True), "not an ESM-2"),
+        (set_config("model_type", "esmc"), "not an ESM-2"),
+    ],
+)
+def test_damaged_and_foreign_folders_are_refused(model, tmp_path, damage, complaint):
+    model.save_hf(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=complaint):
+        ESM2.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[1], {"model": 3}, {"model": {"embed_tokens.weight": torch.ones(2)}}])
+def test_other_torch_files_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other\.pt"):
+        ESM2.from_pretrained(tmp_path / "other.pt")
+
+
+def test_a_path_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        ESM2.from_pretrained(tmp_path / "nothing")
