@@ -249,30 +249,37 @@ def write_split(
     except OSError as error:
         raise UserError(f"{partial}: cannot be written ({error.strerror})") from error
     report, start = Report(), time.monotonic()
-    writer = MDSWriter(
-        out=str(partial), columns=COLUMNS, compression="zstd", hashes=["xxh64"], size_limit=SHARD_BYTES
-    )
-    with writer:
-        for cluster in clusters:
-            record = build_record(cluster, report)
-            if record is not None:
-                writer.write(record)
-    elapsed = time.monotonic() - start
-    problem = None
-    if report.rejected_fraction > max_reject_fraction:
-        problem = (
-            f"{report.rejected_fraction:.1%} of {report.counts['members_read']:,} members rejected, "
-            f"more than {max_reject_fraction:.1%}: {_summary(report)}"
-        )
-    elif not report.counts["clusters_written"]:
-        problem = f"no cluster to write: {_summary(report) or 'the input is empty'}"
-    if problem:
+    try:
+        _write_shards(clusters, partial, report)
+        _check(report, max_reject_fraction)
+    except UserError:
         shutil.rmtree(partial)
-        raise UserError(problem)
+        raise
+    elapsed = time.monotonic() - start
     conversion = {"inputs": inputs, **report.as_dict(), "elapsed_seconds": round(elapsed, 2)}
     (partial / "conversion.json").write_text(json.dumps(conversion, indent=2) + "\n")
     partial.rename(out)
     return conversion
+
+
+def _write_shards(clusters: Iterable[RawCluster], folder: Path, report: Report) -> None:
+    with MDSWriter(
+        out=str(folder), columns=COLUMNS, compression="zstd", hashes=["xxh64"], size_limit=SHARD_BYTES
+    ) as writer:
+        for cluster in clusters:
+            record = build_record(cluster, report)
+            if record is not None:
+                writer.write(record)
+
+
+def _check(report: Report, max_reject_fraction: float) -> None:
+    if report.rejected_fraction > max_reject_fraction:
+        raise UserError(
+            f"{report.rejected_fraction:.1%} of {report.counts['members_read']:,} members rejected, "
+            f"more than {max_reject_fraction:.1%}: {_summary(report)}"
+        )
+    if not report.counts["clusters_written"]:
+        raise UserError(f"no cluster to write: {_summary(report) or 'the input is empty'}")
 
 
 def _summary(report: Report) -> str:

@@ -86,6 +86,23 @@ def replace_database(data: Path, statement: str) -> None:
     database.close()
 
 
+def overwrite(path: Path, start: int, stop: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(range(256)) * ((stop - start) // 256))
+
+
+def damage_columns(data: Path) -> None:
+    store_clusters(data, {"ur90_id": [[f"member{i}"] for i in range(20_000)]})
+    overwrite(data / "clusters.parquet", 100, 20_000)
+
+
+def damage_pages(data: Path) -> None:
+    (data / "proteins.db").unlink()
+    write_layout(data, {"ur90_id": [[f"m{i}"] for i in range(2000)]}, {f"m{i}": "MKV" * 20 for i in range(2000)})
+    overwrite(data / "proteins.db", 8192, (data / "proteins.db").stat().st_size)
+
+
 WRONG_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing parquet": (lambda data: (data / "clusters.parquet").unlink(), "clusters.parquet: no such file"),
     "missing database": (lambda data: (data / "proteins.db").unlink(), "proteins.db: no such file"),
@@ -103,7 +120,7 @@ WRONG_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "cluster ids are numbers": (
         lambda data: store_clusters(data, {"ur50_id": [1]}),
-        "column 'ur50_id' must hold strings",
+        "column 'ur50_id' is int64; it must be a string",
     ),
     "text as parquet": (
         lambda data: (data / "clusters.parquet").write_text("ur90_id\na\n" * 99),
@@ -121,9 +138,14 @@ WRONG_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "text as database": (
         lambda data: (data / "proteins.db").write_text(">a\nMKV\n" * 99),
-        "proteins.db: not an SQLite database",
+        "proteins.db: cannot be read as an SQLite database",
     ),
-    "truncated database": (lambda data: truncate(data / "proteins.db", 0.5), "not an SQLite database"),
+    "truncated database": (
+        lambda data: truncate(data / "proteins.db", 0.5),
+        "cannot be read as an SQLite database",
+    ),
+    "parquet damaged inside": (damage_columns, "clusters.parquet: damaged"),
+    "database damaged inside": (damage_pages, "proteins.db: cannot be read"),
     "database without table protein": (
         lambda data: replace_database(data, "CREATE TABLE proteins (id TEXT, sequence TEXT)"),
         "proteins.db: no table 'protein' with columns 'id' and 'sequence'",
@@ -175,6 +197,14 @@ def test_object_storage_is_refused(data: Path, tmp_path: Path, monkeypatch: pyte
         run_tool(*options(data, "s3://bucket/shards")), "--out s3://bucket/shards: write to a local folder"
     )
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("fraction", ["-1", "2", "nan"])
+def test_an_impossible_reject_fraction_is_refused(
+    convert: Convert, data: Path, tmp_path: Path, fraction: str
+) -> None:
+    result = convert(*options(data, tmp_path / "shards"), "--max-reject-fraction", fraction)
+    assert_refused(result, "must lie between 0 and 1")
 
 
 def test_both_splits_are_written_and_their_counts_printed(convert: Convert, data: Path, tmp_path: Path) -> None:

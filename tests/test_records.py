@@ -238,6 +238,18 @@ def test_null_list_null_sequence_and_empty_list_are_read_as_absent(tmp_path: Pat
     assert clusters == [("c1", []), ("c2", [("a", None), ("b", b"MB")]), ("c3", [])]
 
 
+def test_null_ids_are_counted_as_members_without_sequence(tmp_path: Path) -> None:
+    columns = {"ur50_id": ["c1", None], "ur90_id": [["a", None], ["b"]]}
+    clusters = read_layout(tmp_path, columns, {"a": "MK", "b": "MV"})
+    assert clusters == [("c1", [("a", b"MK"), ("null", None)]), ("b", [("b", b"MV")])]
+
+
+def test_a_sequence_that_is_not_text_is_rejected() -> None:
+    report = Report()
+    assert build_record(("c", [("a", 12)]), report) is None
+    assert report.rejected["sequence is not text"] == 1
+
+
 def test_ids_and_sequences_of_any_text_come_through(tmp_path: Path) -> None:
     clusters = read_layout(
         tmp_path, {"ur50_id": ["Grün"], "ur90_id": [["é'\"", "%_"]]}, {"é'\"": "MÉ", "%_": "mk*"}
@@ -348,6 +360,12 @@ def test_interrupted_split_never_has_its_name_and_a_rerun_is_whole(
     write_split(CLUSTERS, out, {}, 0.5)
     assert list(tmp_path.iterdir()) == [out]
     assert_same_records(read_split(out), WRITTEN)
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_split([("c", [("a", b"MK")])], tmp_path / "file" / "train", {}, 0.01)
 
 
 def test_rejected_members_up_to_the_limit_are_accepted(tmp_path: Path) -> None:
