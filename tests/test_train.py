@@ -185,7 +185,7 @@ def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
     ],
 )
 def test_a_wrong_recipe_is_one_line_and_exit_code_2(shards, tmp_path, overrides, words):
-    assert_user_error(python(*command(shards, *overrides), cwd=tmp_path), *words)
+    assert_user_error(composer(*command(shards, *overrides), cwd=tmp_path), *words)
     assert not list(tmp_path.iterdir())
 
 
@@ -198,7 +198,7 @@ def test_a_wrong_recipe_is_one_line_and_exit_code_2(shards, tmp_path, overrides,
     ],
 )
 def test_a_recipe_this_machine_cannot_run_is_one_line_and_exit_code_2(shards, tmp_path, overrides, words):
-    assert_user_error(composer(*command(shards, *overrides), cwd=tmp_path), *words)
+    assert_user_error(python(*command(shards, *overrides), cwd=tmp_path), *words)
 
 
 @pytest.mark.parametrize("checkpoint", ["nothing.pt", "folder"])

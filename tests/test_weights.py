@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from test_model import CONFIGS, fair_esm, hugging_face, padded, random_batch, random_model
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -112,6 +113,31 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path):
     with pytest.raises(UserError, match=r"plain\.pt"):
         ESM2.from_pretrained(tmp_path / "plain.pt")
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.fixture
+def sharded(model, tmp_path):
+    """A sharded Composer checkpoint of `model`, as far as weights go."""
+    state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
+    dcp.save({"state": {"model": state}}, checkpoint_id=tmp_path / "ep0-ba1", no_dist=True)
+    return tmp_path / "ep0-ba1"
+
+
+def test_sharded_checkpoints_are_read(model, sharded):
+    assert_same_weights(ESM2.from_pretrained(sharded), model)
+
+
+def test_a_sharded_checkpoint_that_would_run_code_is_refused_and_does_not_run(sharded, tmp_path):
+    (sharded / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
+    with pytest.raises(UserError, match=r"would run code: \w+\.mkdir"):
+        ESM2.from_pretrained(sharded)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_sharded_checkpoint_without_one_of_its_files_is_refused(sharded):
+    next(sharded.glob("*.distcp")).unlink()
+    with pytest.raises(UserError, match="cannot be read as a sharded checkpoint"):
+        ESM2.from_pretrained(sharded)
 
 
 def truncate(folder):
