@@ -286,7 +286,7 @@ def _read_sharded(folder: Path) -> State:
             warnings.simplefilter("ignore")  # it says that there is a single process: so it shall be
             dcp.load({"state": {"model": tensors}}, storage_reader=reader, no_dist=True)
     except (Exception, dcp.CheckpointException) as error:  # the second is no Exception
-        reason = " ".join(str(error).split())
+        reason = (str(error).splitlines() or [type(error).__name__])[-1]
         raise UserError(f"{folder}: cannot be read as a sharded checkpoint ({reason})") from error
     return tensors
 
@@ -342,7 +342,7 @@ def save_hugging_face(model: ESM2, path: str | Path) -> None:
         name = f"{_HF_LAYER}.{i}.attention.self.rotary_embeddings.inv_freq"
         tensors[name] = 1.0 / ROTARY_BASE**exponents
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", _hugging_face_config(config))
+    _write_json(folder / "config.json", hugging_face_config(config))
     (folder / "vocab.txt").write_text("\n".join(alphabet.TOKENS) + "\n")
     special = {f"{name}_token": f"<{name}>" for name in ("cls", "pad", "eos", "unk", "mask")}
     _write_json(folder / "special_tokens_map.json", special)
@@ -352,7 +352,7 @@ def save_hugging_face(model: ESM2, path: str | Path) -> None:
     )
 
 
-def _hugging_face_config(config: ESM2Config) -> dict:
+def hugging_face_config(config: ESM2Config) -> dict:
     return {
         "architectures": ["EsmForMaskedLM"],
         "model_type": "esm",

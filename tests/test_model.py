@@ -8,7 +8,7 @@ from transformers import EsmConfig, EsmForMaskedLM
 
 from esm2_composer import alphabet
 from esm2_composer.model import ESM2, SIZES, ESM2Config, count_parameters, rotary_angles
-from esm2_composer.weights import _hugging_face_config, _names
+from esm2_composer.weights import hugging_face_config, _names
 
 # the head sizes of all six models
 CONFIGS = {
@@ -48,7 +48,7 @@ def padded(tokens: torch.Tensor, lengths: list[int]) -> torch.Tensor:
 
 
 def hugging_face(model: ESM2) -> EsmForMaskedLM:
-    reference = EsmForMaskedLM(EsmConfig(**_hugging_face_config(model.config)))
+    reference = EsmForMaskedLM(EsmConfig(**hugging_face_config(model.config)))
     copy_weights(model, reference, fair=False)
     return reference
 
