@@ -4,7 +4,8 @@ A flat batch holds T tokens of B sequences; sequence b is the tokens cu_seqlens[
 kernel here computes padding, and no token sees another sequence.
 
     cpu     a loop over sequences around torch's CPU flash attention; any device, any dtype: the reference
-    torch   FlashAttention-2's variable-length kernel inside torch; CUDA, fp16 or bf16
+    torch   FlashAttention-2's variable-length kernel inside torch: its public function where there is one
+            (from 2.11), the operator behind it before; CUDA, fp16 or bf16
     flash   the flash-attn package (version 2 or 3); CUDA, fp16 or bf16
 
 `auto` takes `torch` on a CUDA device and `cpu` elsewhere.
@@ -12,11 +13,16 @@ kernel here computes padding, and no token sees another sequence.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
+import logging
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+
+log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "cpu", "torch", "flash")
 
@@ -24,13 +30,14 @@ BACKENDS = ("auto", "cpu", "torch", "flash")
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
-def select_attention(backend: str, device: torch.device) -> Attention:
-    """The attention function for `backend` on `device`.
+@functools.cache
+def select_attention(backend: str, device_type: str) -> Attention:
+    """The attention function for `backend` on a device of type "cpu" or "cuda"; logged once.
 
     Raises ValueError if the backend is unknown or cannot run there, naming those that can.
     """
     available = ["cpu"]
-    if device.type == "cuda":
+    if device_type == "cuda":
         available.insert(0, "torch")
         if importlib.util.find_spec("flash_attn") or importlib.util.find_spec("flash_attn_interface"):
             available.append("flash")
@@ -38,10 +45,13 @@ def select_attention(backend: str, device: torch.device) -> Attention:
         backend = available[0]
     if backend not in available:
         raise ValueError(
-            f"attention '{backend}' is not available on {device.type}; "
+            f"attention '{backend}' is not available on {device_type}; "
             f"available here: auto, {', '.join(available)}"
         )
-    return {"cpu": _per_sequence, "torch": _torch_varlen, "flash": _flash_package}[backend]
+    log.info("attention on %s: %s", device_type, backend)
+    if backend == "torch":
+        return _torch_varlen_function() or _torch_varlen_operator
+    return {"cpu": _per_sequence, "flash": _flash_package}[backend]
 
 
 def _per_sequence(q, k, v, cu_seqlens, max_seqlen):
@@ -55,7 +65,20 @@ def _per_sequence(q, k, v, cu_seqlens, max_seqlen):
     return torch.cat(outputs)
 
 
-def _torch_varlen(q, k, v, cu_seqlens, max_seqlen):
+def _torch_varlen_function() -> Attention | None:
+    """torch's public function, or None where it is absent or has the signature of 2.10, without a window."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if "window_size" not in inspect.signature(varlen_attn).parameters:
+        return None
+    return lambda q, k, v, cu_seqlens, max_seqlen: varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+    )
+
+
+def _torch_varlen_operator(q, k, v, cu_seqlens, max_seqlen):
     return torch.ops.aten._flash_attention_forward(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, False, False
     )[0]

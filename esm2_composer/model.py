@@ -3,8 +3,9 @@
 Sequences lie end to end in one flat vector of tokens, from the embedding to the logits. Letters in shapes:
 T tokens of all sequences, B sequences, D hidden size, H heads, K head size, L layers, V = 33 tokens.
 
-Nothing that must stay fp32 is a buffer: rotary tables are computed in each forward pass, so no mixed-
-precision policy and no `.to(bfloat16)` can round them.
+Rotary frequencies are kept as the bits of fp32 numbers, and the tables computed from them in each forward pass:
+no mixed-precision policy and no `.to(bfloat16)` can round what is an integer. They are weights of a kind: some
+published checkpoints were trained with frequencies that fp16 had rounded, and keep them.
 """
 
 from __future__ import annotations
@@ -63,10 +64,14 @@ SIZES = {
 }
 
 
-def rotary_angles(positions: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, fp32 (T, 1, K/2), of position * base^(-2i/K) (Su et al., RoFormer, 2021)."""
-    exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
-    angles = positions.float()[:, None, None] / ROTARY_BASE**exponents
+def rotary_frequencies(head_size: int) -> torch.Tensor:
+    """base^(-2i/K), fp32 (K/2,) (Su et al., RoFormer, 2021)."""
+    return 1.0 / ROTARY_BASE ** (torch.arange(0, head_size, 2).float() / head_size)
+
+
+def rotary_tables(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position * frequency, fp32 (T, 1, K/2), from (T,) and fp32 (K/2,)."""
+    angles = positions.float()[:, None, None] * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -126,6 +131,7 @@ class ESM2(nn.Module):
         # ESM-2's contact predictor. Masked-language-model training never touches it; it is here so that
         # weights pass through unchanged.
         self.contact_head = nn.Linear(config.num_layers * config.num_heads, 1).requires_grad_(False)
+        self.register_buffer("rotary_bits", torch.empty(config.head_size // 2, dtype=torch.int32))
         self.apply(self.param_init_fn)
 
     def forward(
@@ -145,7 +151,11 @@ class ESM2(nn.Module):
 
         Returns:
             Logits (T, 33) or (M, 33).
+
+        Raises:
+            ValueError: tokens and cu_seqlens do not make a flat batch. Values are checked on a CPU only.
         """
+        _check_batch(tokens, cu_seqlens)
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max())
         tokens = tokens.int()
@@ -154,8 +164,8 @@ class ESM2(nn.Module):
             torch.arange(len(lengths), device=tokens.device), lengths, output_size=len(tokens)
         )
         place = torch.arange(len(tokens), device=tokens.device) - cu_seqlens[sequence]
-        cos, sin = rotary_angles(place, self.config.head_size)
-        attention = select_attention(self.config.attention, tokens.device)
+        cos, sin = rotary_tables(place, self.rotary_bits.view(torch.float32))
+        attention = select_attention(self.config.attention, tokens.device.type)
 
         x = self._embed(tokens, sequence, lengths)
         for layer in self.layers:
@@ -182,7 +192,7 @@ class ESM2(nn.Module):
         return isinstance(module, Layer)
 
     def param_init_fn(self, module: nn.Module) -> None:
-        """Initialise the parameters `module` itself holds: N(0, 0.02), zero biases, unit norms."""
+        """Initialise what `module` itself holds: weights N(0, 0.02), biases zero, norms one."""
         if isinstance(module, nn.LayerNorm):
             module.reset_parameters()
         elif isinstance(module, nn.Linear | nn.Embedding):
@@ -194,6 +204,8 @@ class ESM2(nn.Module):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, Head):
             nn.init.zeros_(module.bias)
+        elif isinstance(module, ESM2):
+            module.rotary_bits.copy_(rotary_frequencies(module.config.head_size).view(torch.int32))
 
     def flops(self, lengths: Sequence[int], predicted: int) -> int:
         """Floating-point operations of one training step (forward and backward, no recomputation).
@@ -221,6 +233,21 @@ class ESM2(nn.Module):
         from esm2_composer.weights import save_hugging_face
 
         save_hugging_face(self, path)
+
+
+def _check_batch(tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+    if tokens.ndim != 1 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"tokens must be (T,) and cu_seqlens (B+1,), not {tuple(tokens.shape)} and {tuple(cu_seqlens.shape)}"
+        )
+    if tokens.is_floating_point() or cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"tokens must be integers and cu_seqlens int32, not {tokens.dtype}, {cu_seqlens.dtype}")
+    if tokens.device.type != "cpu":
+        return  # to read values there, this thread would have to wait for the GPU
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(tokens) or (cu_seqlens.diff() < 1).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to the {len(tokens)} tokens")
+    if tokens.min() < 0 or tokens.max() >= VOCAB_SIZE:
+        raise ValueError(f"tokens must lie in 0..{VOCAB_SIZE - 1}, not {tokens.min()}..{tokens.max()}")
 
 
 def count_parameters(model: nn.Module) -> int:

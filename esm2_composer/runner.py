@@ -41,7 +41,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     torch.manual_seed(recipe.seed)  # the same on every rank: sharded ranks must agree on the weights
     net = build_model(recipe.model)
     try:
-        select_attention(net.config.attention, torch.device("cuda" if on_gpu else "cpu"))
+        select_attention(net.config.attention, "cuda" if on_gpu else "cpu")
     except ValueError as error:
         raise UserError(f"model.attention: {error}") from error
     model = MaskedLanguageModel(net)

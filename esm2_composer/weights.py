@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from esm2_composer import alphabet
 from esm2_composer.errors import UserError
-from esm2_composer.model import ESM2, LAYER_NORM_EPS, ROTARY_BASE, ESM2Config
+from esm2_composer.model import ESM2, LAYER_NORM_EPS, ESM2Config, rotary_frequencies
 
 State = Mapping[str, torch.Tensor]
 
@@ -54,6 +54,9 @@ _TENSORS = (
     ("head.bias", "lm_head.bias", "lm_head.bias"),
 )
 _HF_LAYER, _FAIR_LAYER = "esm.encoder.layer", "layers"
+_FAIR_ROTARY = f"{_FAIR_LAYER}.0.self_attn.rot_emb.inv_freq"  # the same in every layer
+_HF_ROTARY = _HF_LAYER + ".{}.attention.self.rotary_embeddings.inv_freq"
+_ROTARY_KEYS = (_FAIR_ROTARY, _HF_ROTARY.format(0), "esm.rotary_embeddings.inv_freq")  # the last: transformers 5
 _FAIR_PREFIXES = ("encoder.sentence_encoder.", "encoder.")
 
 
@@ -110,8 +113,9 @@ def _fill(model: ESM2, state: State, path: Path) -> ESM2:
             raise UserError(f"{path}: not a whole ESM-2, '{name}' is missing")
         if state[name].shape != shape:
             raise UserError(f"{path}: '{name}' has shape {tuple(state[name].shape)}, not {tuple(shape)}")
-    fp32 = {name: state[name].detach().float().contiguous() for name in expected}
-    model.load_state_dict(fp32, assign=True)
+    fp32 = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}
+    bits = {"rotary_bits": state["rotary_bits"].clone()}
+    model.load_state_dict({name: {**fp32, **bits}[name] for name in expected}, assign=True)
     model.contact_head.requires_grad_(False)
     return model
 
@@ -161,9 +165,16 @@ def _stack(foreign: State, num_layers: int, fair: bool, path: Path) -> dict[str,
     return state
 
 
-def _with_contact_head(state: dict[str, torch.Tensor], num_layers: int, num_heads: int) -> State:
-    """Weights that come without a contact head get one that is finite and predicts nothing."""
-    state.setdefault("contact_head.weight", torch.zeros(1, num_layers * num_heads))
+def _complete(state: dict[str, torch.Tensor], foreign: State, config: dict[str, int]) -> State:
+    """Add what other formats hold elsewhere or not at all.
+
+    Rotary frequencies are taken as stored, if they are: weights trained with rounded ones need those. Without
+    a contact head the model gets one that is finite and predicts nothing.
+    """
+    frequencies = rotary_frequencies(config["hidden_size"] // config["num_heads"])
+    stored = next((foreign[key] for key in _ROTARY_KEYS if key in foreign), frequencies).float()
+    state["rotary_bits"] = stored.contiguous().view(torch.int32)
+    state.setdefault("contact_head.weight", torch.zeros(1, config["num_layers"] * config["num_heads"]))
     state.setdefault("contact_head.bias", torch.zeros(1))
     return state
 
@@ -191,8 +202,9 @@ def _from_hugging_face(folder: Path) -> tuple[dict, State]:
         "num_heads": hf["num_attention_heads"],
         "ffn_hidden_size": hf["intermediate_size"],
     }
-    state = _stack(_read_hugging_face(folder), config["num_layers"], fair=False, path=folder)
-    return config, _with_contact_head(state, config["num_layers"], config["num_heads"])
+    foreign = _read_hugging_face(folder)
+    state = _stack(foreign, config["num_layers"], fair=False, path=folder)
+    return config, _complete(state, foreign, config)
 
 
 def _read_hugging_face(folder: Path) -> State:
@@ -235,7 +247,7 @@ def _from_fair_esm(content: dict, path: Path) -> tuple[dict, State]:
         raise UserError(f"{path}: neither a fair-esm file nor a Composer checkpoint")
     for prefix in _FAIR_PREFIXES:
         foreign = {key.removeprefix(prefix): tensor for key, tensor in foreign.items()}
-    frequencies = foreign.get("layers.0.self_attn.rot_emb.inv_freq")
+    frequencies = foreign.get(_FAIR_ROTARY)
     if frequencies is None or "embed_tokens.weight" not in foreign:
         raise UserError(f"{path}: not an ESM-2 (no rotary embedding)")
     beside = path.with_name(f"{path.stem}-contact-regression.pt")
@@ -249,7 +261,7 @@ def _from_fair_esm(content: dict, path: Path) -> tuple[dict, State]:
         "ffn_hidden_size": foreign["layers.0.fc1.weight"].shape[0],
     }
     state = _stack(foreign, config["num_layers"], fair=True, path=path)
-    return config, _with_contact_head(state, config["num_layers"], config["num_heads"])
+    return config, _complete(state, foreign, config)
 
 
 def _count_layers(state: State, prefix: str) -> int:
@@ -337,10 +349,8 @@ def save_hugging_face(model: ESM2, path: str | Path) -> None:
         parts = state[ours].detach().float().cpu().chunk(len(keys))
         tensors.update(zip(keys, (part.contiguous() for part in parts), strict=True))
     tensors["lm_head.decoder.weight"] = tensors["esm.embeddings.word_embeddings.weight"].clone()
-    exponents = torch.arange(0, config.head_size, 2, dtype=torch.int64).float() / config.head_size
-    for i in range(config.num_layers):  # transformers 4 keeps this constant in every layer
-        name = f"{_HF_LAYER}.{i}.attention.self.rotary_embeddings.inv_freq"
-        tensors[name] = 1.0 / ROTARY_BASE**exponents
+    for i in range(config.num_layers):
+        tensors[_HF_ROTARY.format(i)] = state["rotary_bits"].cpu().view(torch.float32).clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", hugging_face_config(config))
     (folder / "vocab.txt").write_text("\n".join(alphabet.TOKENS) + "\n")

@@ -31,7 +31,7 @@ def inputs(head_size: int, device: str, dtype: torch.dtype):
 @pytest.mark.parametrize("head_size", [16, 24, 32, 64, 128])
 def test_cpu_attention_is_exact_forward_and_backward(head_size):
     *qkv, cu_seqlens = inputs(head_size, "cpu", torch.float32)
-    check(select_attention("cpu", torch.device("cpu")), qkv, cu_seqlens, tolerance=1e-5)
+    check(select_attention("cpu", "cpu"), qkv, cu_seqlens, tolerance=1e-5)
 
 
 @pytest.mark.gpu
@@ -41,7 +41,7 @@ def test_gpu_kernels_equal_plain_attention_within_bf16(backend, head_size):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     try:
-        attention = select_attention(backend, torch.device("cuda"))
+        attention = select_attention(backend, "cuda")
     except ValueError as error:
         pytest.skip(str(error))
     *qkv, cu_seqlens = inputs(head_size, "cuda", torch.bfloat16)
@@ -65,10 +65,10 @@ def check(attention, qkv, cu_seqlens, tolerance):
 @pytest.mark.parametrize("backend", ["torch", "flash", "triton"])
 def test_a_backend_that_cannot_run_here_is_refused_with_those_that_can(backend):
     with pytest.raises(ValueError, match=f"'{backend}' is not available on cpu; available here: auto, cpu"):
-        select_attention(backend, torch.device("cpu"))
+        select_attention(backend, "cpu")
 
 
 def test_auto_runs_on_a_cpu():
     assert "auto" in BACKENDS
     *qkv, cu_seqlens = inputs(16, "cpu", torch.float32)
-    select_attention("auto", torch.device("cpu"))(*qkv, cu_seqlens, max(LENGTHS))
+    select_attention("auto", "cpu")(*qkv, cu_seqlens, max(LENGTHS))

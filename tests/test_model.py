@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from transformers import EsmConfig, EsmForMaskedLM
 
 from esm2_composer import alphabet
-from esm2_composer.model import ESM2, SIZES, ESM2Config, count_parameters, rotary_angles
-from esm2_composer.weights import hugging_face_config, _names
+from esm2_composer.model import ESM2, SIZES, ESM2Config, count_parameters, rotary_frequencies, rotary_tables
+from esm2_composer.weights import _names, hugging_face_config
 
 # the head sizes of all six models
 CONFIGS = {
@@ -183,16 +183,64 @@ def test_initialisation_is_normal_with_zero_biases_and_pad_row():
     assert model.embed.weight[alphabet.PAD + 1].any()
 
 
-def test_rotary_angles_are_exact_and_survive_a_bf16_model():
-    cos, sin = rotary_angles(torch.tensor([0, 1, 1025]), 64)
-    exact = torch.tensor([0, 1, 1025], dtype=torch.float64)[:, None] * 10000 ** (
-        -torch.arange(0, 64, 2, dtype=torch.float64) / 64
-    )
+def test_rotary_tables_are_exact_to_fp32():
+    positions = torch.tensor([0, 1, 1025])
+    cos, sin = rotary_tables(positions, rotary_frequencies(64))
+    exact = positions.double()[:, None] * 10000 ** (-torch.arange(0, 64, 2).double() / 64)
     assert cos.dtype == torch.float32
     torch.testing.assert_close(cos[:, 0].double(), exact.cos(), atol=2e-4, rtol=0)
     torch.testing.assert_close(sin[:, 0].double(), exact.sin(), atol=2e-4, rtol=0)
-    model = random_model(CONFIGS[64])
-    assert not list(model.buffers())  # nothing a mixed-precision policy could cast
+
+
+def test_no_cast_of_the_model_rounds_the_rotary_frequencies():
+    model = random_model(CONFIGS[64]).bfloat16()
+    assert model.embed.weight.dtype == torch.bfloat16
+    assert torch.equal(model.rotary_bits.view(torch.float32), rotary_frequencies(64))
+    assert not any(buffer.is_floating_point() for buffer in model.buffers())  # FSDP casts those
+
+
+def test_a_model_in_bf16_stays_near_the_fp32_one():
+    model = random_model(CONFIGS[64]).eval()
+    tokens, cu_seqlens = random_batch(LENGTHS)
+    with torch.no_grad():
+        exact = model(tokens, cu_seqlens)
+        rounded = model.bfloat16()(tokens, cu_seqlens).float()
+    assert (rounded - exact).norm() <= 0.03 * exact.norm()  # bf16 frequencies would give about 0.3
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cu_seqlens", "complaint"),
+    [
+        (torch.zeros(2, 5, dtype=torch.int64), torch.tensor([0, 5]).int(), "tokens must be"),
+        (torch.zeros(5), torch.tensor([0, 5]).int(), "must be integers"),
+        (torch.zeros(5, dtype=torch.int64), torch.tensor([0, 5]), "cu_seqlens int32"),
+        (torch.zeros(5, dtype=torch.int64), torch.tensor([5]).int(), r"cu_seqlens \(B\+1,\)"),
+        (torch.zeros(5, dtype=torch.int64), torch.tensor([0, 4]).int(), "from 0 to the 5 tokens"),
+        (torch.zeros(5, dtype=torch.int64), torch.tensor([1, 5]).int(), "from 0 to the 5 tokens"),
+        (torch.zeros(5, dtype=torch.int64), torch.tensor([0, 3, 3, 5]).int(), "from 0 to the 5 tokens"),
+        (torch.full((5,), 33), torch.tensor([0, 5]).int(), r"0\.\.32, not 33\.\.33"),
+        (torch.full((5,), -1), torch.tensor([0, 5]).int(), r"0\.\.32, not -1"),
+    ],
+)
+def test_what_is_no_flat_batch_is_refused(tokens, cu_seqlens, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        ESM2(CONFIGS[16])(tokens, cu_seqlens)
+
+
+def test_a_meta_device_model_initialises_as_a_real_one():
+    torch.manual_seed(0)
+    real = ESM2(CONFIGS[128])
+    with torch.device("meta"):
+        late = ESM2(CONFIGS[128])
+    late.to_empty(device="cpu")
+    for module in late.modules():  # as FSDP does it
+        late.param_init_fn(module)
+    for (name, a), b in zip(real.state_dict().items(), late.state_dict().values(), strict=True):
+        if a.numel() > 10_000:
+            torch.testing.assert_close(b.mean(), a.mean(), atol=4e-4, rtol=0, msg=name)
+            torch.testing.assert_close(b.std(), a.std(), atol=4e-4, rtol=0, msg=name)
+        elif not name.startswith("contact_head"):  # a few random numbers
+            assert torch.equal(a, b) or name == "embed.weight", name
 
 
 def test_flops_follow_the_formula():

@@ -89,6 +89,25 @@ def test_fair_esm_files_are_read_with_the_contact_head_beside(model, tmp_path, p
     assert_same_weights(ESM2.from_pretrained(tmp_path / "esm2.pt"), model)
 
 
+def test_rounded_rotary_frequencies_are_kept_both_ways(model, tmp_path):
+    """As the published 3B and 15B weights have them."""
+    reference = hugging_face(model)
+    for layer in reference.esm.encoder.layer:
+        layer.attention.self.rotary_embeddings.inv_freq.copy_(
+            layer.attention.self.rotary_embeddings.inv_freq.half().float()
+        )
+    reference.save_pretrained(tmp_path / "theirs")
+    ours = ESM2.from_pretrained(tmp_path / "theirs").eval()
+    assert not torch.equal(ours.rotary_bits, model.rotary_bits)
+    tokens, cu_seqlens = random_batch([1024])
+    with torch.no_grad():
+        expected = reference.eval()(tokens[None]).logits[0]
+        assert (ours(tokens, cu_seqlens) - expected).abs().max() <= 1e-4
+        assert (model.eval()(tokens, cu_seqlens) - expected).abs().max() > 1e-3  # so the rounding is seen
+    ours.save_hf(tmp_path / "back")
+    assert_same_weights(ESM2.from_pretrained(tmp_path / "back"), ours)
+
+
 def test_weights_without_a_contact_head_get_a_finite_one(model, tmp_path):
     save_fair_esm(model, tmp_path / "esm2.pt", "encoder.")
     (tmp_path / "esm2-contact-regression.pt").unlink()
