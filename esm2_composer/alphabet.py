@@ -20,8 +20,7 @@ _BYTE_TO_ID[np.frombuffer(LETTERS.encode(), dtype=np.uint8)] = [TOKENS.index(t) 
 def encode(residues: bytes) -> np.ndarray:
     """Token ids of `<cls> residues <eos>`, uint8 (len(residues) + 2,).
 
-    A byte that is no token, a lower-case letter included, becomes `<unk>`, as in Hugging Face's tokenizer;
-    conversion lets no such byte into the shards.
+    A byte that is no token, a lower-case letter included, becomes `<unk>`; conversion lets none into the shards.
     """
     tokens = np.empty(len(residues) + 2, dtype=np.uint8)
     tokens[0], tokens[-1] = CLS, EOS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -135,27 +137,33 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: the file, a key or a value is wrong.
     """
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"'{override}' is not an override; write key=value or key.subkey=value")
     try:
-        loaded = OmegaConf.load(path)
-        if not isinstance(loaded, DictConfig):
+        content = OmegaConf.load(path)
+        if not isinstance(content, DictConfig):
             raise UserError(f"{path}: a recipe is a mapping of keys, this is not")
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        content = OmegaConf.to_container(merged, resolve=True)
+        for override in overrides:
+            content = _override(content, override, path)
+        content = OmegaConf.to_container(content, resolve=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: {error}") from error
-    except Exception as error:  # PyYAML's errors, whose types OmegaConf does not wrap
-        if type(error).__module__.startswith("yaml"):
-            raise UserError(f"{path}: not YAML: {error}") from error
-        raise
     recipe = _build(Recipe, content, "", path)
     for problem in _problems(recipe):
         raise UserError(f"{path}: {problem}")
     return recipe
+
+
+def _override(content: DictConfig, override: str, path: str) -> DictConfig:
+    if "=" not in override:
+        raise UserError(f"'{override}' is not an override; write key=value or key.subkey=value")
+    try:
+        return OmegaConf.merge(content, OmegaConf.from_dotlist([override]))
+    except (TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        key = override.partition("=")[0]
+        raise UserError(
+            f"{path}: override '{key}' does not fit ({error}); a list is given whole, as key=[a,b]"
+        ) from error
 
 
 def _build(cls: type, content: Any, prefix: str, path: str) -> Any:
@@ -191,7 +199,7 @@ def _convert(hint: Any, value: Any, key: str, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{key}.", path)
     if origin is Literal:
-        if value not in args or isinstance(value, bool):
+        if not any(value == allowed and type(value) is type(allowed) for allowed in args):
             hint_text = _suggest(str(value), [str(a) for a in args])
             allowed = ", ".join(str(a) for a in args)
             near = f"; {hint_text}" if hint_text.startswith("did") else ""
@@ -204,14 +212,21 @@ def _convert(hint: Any, value: Any, key: str, path: str) -> Any:
         return tuple(_convert(args[0], item, key, path) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+    if hint is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value)  # run_name: 17
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{path}: '{key}' must be a finite number, not {value}")
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"{path}: '{key}' must be {_TYPE_NAMES[hint]}, not {value!r}")
     return value
 
 
-_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a string, if need be in quotes",
+    bool: "true or false",
+}
 
 
 def _batches(duration: str) -> int:
@@ -252,11 +267,13 @@ def _problems(r: Recipe) -> typing.Iterator[str]:
         "schedule.decay_fraction": r.schedule.decay_fraction,
         "schedule.floor": r.schedule.floor,
         **{f"data.mask_split[{i}]": share for i, share in enumerate(r.data.mask_split)},
-        **{f"optimizer.betas[{i}]": beta for i, beta in enumerate(r.optimizer.betas)},
     }
     for key, value in at_most_one.items():
         if not 0 <= value <= 1:
             yield f"'{key}' is {value}; it must lie between 0 and 1"
+    for i, beta in enumerate(r.optimizer.betas):
+        if not 0 <= beta < 1:
+            yield f"'optimizer.betas[{i}]' is {beta}; it must be at least 0 and below 1"
     if abs(sum(r.data.mask_split) - 1) > 1e-6:
         yield f"'data.mask_split' adds up to {sum(r.data.mask_split):g}, not 1"
     if r.schedule.warmup >= r.updates:

@@ -8,6 +8,7 @@ Ranks and workers only decide where a sequence is computed.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,9 @@ from esm2_composer import alphabet
 from esm2_composer.errors import UserError
 from esm2_composer.masking import KeyedUniforms, MaskingRule
 
-# Streaming lays an epoch out for this many nodes, so it resumes on any number of them that divides it.
-CANONICAL_NODES = 64
+# Streaming lays an epoch out for this many nodes, or for those of its factors that the batch has too: so a run
+# goes on upon any number of nodes without another factor. Fewer would make a large epoch slow to shuffle.
+CANONICAL_NODES = 2**6 * 3 * 5
 
 Sequences = dict[str, torch.Tensor]  # tokens uint8 (T,), labels uint8 (T,), lengths int32 (B,)
 
@@ -47,7 +49,9 @@ class ClusterDraw:
         uniforms = KeyedUniforms(self.seed, epoch, cluster["cluster_id"])
         which_member, which_window = uniforms.draw(2)
         lengths = cluster["lengths"]
-        (members,) = np.nonzero(lengths >= min(self.min_length, lengths.max()))
+        (members,) = np.nonzero(lengths >= self.min_length)
+        if not members.size:
+            members = np.arange(len(lengths))
         member = members[int(which_member * len(members))]
         start = int(lengths[:member].sum())
         tokens = alphabet.encode(cluster["residues"][start : start + int(lengths[member])])
@@ -126,6 +130,13 @@ def train_loader(
     ranks = _world_size()
     if global_batch_size % ranks:
         raise UserError(f"global_train_batch_size {global_batch_size} is not a multiple of the {ranks} ranks")
+    canonical_nodes = math.gcd(CANONICAL_NODES, global_batch_size)
+    nodes = ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    if canonical_nodes % nodes and nodes % canonical_nodes:
+        raise UserError(
+            f"{nodes} nodes cannot share global_train_batch_size {global_batch_size}; "
+            f"take a number of nodes that divides {canonical_nodes}"
+        )
     clusters = _open(
         remote,
         local,
@@ -133,7 +144,7 @@ def train_loader(
         batch_size=global_batch_size // ranks,
         shuffle=True,
         shuffle_seed=draw.seed,
-        num_canonical_nodes=math.gcd(CANONICAL_NODES, global_batch_size),
+        num_canonical_nodes=canonical_nodes,
     )
     batches = clusters.num_samples // global_batch_size
     if not batches:

@@ -12,7 +12,10 @@ EXIT_USER_ERROR = 2
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message says what is wrong, where, and how to mend it."""
+    """A mistake the user can mend. The message, one line, says what is wrong, where, and how to mend it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # a cause may bring line breaks of its own
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -20,7 +23,6 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except UserError as error:
-        message = " ".join(str(error).split())  # a cause may bring line breaks of its own
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER_ERROR
     sys.exit(code)

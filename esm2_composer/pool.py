@@ -62,8 +62,10 @@ def deal(lengths: np.ndarray, hands: int, largest: int) -> list[list[int]]:
         lengths: tokens of each sequence, none above `largest`.
 
     Returns:
-        The piles, each a list of indices into `lengths`: as few as hold them, the same for the same lengths.
+        The piles, each a list of indices into `lengths`: as few as hold them if dealt so, and the same for the
+        same lengths.
     """
+    assert not len(lengths) or lengths.max() <= largest, "a sequence is longer than a microbatch"
     order = np.argsort(-lengths, kind="stable").tolist()
     sizes = lengths.tolist()
     rounds = max(1, math.ceil(sum(sizes) / (hands * largest)))

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from streaming import MDSWriter
+from streaming.base.batching import generate_work
+from streaming.base.world import World
 from torch.utils.data import DataLoader
 
 from esm2_composer import alphabet
@@ -102,6 +104,16 @@ def test_a_draw_depends_on_seed_epoch_and_cluster_id_alone() -> None:
 
     assert shown(1, 2, "a") == shown(1, 2, "a")
     assert len({shown(*key) for key in [(1, 2, "a"), (2, 2, "a"), (1, 3, "a"), (1, 2, "b"), (2, 1, "a")]}) == 5
+
+
+def test_what_a_key_shows_never_changes() -> None:
+    draw = ClusterDraw(seed=17, max_length=8, min_length=1, masking=MaskingRule(fraction=0.5))
+    some = cluster(b"LAGVSERTIDPK", b"QNFYMHWCXBUZ", name="UniRef50_A0A009")
+    shown = [draw(some, epoch) for epoch in range(3)]
+    inputs = [text(inputs).replace("<mask>", "_") for inputs, _ in shown]
+    assert inputs == ["_HW_XBUZ", "___TIDPK", "_VSE_TI_"]
+    labels = [text(labels).replace("<pad>", ".") for _, labels in shown]
+    assert labels == ["M.WCXB..", "SER...P.", "G...R..D"]
 
 
 def test_member_window_and_mask_are_independent() -> None:
@@ -222,14 +234,30 @@ def test_an_epoch_is_full_batches_of_distinct_clusters_drawn_for_that_epoch(
     assert not frozenset.intersection(*left_out)
 
 
-def test_the_order_is_shuffled_by_the_seed(fresh: Callable[[], str], clusters: list[dict[str, Any]]) -> None:
-    orders = []
+def test_the_order_is_shuffled_anew_by_seed_and_epoch(
+    fresh: Callable[[], str], clusters: list[dict[str, Any]]
+) -> None:
+    orders = [[each["cluster_id"] for each in clusters]]
     for draw in (DRAW, replace(DRAW, seed=6)):
-        loader = train_loader(draw, None, fresh(), BATCH, num_workers=0)
-        orders.append(list(flat(names(loader, clusters, epoch=0, draw=draw))))
-    assert orders[0] != orders[1]
-    ids = [each["cluster_id"] for each in clusters]
-    assert all(order != sorted(order, key=ids.index) for order in orders)
+        loader = train_loader(draw, None, fresh(), len(clusters), num_workers=0)
+        orders += [list(flat(names(loader, clusters, epoch, draw))) for epoch in range(2)]
+    assert all(sorted(order) == sorted(orders[0]) for order in orders)
+    assert len(set(map(tuple, orders))) == 5
+
+
+def test_nodes_and_ranks_do_not_change_what_the_global_batches_hold(fresh: Callable[[], str]) -> None:
+    loader = train_loader(DRAW, None, fresh(), BATCH, num_workers=0)
+    dataset = loader.dataset
+    assert dataset.num_canonical_nodes == 8, "left to Streaming, it would be the number of nodes"
+    next(iter(loader))
+    layouts = []
+    for nodes, ranks, workers in [(1, 1, 1), (1, 4, 1), (2, 1, 1), (2, 2, 3), (4, 2, 1), (8, 1, 2)]:
+        dataset.batch_size = BATCH // (nodes * ranks)
+        work = generate_work(dataset.batching_method, dataset, World(nodes, ranks, workers, 0), 0, 0)
+        # Worker w computes every workers-th step, from step w on.
+        layouts.append([sorted(work[:, :, step % workers, step // workers].flat) for step in range(4)])
+    assert len(set(itertools.chain(*layouts[0]))) == 4 * BATCH
+    assert all(layout == layouts[0] for layout in layouts)
 
 
 def test_workers_do_not_change_the_global_batches_of_training(fresh: Callable[[], str]) -> None:

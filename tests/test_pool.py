@@ -64,7 +64,8 @@ def test_the_longest_go_first_each_to_the_emptiest_pile() -> None:
 
 
 def test_equal_lengths_are_dealt_in_their_order() -> None:
-    assert deal(np.array([5] * 6, np.int32), hands=3, largest=100) == [[0, 3], [1, 4], [2, 5]]
+    piles = deal(np.full(300, 5, np.int32), hands=3, largest=1000)
+    assert piles == [list(range(first, 300, 3)) for first in range(3)]
 
 
 @pytest.mark.parametrize(("hands", "largest"), [(128, 65536), (32, 16384), (8, 32768)])
@@ -202,5 +203,6 @@ def test_composer_sees_pooled_batches_and_their_true_counts() -> None:
     assert spec.get_num_tokens_in_batch(batch, token_type="loss_generating") == masked
     packed = spec.split_batch(batch, 1)
     assert sum(each["num_sequences"] for each in packed) == 50
+    assert max(each["num_tokens"] for each in packed) <= 200
     assert sum(spec.get_num_tokens_in_batch(each) for each in packed) == len(share["tokens"]), "microbatches too"
     assert sum(spec.get_num_tokens_in_batch(each, token_type="loss_generating") for each in packed) == masked
