@@ -146,7 +146,9 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         content = OmegaConf.to_container(content, resolve=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {error}") from error
+    except (OSError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: {error}") from error
     recipe = _build(Recipe, content, "", path)
     for problem in _problems(recipe):
@@ -224,7 +226,7 @@ def _convert(hint: Any, value: Any, key: str, path: str) -> Any:
 _TYPE_NAMES = {
     int: "a whole number",
     float: "a number",
-    str: "a string, if need be in quotes",
+    str: "a string",
     bool: "true or false",
 }
 
