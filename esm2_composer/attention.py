@@ -8,7 +8,7 @@ kernel here computes padding, and no token sees another sequence.
             (from 2.11), the operator behind it before; CUDA, fp16 or bf16
     flash   the flash-attn package (version 2 or 3); CUDA, fp16 or bf16
 
-`auto` takes `torch` on a CUDA device and `cpu` elsewhere.
+`auto` takes `torch` on a CUDA device, where q, k and v are fp16 or bf16, and `cpu` elsewhere.
 """
 
 from __future__ import annotations
@@ -41,17 +41,27 @@ def select_attention(backend: str, device_type: str) -> Attention:
         available.insert(0, "torch")
         if importlib.util.find_spec("flash_attn") or importlib.util.find_spec("flash_attn_interface"):
             available.append("flash")
-    if backend == "auto":
-        backend = available[0]
-    if backend not in available:
+    chosen = available[0] if backend == "auto" else backend
+    if chosen not in available:
         raise ValueError(
             f"attention '{backend}' is not available on {device_type}; "
             f"available here: auto, {', '.join(available)}"
         )
-    log.info("attention on %s: %s", device_type, backend)
-    if backend == "torch":
-        return _torch_varlen_function() or _torch_varlen_operator
-    return {"cpu": _per_sequence, "flash": _flash_package}[backend]
+    log.info("attention on %s: %s", device_type, chosen)
+    if chosen == "cpu":
+        return _per_sequence
+    kernel = _flash_package if chosen == "flash" else _torch_varlen_function() or _torch_varlen_operator
+    return kernel if backend != "auto" else _or_per_sequence(kernel)
+
+
+def _or_per_sequence(kernel: Attention) -> Attention:
+    """`kernel` for the 16-bit types it takes, the reference for others."""
+
+    def attention(q, k, v, cu_seqlens, max_seqlen):
+        function = kernel if q.dtype in (torch.float16, torch.bfloat16) else _per_sequence
+        return function(q, k, v, cu_seqlens, max_seqlen)
+
+    return attention
 
 
 def _per_sequence(q, k, v, cu_seqlens, max_seqlen):

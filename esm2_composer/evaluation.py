@@ -34,7 +34,8 @@ def evaluate(net: ESM2, microbatches: Iterable[dict[str, Any]], device: torch.de
         tokens, cu_seqlens, positions, targets = (
             batch[key].to(device) for key in ("tokens", "cu_seqlens", "positions", "targets")
         )
-        logits = net(tokens, cu_seqlens, batch["max_seqlen"], positions).float()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):  # as in training
+            logits = net(tokens, cu_seqlens, batch["max_seqlen"], positions).float()
         loss += F.cross_entropy(logits, targets, reduction="sum").double()
         correct += (logits.argmax(-1) == targets).sum()
         masked += batch["num_masked"]

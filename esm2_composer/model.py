@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,9 +98,17 @@ class Layer(nn.Module):
 
     def forward(self, x, cos, sin, attention, cu_seqlens, max_seqlen) -> torch.Tensor:
         """x (T, D) -> (T, D)."""
+        mixed = attention(*self.before_attention(x, cos, sin), cu_seqlens, max_seqlen)
+        return self.after_attention(x, mixed)
+
+    def before_attention(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
+        """x (T, D) -> q, k, v (T, H, K), q and k rotated."""
         q, k, v = self.qkv(self.attention_norm(x)).view(-1, 3, self.num_heads, self.head_size).unbind(1)
         # ESM-2 scales q by K^-0.5 before the rotation; rotation is linear, so the kernel may scale instead.
-        mixed = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, max_seqlen)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def after_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """x (T, D) and the attention's output (T, H, K) -> (T, D)."""
         x = x + self.out(mixed.flatten(1))
         return x + self.fc2(F.gelu(self.fc1(self.ffn_norm(x))))
 
@@ -182,6 +191,17 @@ class ESM2(nn.Module):
         scale = (1 - EXPECTED_MASK_RATIO) / (1 - hidden / lengths)
         x = self.embed(tokens)
         return x * (scale[sequence] * ~masked)[:, None].to(x.dtype)
+
+    def compile_layers(self, **options: Any) -> None:
+        """Compile the layers for any number of tokens; `options` go to `torch.compile`.
+
+        The two parts around attention are compiled, the same code for all layers. Attention's kernels are no
+        matter for a compiler, and some cannot be traced.
+        """
+        for layer in self.layers:
+            for part in ("before_attention", "after_attention"):
+                compiled = torch.compile(getattr(layer, part), dynamic=True, fullgraph=True, **options)
+                setattr(layer, part, compiled)
 
     # Composer looks these three up when it shards a model.
 

@@ -44,6 +44,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
         select_attention(net.config.attention, "cuda" if on_gpu else "cpu")
     except ValueError as error:
         raise UserError(f"model.attention: {error}") from error
+    if recipe.compile:
+        net.compile_layers()
     model = MaskedLanguageModel(net)
     o = recipe.optimizer
     optimizer = build_adamw(net, o.lr, o.betas, o.eps, o.weight_decay)
@@ -79,7 +81,6 @@ def build_trainer(recipe: Recipe) -> Trainer:
         eval_interval=recipe.eval_interval,
         precision=_precision(recipe.precision, on_gpu),
         parallelism_config=_parallelism(recipe.fsdp, on_gpu),
-        compile_config={} if recipe.compile else None,
         seed=recipe.seed,
         run_name=recipe.run_name,
         save_folder=recipe.save_folder,

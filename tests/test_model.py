@@ -243,6 +243,47 @@ def test_a_meta_device_model_initialises_as_a_real_one():
             assert torch.equal(a, b) or name == "embed.weight", name
 
 
+def check_compiled_layers(**options):
+    """Batches of several sizes: equal to eager, and two graphs in all, one a part, for all layers and sizes."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, compiled = random_model(CONFIGS[16]), random_model(CONFIGS[16])
+    compiled.compile_layers(**options)
+    for lengths in ([20, 30], [7], LENGTHS, [100, 3, 5]):
+        tokens, cu_seqlens = random_batch(lengths)
+        for each in (model, compiled):
+            each.zero_grad()
+            F.cross_entropy(each(tokens, cu_seqlens), tokens.clamp(max=31)).backward()
+        for (name, p), q in zip(model.named_parameters(), compiled.parameters(), strict=True):
+            if p.grad is not None and not name.endswith("qkv.bias"):
+                assert (p.grad - q.grad).norm() <= 1e-4 * p.grad.norm(), name
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_layers_compile_once_for_all_batches_without_a_graph_break():
+    check_compiled_layers(backend="aot_eager")
+
+
+@pytest.mark.slow
+def test_layers_compiled_to_machine_code_train_as_eager_ones():
+    check_compiled_layers()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bf16", [False, True])
+def test_on_a_gpu_logits_are_those_of_the_cpu(bf16):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    model = random_model(CONFIGS[64]).eval()
+    tokens, cu_seqlens = random_batch(LENGTHS)
+    with torch.no_grad():
+        exact = model(tokens, cu_seqlens)
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            logits = model.cuda()(tokens.cuda(), cu_seqlens.cuda()).float().cpu()
+    assert (logits - exact).norm() <= (3e-2 if bf16 else 1e-4) * exact.norm()
+
+
 def test_flops_follow_the_formula():
     c = SIZES["650m"]
     with torch.device("meta"):

@@ -123,6 +123,13 @@ def test_two_ranks_train_the_same_model_as_one(shards, finished, tmp_path):
     assert two == pytest.approx(one, rel=1e-4)
 
 
+@pytest.mark.slow
+def test_compiled_training_follows_eager_training(shards, finished, tmp_path):
+    result = composer(*command(shards, "compile=true"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path) == pytest.approx(losses(finished), rel=1e-4)
+
+
 def test_evaluate_gives_the_perplexity_that_training_logged(shards, finished):
     result = python(
         *(ROOT / "tools/evaluate.py", finished / "runs/demo/checkpoints/latest-rank0.pt"),

@@ -1,8 +1,8 @@
 """Measure this project beside its peers in one run: python tools/benchmark.py step [--json]
 
-step    a training step (forward, backward, clip, AdamW) of one model on the same sequences, by this project
-        and by transformers' EsmForMaskedLM, padded to 1,024 and to the longest: real tokens a second, and
-        peak memory beyond the model's start
+step    training steps (forward, backward, clip, AdamW) of one model on the same batches of UniRef-like lengths,
+        by this project and by transformers' EsmForMaskedLM, padded to 1,024 and to the longest of a batch: real
+        tokens a second, and by how much the process's memory grew at most
 
 Every contender runs in a process of its own, the contenders in turns, so that none profits from another's
 memory or from a quiet moment of the machine. Compare ratios: absolute figures change from machine to machine.
@@ -29,9 +29,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser("step", help="a training step beside transformers")
     step.add_argument("--size", default="8m", help="8m, 35m, 150m, 650m, 3b or 15b")
-    step.add_argument("--sequences", type=int, default=16, help="sequences a step, of UniRef-like lengths")
-    step.add_argument("--steps", type=int, default=5, help="timed steps a round")
-    step.add_argument("--rounds", type=int, default=3, help="turns of every contender")
+    step.add_argument("--sequences", type=int, default=16, help="sequences a batch, of UniRef-like lengths")
+    step.add_argument("--batches", type=int, default=4, help="different batches")
+    step.add_argument("--rounds", type=int, default=3, help="turns of every contender, over all batches")
     step.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_args()
 
@@ -39,25 +39,26 @@ def main() -> None:
 
     if args.size not in SIZES:
         raise UserError(f"--size {args.size}; there are: {', '.join(SIZES)}")
-    if min(args.sequences, args.steps, args.rounds) < 1:
-        raise UserError("--sequences, --steps and --rounds must be at least 1")
-    result = measure_steps(args.size, uniref_like_lengths(args.sequences), args.steps, args.rounds)
+    if min(args.sequences, args.batches, args.rounds) < 1:
+        raise UserError("--sequences, --batches and --rounds must be at least 1")
+    batches = [uniref_like_lengths(args.sequences, seed) for seed in range(args.batches)]
+    result = measure_steps(args.size, batches, args.rounds)
     print_steps(result)
     if args.json:
         print(json.dumps(result))
 
 
-def uniref_like_lengths(count: int, seed: int = 0) -> list[int]:
-    """Tokens of `count` sequences: log-normal around UniRef50's median of 278 residues, its 2 % above 1,022
-    cropped to 1,024 tokens."""
+def uniref_like_lengths(count: int, seed: int) -> list[int]:
+    """Tokens of `count` sequences: log-normal around UniRef50's median of 278 residues, the 2 % of them above
+    1,022 cropped to 1,024 tokens."""
     import numpy as np
 
     residues = np.random.default_rng(seed).lognormal(np.log(277.5), 0.63, count)
     return np.clip(residues.astype(int) + 2, 30, 1024).tolist()
 
 
-def measure_steps(size: str, lengths: list[int], steps: int, rounds: int) -> dict:
-    """Run every contender `rounds` times, in turns."""
+def measure_steps(size: str, batches: list[list[int]], rounds: int) -> dict:
+    """Run every contender over all batches, `rounds` times in turns."""
     import torch
 
     seconds: dict[str, list[float]] = {name: [] for name in STEP_CONTENDERS}
@@ -67,22 +68,24 @@ def measure_steps(size: str, lengths: list[int], steps: int, rounds: int) -> dic
         for name in STEP_CONTENDERS:
             print(f"round {turn + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
             with context.Pool(1) as pool:  # a new process each time
-                times, peak = pool.apply(run_steps, (name, size, lengths, steps))
-            seconds[name] += times
+                elapsed, peak = pool.apply(run_steps, (name, size, batches))
+            seconds[name].append(elapsed)
             memory[name].append(peak)
-    tokens = sum(lengths)
+    tokens = sum(map(sum, batches))
     ours = statistics.median(seconds[STEP_CONTENDERS[0]])
     return {
         "size": size,
-        "sequences": len(lengths),
+        "batches": len(batches),
+        "sequences": len(batches[0]),
         "real_tokens": tokens,
-        "longest": max(lengths),
+        "fill_at_1024": tokens / (1024 * sum(map(len, batches))),
+        "fill_at_longest": tokens / sum(max(lengths) * len(lengths) for lengths in batches),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "contenders": [
             {
                 "name": name,
-                "seconds_per_step": statistics.median(seconds[name]),
+                "seconds_per_step": statistics.median(seconds[name]) / len(batches),
                 "real_tokens_per_second": tokens / statistics.median(seconds[name]),
                 "speed_of_ours_over_it": statistics.median(seconds[name]) / ours,
                 "peak_mib": max(memory[name]) / 2**20,
@@ -92,29 +95,36 @@ def measure_steps(size: str, lengths: list[int], steps: int, rounds: int) -> dic
     }
 
 
-def run_steps(name: str, size: str, lengths: list[int], steps: int) -> tuple[list[float], int]:
-    """Seconds of each timed step, and bytes by which they raised the process's peak memory."""
+def run_steps(name: str, size: str, batches: list[list[int]]) -> tuple[float, int]:
+    """Seconds for a step on every batch, after a first one, and bytes by which all that raised peak memory."""
     import torch
+    from transformers import EsmConfig, EsmForMaskedLM
+
+    from esm2_composer.model import ESM2, SIZES
+    from esm2_composer.weights import hugging_face_config
 
     torch.manual_seed(0)
-    model, step = (our_step if name == STEP_CONTENDERS[0] else transformers_step)(size, lengths, name)
+    if name == STEP_CONTENDERS[0]:
+        model, prepare, loss = ESM2(SIZES[size]), flat_batch, flat_loss
+    else:
+        model = EsmForMaskedLM(EsmConfig(**hugging_face_config(SIZES[size])))
+        prepare, loss = padded_batch(1024 if name.endswith("1024") else None), padded_loss
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    prepared = [prepare(lengths) for lengths in batches]
 
-    def train() -> None:
+    def train(batch: tuple) -> None:
         optimizer.zero_grad(set_to_none=True)
-        step().backward()
+        loss(model, *batch).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
     before = peak_memory()
-    train()  # the first step allocates optimizer state and picks kernels
-    times = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        train()
-        times.append(time.perf_counter() - start)
-    return times, peak_memory() - before
+    train(prepared[0])  # the first step allocates optimizer state
+    start = time.perf_counter()
+    for batch in prepared:
+        train(batch)
+    return time.perf_counter() - start, peak_memory() - before
 
 
 def peak_memory() -> int:
@@ -139,52 +149,49 @@ def sample(lengths: list[int]):
     return pairs
 
 
-def our_step(size: str, lengths: list[int], name: str) -> tuple:
+def flat_batch(lengths: list[int]) -> tuple:
+    import torch
+
+    from esm2_composer.alphabet import PAD
+
+    inputs, labels = (torch.cat(parts) for parts in zip(*sample(lengths), strict=True))
+    (positions,) = torch.nonzero(labels != PAD, as_tuple=True)
+    return inputs, torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths), positions, labels[positions]
+
+
+def flat_loss(model, tokens, cu_seqlens, max_seqlen, positions, targets):
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy(model(tokens, cu_seqlens, max_seqlen, positions), targets)
+
+
+def padded_batch(width: int | None) -> Callable[[list[int]], tuple]:
+    """Batches padded to `width` tokens, or to their longest sequence."""
     import torch
     import torch.nn.functional as F
 
     from esm2_composer.alphabet import PAD
-    from esm2_composer.model import ESM2, SIZES
 
-    inputs, labels = (torch.cat(parts) for parts in zip(*sample(lengths), strict=True))
-    (positions,) = torch.nonzero(labels != PAD, as_tuple=True)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    model = ESM2(SIZES[size])
+    def prepare(lengths: list[int]) -> tuple:
+        target = width or max(lengths)
+        inputs, labels = (
+            torch.stack([F.pad(part, (0, target - len(part)), value=PAD) for part in parts])
+            for parts in zip(*sample(lengths), strict=True)
+        )
+        return inputs, (inputs != PAD).long(), labels.masked_fill(labels == PAD, -100)
 
-    def step() -> torch.Tensor:
-        logits = model(inputs, cu_seqlens, max(lengths), positions)
-        return F.cross_entropy(logits, labels[positions])
-
-    return model, step
+    return prepare
 
 
-def transformers_step(size: str, lengths: list[int], name: str) -> tuple[object, Callable]:
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-    from transformers import EsmConfig, EsmForMaskedLM
-
-    from esm2_composer.alphabet import PAD
-    from esm2_composer.model import SIZES
-    from esm2_composer.weights import hugging_face_config
-
-    width = 1024 if name.endswith("1024") else max(lengths)
-    inputs, labels = (
-        pad_sequence([*parts, torch.full((width,), PAD)], batch_first=True, padding_value=PAD)[:-1]
-        for parts in zip(*sample(lengths), strict=True)
-    )
-    attention_mask = (inputs != PAD).long()
-    model = EsmForMaskedLM(EsmConfig(**hugging_face_config(SIZES[size])))
-
-    def step() -> torch.Tensor:
-        return model(inputs, attention_mask=attention_mask, labels=labels.masked_fill(labels == PAD, -100)).loss
-
-    return model, step
+def padded_loss(model, inputs, attention_mask, labels):
+    return model(inputs, attention_mask=attention_mask, labels=labels).loss
 
 
 def print_steps(result: dict) -> None:
     lines = [
-        f"ESM-2 {result['size']}, {result['sequences']} sequences, {result['real_tokens']:,} real tokens, "
-        f"longest {result['longest']}; torch {result['torch']}, {result['threads']} threads",
+        f"ESM-2 {result['size']}, {result['batches']} batches of {result['sequences']} sequences, "
+        f"{result['real_tokens']:,} real tokens: {result['fill_at_1024']:.0%} of the slots at 1,024, "
+        f"{result['fill_at_longest']:.0%} at the longest; torch {result['torch']}, {result['threads']} threads",
         f"{'':32} {'s/step':>8} {'real tok/s':>11} {'ours is':>8} {'peak MiB':>9}",
     ]
     lines += [
