@@ -5,10 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from typing import Any
 
 import torch
 from composer.core import Callback, State
-from composer.loggers import Logger
+from composer.loggers import Logger, ProgressBarLogger
 from composer.utils import dist
 
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: run me again
@@ -38,6 +39,17 @@ class Preemption(Callback):
             self.preempted = True
             state.evaluators = []  # there is no time left for the evaluation at a run's end
             state.stop_training()  # and Composer saves a run that ends
+
+
+class ProgressBar(ProgressBarLogger):
+    """Composer's bar, which leaves no trace in checkpoints: a sharded one could not be resumed without a
+    terminal if it was saved with one, nor the other way round."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
 
 
 class ProgressLines(Callback):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 from composer.utils import dist, get_device
 
 from esm2_composer.attention import select_attention
-from esm2_composer.callbacks import Preemption, ProgressLines
+from esm2_composer.callbacks import Preemption, ProgressBar, ProgressLines
 from esm2_composer.config import FSDPSection, ModelSection, Recipe
 from esm2_composer.data import ClusterDraw, evaluation_loader, train_loader
 from esm2_composer.errors import UserError
@@ -60,7 +61,11 @@ def build_trainer(recipe: Recipe) -> Trainer:
     callbacks: list[Callback] = [SpeedMonitor(window_size=10), LRMonitor(), Preemption()]
     if on_gpu:
         callbacks.append(MemoryMonitor())
-    if not on_terminal:
+    loggers = _loggers(recipe)
+    if on_terminal:
+        warnings.filterwarnings("ignore", "Specifying the ProgressBarLogger")  # ours differs on purpose
+        loggers.append(ProgressBar())
+    else:
         callbacks.append(ProgressLines(recipe.updates, interval=max(1, min(100, recipe.updates // 20))))
 
     return Trainer(
@@ -89,8 +94,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
         save_overwrite=True,  # a step saved just before a crash is saved again after it
         autoresume=recipe.autoresume,
         callbacks=callbacks,
-        loggers=_loggers(recipe),
-        progress_bar=on_terminal,
+        loggers=loggers,
+        progress_bar=False,
         dist_timeout=1800,
     )
 

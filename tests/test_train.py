@@ -192,8 +192,13 @@ def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
     ],
 )
 def test_a_wrong_recipe_is_one_line_and_exit_code_2(shards, tmp_path, overrides, words):
-    assert_user_error(composer(*command(shards, *overrides), cwd=tmp_path), *words)
+    assert_user_error(python(*command(shards, *overrides), cwd=tmp_path), *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_launcher_passes_the_line_and_the_exit_code_on(shards, tmp_path):
+    result = composer("-n", "2", *command(shards, "optimiser.lr=1"), cwd=tmp_path)
+    assert_user_error(result, "unknown key 'optimiser'")
 
 
 @pytest.mark.parametrize(
