@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -254,6 +255,8 @@ def _problems(r: Recipe) -> typing.Iterator[str]:
     for key, (value, minimum) in at_least.items():
         if value < minimum:
             yield f"'{key}' is {value}; it must be at least {minimum}"
+    if r.seed >= 2**31:  # ranks add theirs
+        yield f"'seed' is {r.seed}; it must be below {2**31}"
     above_zero = {
         "optimizer.lr": r.optimizer.lr,
         "optimizer.eps": r.optimizer.eps,
@@ -308,5 +311,8 @@ def _data_problems(data: DataSection) -> typing.Iterator[str]:
             yield f"'data.remote' is {data.remote}; set 'data.local' to a folder for its cache"
         return
     for split in ("train", "valid"):
-        if not (Path(data.remote) / split / "index.json").is_file():
+        folder = Path(data.remote) / split
+        if not (folder / "index.json").is_file():
             yield f"'data.remote' is {data.remote}, which holds no {split} shards ({split}/index.json)"
+        elif data.local is None and not os.access(folder, os.W_OK):
+            yield f"'data.remote' is {data.remote}, where shards cannot be unpacked; set 'data.local' to a folder"

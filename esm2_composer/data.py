@@ -176,10 +176,16 @@ def evaluation_loader(
 
 
 def _open(remote: str | None, local: str, **arguments: Any) -> ClusterDataset:
+    place = remote or local
     try:
-        return ClusterDataset(remote=remote, local=local, validate_hash="xxh64" if remote else None, **arguments)
+        validate_hash = "xxh64" if remote else None  # Streaming can check a shard only as it fetches it
+        clusters = ClusterDataset(remote=remote, local=local, validate_hash=validate_hash, **arguments)
     except Exception as error:  # each store raises its own types
-        raise UserError(f"{remote or local}: cannot be opened as MDS shards ({error})") from error
+        raise UserError(f"{place}: cannot be opened as MDS shards ({error})") from error
+    columns = clusters.shards[0].column_names
+    if not {"cluster_id", "lengths", "residues"} <= set(columns):
+        raise UserError(f"{place}: not shards of clusters; their columns are {', '.join(columns)}")
+    return clusters
 
 
 def _rank() -> int:

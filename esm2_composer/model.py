@@ -3,9 +3,9 @@
 Sequences lie end to end in one flat vector of tokens, from the embedding to the logits. Letters in shapes:
 T tokens of all sequences, B sequences, D hidden size, H heads, K head size, L layers, V = 33 tokens.
 
-Rotary frequencies are kept as the bits of fp32 numbers, and the tables computed from them in each forward pass:
-no mixed-precision policy and no `.to(bfloat16)` can round what is an integer. They are weights of a kind: some
-published checkpoints were trained with frequencies that fp16 had rounded, and keep them.
+Rotary frequencies are kept, and their tables handed to the layers, as the bits of fp32 numbers: `.to(bfloat16)`
+rounds every floating-point buffer, and FSDP every such argument of a layer, but no integer. The frequencies are
+weights of a kind: some published checkpoints were trained with ones that fp16 had rounded, and keep them.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def rotary_frequencies(head_size: int) -> torch.Tensor:
     return 1.0 / ROTARY_BASE ** (torch.arange(0, head_size, 2).float() / head_size)
 
 
-def rotary_tables(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position * frequency, fp32 (T, 1, K/2), from (T,) and fp32 (K/2,)."""
+def rotary_tables(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """cos and sin of position * frequency, fp32 (2, T, 1, K/2), from (T,) and fp32 (K/2,)."""
     angles = positions.float()[:, None, None] * frequencies
-    return angles.cos(), angles.sin()
+    return torch.stack((angles.cos(), angles.sin()))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -96,13 +96,14 @@ class Layer(nn.Module):
         self.fc1 = nn.Linear(d, config.ffn_hidden_size)
         self.fc2 = nn.Linear(config.ffn_hidden_size, d)
 
-    def forward(self, x, cos, sin, attention, cu_seqlens, max_seqlen) -> torch.Tensor:
+    def forward(self, x, tables, attention, cu_seqlens, max_seqlen) -> torch.Tensor:
         """x (T, D) -> (T, D)."""
-        mixed = attention(*self.before_attention(x, cos, sin), cu_seqlens, max_seqlen)
+        mixed = attention(*self.before_attention(x, tables), cu_seqlens, max_seqlen)
         return self.after_attention(x, mixed)
 
-    def before_attention(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
-        """x (T, D) -> q, k, v (T, H, K), q and k rotated."""
+    def before_attention(self, x: torch.Tensor, tables: torch.Tensor) -> tuple:
+        """x (T, D) and the bits of `rotary_tables` -> q, k, v (T, H, K), q and k rotated."""
+        cos, sin = tables.view(torch.float32)
         q, k, v = self.qkv(self.attention_norm(x)).view(-1, 3, self.num_heads, self.head_size).unbind(1)
         # ESM-2 scales q by K^-0.5 before the rotation; rotation is linear, so the kernel may scale instead.
         return rotate(q, cos, sin), rotate(k, cos, sin), v
@@ -173,12 +174,12 @@ class ESM2(nn.Module):
             torch.arange(len(lengths), device=tokens.device), lengths, output_size=len(tokens)
         )
         place = torch.arange(len(tokens), device=tokens.device) - cu_seqlens[sequence]
-        cos, sin = rotary_tables(place, self.rotary_bits.view(torch.float32))
+        tables = rotary_tables(place, self.rotary_bits.view(torch.float32)).view(torch.int32)
         attention = select_attention(self.config.attention, tokens.device.type)
 
         x = self._embed(tokens, sequence, lengths)
         for layer in self.layers:
-            x = layer(x, cos, sin, attention, cu_seqlens, max_seqlen)
+            x = layer(x, tables, attention, cu_seqlens, max_seqlen)
         if positions is not None:
             x = x[positions]
         return self.head(self.norm(x), self.embed.weight)
@@ -188,7 +189,7 @@ class ESM2(nn.Module):
         scaled up by the share hidden there, relative to the share expected in training."""
         masked = tokens == MASK
         hidden = torch.zeros_like(lengths, dtype=torch.float32).index_add(0, sequence, masked.float())
-        scale = (1 - EXPECTED_MASK_RATIO) / (1 - hidden / lengths)
+        scale = (1 - EXPECTED_MASK_RATIO) / (1 - hidden / lengths).clamp(min=1e-4)  # if all is hidden, any will do
         x = self.embed(tokens)
         return x * (scale[sequence] * ~masked)[:, None].to(x.dtype)
 

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from composer import Evaluator, Trainer
 from composer.algorithms import GradientClipping
 from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
 from composer.core import Callback
-from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
+from composer.loggers import LoggerDestination, TensorboardLogger
 from composer.utils import dist, get_device
 
 from esm2_composer.attention import select_attention
-from esm2_composer.callbacks import Preemption, ProgressBar, ProgressLines
+from esm2_composer.callbacks import Preemption, ProgressBar, ProgressLines, Wandb
+from esm2_composer.checkpoints import prepare_save_folder
 from esm2_composer.config import FSDPSection, ModelSection, Recipe
 from esm2_composer.data import ClusterDraw, evaluation_loader, train_loader
 from esm2_composer.errors import UserError
@@ -38,6 +40,11 @@ def build_trainer(recipe: Recipe) -> Trainer:
     on_gpu = device.name == "gpu"
     if not dist.is_initialized():
         dist.initialize_dist(device, timeout=1800)  # before any dataset: Streaming asks which rank it is
+
+    if "://" not in recipe.save_folder:
+        if not dist.get_local_rank():
+            prepare_save_folder(Path(recipe.save_folder), recipe.autoresume)
+        dist.barrier()
 
     torch.manual_seed(recipe.seed)  # the same on every rank: sharded ranks must agree on the weights
     net = build_model(recipe.model)
@@ -132,7 +139,10 @@ def _parallelism(fsdp: FSDPSection | None, on_gpu: bool) -> dict[str, Any] | Non
         _say("no GPU here: training unsharded, since FSDP version 1 needs GPUs (fsdp.version=2 does not)")
         return None
     os.environ["FSDP_VERSION"] = str(fsdp.version)  # Composer's only switch
-    return {"fsdp": {key: value for key, value in dataclasses.asdict(fsdp).items() if key != "version"}}
+    options = {key: value for key, value in dataclasses.asdict(fsdp).items() if key != "version"}
+    if fsdp.version == 1:
+        options["activation_checkpointing_reentrant"] = False  # the reentrant form is torch's old one
+    return {"fsdp": options}
 
 
 def _loggers(recipe: Recipe) -> list[LoggerDestination]:
@@ -140,7 +150,7 @@ def _loggers(recipe: Recipe) -> list[LoggerDestination]:
     if recipe.tensorboard_folder is not None:
         loggers.append(TensorboardLogger(log_dir=recipe.tensorboard_folder, flush_interval=10))
     if recipe.loggers.wandb is not None:
-        loggers.append(WandBLogger(**dataclasses.asdict(recipe.loggers.wandb)))
+        loggers.append(Wandb(**dataclasses.asdict(recipe.loggers.wandb)))
     return loggers
 
 

@@ -341,7 +341,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 def save_hugging_face(model: ESM2, path: str | Path) -> None:
     """Write `model` as a Hugging Face folder: config, safetensors (fp32), tokenizer and vocabulary."""
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
     config = model.config
     state = model.state_dict()
     tensors: dict[str, torch.Tensor] = {}
@@ -352,6 +355,7 @@ def save_hugging_face(model: ESM2, path: str | Path) -> None:
     for i in range(config.num_layers):
         tensors[_HF_ROTARY.format(i)] = state["rotary_bits"].cpu().view(torch.float32).clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it to its owner alone
     _write_json(folder / "config.json", hugging_face_config(config))
     (folder / "vocab.txt").write_text("\n".join(alphabet.TOKENS) + "\n")
     special = {f"{name}_token": f"<{name}>" for name in ("cls", "pad", "eos", "unk", "mask")}

@@ -60,7 +60,7 @@ def mistake(*overrides: str, text: str = MINIMAL) -> str:
 def test_every_recipe_loads(path: Path) -> None:
     recipe = load_recipe(str(path), ["data.remote=shards"])
     assert recipe.model.size == (None if path.stem == "demo" else path.stem)
-    assert recipe.save_folder.split("/")[:2] == ["runs", path.stem]
+    assert recipe.save_folder.split("/")[:2] == ["runs", recipe.run_name]
     assert recipe.run_name in (path.stem, f"esm2_{path.stem}")
 
 

@@ -4,10 +4,20 @@ import esm
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import EsmConfig, EsmForMaskedLM
 
 from esm2_composer import alphabet
-from esm2_composer.model import ESM2, SIZES, ESM2Config, count_parameters, rotary_frequencies, rotary_tables
+from esm2_composer.model import (
+    ESM2,
+    SIZES,
+    ESM2Config,
+    count_parameters,
+    rotary_frequencies,
+    rotary_tables,
+    rotate,
+)
 from esm2_composer.weights import _names, hugging_face_config
 
 # the head sizes of all six models
@@ -197,6 +207,33 @@ def test_no_cast_of_the_model_rounds_the_rotary_frequencies():
     assert model.embed.weight.dtype == torch.bfloat16
     assert torch.equal(model.rotary_bits.view(torch.float32), rotary_frequencies(64))
     assert not any(buffer.is_floating_point() for buffer in model.buffers())  # FSDP casts those
+
+
+def test_fsdp_in_bf16_does_not_round_the_rotary_tables(monkeypatch, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = random_model(CONFIGS[64])
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        for module in (*model.layers, model):
+            fully_shard(module, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+        seen = set()
+
+        def spy(x, cos, sin):
+            seen.add((x.dtype, cos.dtype, sin.dtype))
+            return rotate(x, cos, sin)
+
+        monkeypatch.setattr("esm2_composer.model.rotate", spy)
+        with torch.no_grad():
+            model(*random_batch([20, 30]))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert seen == {(torch.bfloat16, torch.float32, torch.float32)}
+
+
+def test_a_sequence_that_is_masked_whole_gives_finite_logits():
+    tokens = torch.full((8,), alphabet.MASK)
+    with torch.no_grad():
+        assert random_model(CONFIGS[16])(tokens, torch.tensor([0, 8]).int()).isfinite().all()
 
 
 def test_a_model_in_bf16_stays_near_the_fp32_one():

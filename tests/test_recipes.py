@@ -65,15 +65,15 @@ def test_a_recipe_starts_on_a_cpu_and_says_what_it_leaves_out(size, shards, tmp_
     result = start(size, shards, tmp_path)
     assert "training in fp32 instead of amp_bf16" in result.stderr
     assert ("training unsharded" in result.stderr) == (size == "650m")
-    assert len(read_scalars(tmp_path / f"runs/{size}/tensorboard", "loss/train/total")) == 4
+    assert len(read_scalars(tmp_path / f"runs/esm2_{size}/tensorboard", "loss/train/total")) == 4
 
 
 def test_the_3b_recipe_trains_sharded_resumes_on_one_rank_and_is_evaluated(shards, tmp_path):
     start("3b", shards, tmp_path, "fsdp.version=2", ranks=2)
-    checkpoint = tmp_path / "runs/3b/checkpoints/latest-rank0.pt"
+    checkpoint = tmp_path / "runs/esm2_3b/checkpoints/latest-rank0.pt"
     assert len(list(checkpoint.glob("__*_0.distcp"))) == 2
     start("3b", shards, tmp_path, "fsdp.version=2", "max_duration=6ba", "eval_interval=6ba")
-    events = tmp_path / "runs/3b/tensorboard"
+    events = tmp_path / "runs/esm2_3b/tensorboard"
     assert sorted(read_scalars(events, "loss/train/total")) == list(range(6))
     scored = python(
         *(ROOT / "tools/evaluate.py", checkpoint, "--data", shards, "--max-length", "128", "--json"), cwd=tmp_path

@@ -123,6 +123,22 @@ def test_two_ranks_train_the_same_model_as_one(shards, finished, tmp_path):
     assert two == pytest.approx(one, rel=1e-4)
 
 
+def test_a_finished_run_is_not_overwritten_without_autoresume(shards, finished):
+    before = losses(finished)
+    result = python(*command(shards, "autoresume=false"), cwd=finished)
+    assert_user_error(result, "holds a run of 14 updates", "autoresume=true")
+    assert losses(finished) == before
+
+
+@pytest.mark.slow
+def test_a_run_is_logged_to_wandb_without_a_network(shards, tmp_path):
+    result = composer(
+        *command(shards, "loggers.wandb.project=test", "max_duration=4ba"), cwd=tmp_path, WANDB_MODE="offline"
+    )
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
 @pytest.mark.slow
 def test_compiled_training_follows_eager_training(shards, finished, tmp_path):
     result = composer(*command(shards, "compile=true"), cwd=tmp_path)

@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--microbatch-tokens", type=int, default=16384, help="tokens computed at a time")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_args()
+    if args.max_length < 8:
+        raise UserError(f"--max-length {args.max_length} must be at least 8")
     if args.microbatch_tokens < args.max_length:
         raise UserError(f"--microbatch-tokens {args.microbatch_tokens} must hold a sequence of {args.max_length}")
     if "://" in args.data and not args.local:

@@ -22,6 +22,8 @@ def main() -> None:
     parser.add_argument("--data", help="the shards the runs were validated on (a local folder)")
     parser.add_argument("--out", type=Path, help="write the figure here")
     args = parser.parse_args()
+    if args.out and args.out.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--out {args.out} must end in .png, .pdf or .svg")
 
     curves = {str(run): read_scalars(run, PERPLEXITY) for run in args.runs}
     for run, curve in curves.items():
