@@ -24,8 +24,6 @@ import torch.nn.functional as F
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "cpu", "torch", "flash")
-
 # q, k, v (T, heads, head_dim), cu_seqlens int32 (B+1,), longest sequence -> (T, heads, head_dim)
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from esm2_composer.attention import BACKENDS, select_attention
+from esm2_composer.attention import select_attention
 
 LENGTHS = [1, 5, 64, 130]
 
@@ -69,6 +69,5 @@ def test_a_backend_that_cannot_run_here_is_refused_with_those_that_can(backend):
 
 
 def test_auto_runs_on_a_cpu():
-    assert "auto" in BACKENDS
     *qkv, cu_seqlens = inputs(16, "cpu", torch.float32)
     select_attention("auto", "cpu")(*qkv, cu_seqlens, max(LENGTHS))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sqlite3
 import string
 from collections.abc import Iterator
@@ -15,13 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import REAL_DATA
 from streaming import StreamingDataset
 
 from esm2_composer.errors import UserError
 from esm2_composer.records import BioNeMo, RawCluster, Report, build_record, clean, write_split
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
-REAL_DATA = Path(os.environ.get("ESM2_REAL_DATA") or SHARED_DATA)
 SPLIT_FILES = {
     "train": ("train_clusters.parquet", "train.db"),
     "valid": ("valid_clusters.parquet", "validation.db"),
