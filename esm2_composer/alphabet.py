@@ -13,16 +13,13 @@ CLS, PAD, EOS, UNK, MASK = (TOKENS.index(t) for t in ("<cls>", "<pad>", "<eos>",
 AMINO_ACIDS = np.arange(4, 24, dtype=np.uint8)  # the 20 standard ones, in the order of TOKENS
 LETTERS = "".join(t for t in TOKENS if len(t) == 1)
 
-_BYTE_TO_ID = np.full(256, UNK, dtype=np.uint8)
-_BYTE_TO_ID[np.frombuffer(LETTERS.encode(), dtype=np.uint8)] = [TOKENS.index(t) for t in LETTERS]
+_TO_IDS = bytes(TOKENS.index(chr(byte)) if chr(byte) in LETTERS else UNK for byte in range(256))
 
 
 def encode(residues: bytes) -> np.ndarray:
-    """Token ids of `<cls> residues <eos>`, uint8 (len(residues) + 2,).
+    """Token ids of `<cls> residues <eos>`, uint8 (len(residues) + 2,), read-only.
 
     A byte that is no token, a lower-case letter included, becomes `<unk>`; conversion lets none into the shards.
     """
-    tokens = np.empty(len(residues) + 2, dtype=np.uint8)
-    tokens[0], tokens[-1] = CLS, EOS
-    tokens[1:-1] = _BYTE_TO_ID[np.frombuffer(residues, dtype=np.uint8)]
-    return tokens
+    ids = b"".join((bytes([CLS]), residues.translate(_TO_IDS), bytes([EOS])))
+    return np.frombuffer(ids, np.uint8)

@@ -21,13 +21,16 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from esm2_composer import alphabet
 from esm2_composer.errors import UserError
-from esm2_composer.masking import KeyedUniforms, MaskingRule
+from esm2_composer.masking import MaskingRule, choose, keyed_words, token_uniforms
 
 # Streaming lays an epoch out for this many nodes, or for those of its factors that the batch has too: so a run
 # goes on upon any number of nodes without another factor. Fewer would make a large epoch slow to shuffle.
 CANONICAL_NODES = 2**6 * 3 * 5
 
 Sequences = dict[str, torch.Tensor]  # tokens uint8 (T,), labels uint8 (T,), lengths int32 (B,)
+
+
+Sample = tuple[np.ndarray, int]  # tokens uint8 (T,) of a window, and the word that keys its mask
 
 
 @dataclass(frozen=True)
@@ -44,21 +47,30 @@ class ClusterDraw:
     min_length: int
     masking: MaskingRule
 
-    def __call__(self, cluster: dict[str, Any], epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs, labels), both uint8 (tokens,); see `MaskingRule.apply`."""
-        uniforms = KeyedUniforms(self.seed, epoch, cluster["cluster_id"])
-        which_member, which_window = uniforms.draw(2)
+    def window(self, cluster: dict[str, Any], epoch: int) -> Sample:
+        """The window of a cluster, before its mask."""
+        member_word, window_word, mask_word = keyed_words(self.seed, epoch, cluster["cluster_id"])
         lengths = cluster["lengths"]
         (members,) = np.nonzero(lengths >= self.min_length)
         if not members.size:
             members = np.arange(len(lengths))
-        member = members[int(which_member * len(members))]
+        member = members[choose(member_word, len(members))]
         start = int(lengths[:member].sum())
         tokens = alphabet.encode(cluster["residues"][start : start + int(lengths[member])])
-        windows = max(len(tokens) - self.max_length, 0) + 1
-        first = int(which_window * windows)
-        tokens = tokens[first : first + self.max_length]
-        return self.masking.apply(tokens, uniforms.draw(len(tokens)))
+        first = choose(window_word, max(len(tokens) - self.max_length, 0) + 1)
+        return tokens[first : first + self.max_length], mask_word
+
+    def collate(self, samples: Sequence[Sample]) -> Sequences:
+        """Lay windows end to end, and mask them all at once."""
+        tokens = np.concatenate([*(tokens for tokens, _ in samples), np.empty(0, np.uint8)])
+        lengths = np.array([len(tokens) for tokens, _ in samples], np.int32)
+        uniforms = token_uniforms(np.array([word for _, word in samples], np.uint64), lengths)
+        inputs, labels = self.masking.apply(tokens, uniforms)
+        return {
+            "tokens": torch.from_numpy(inputs),
+            "labels": torch.from_numpy(labels),
+            "lengths": torch.from_numpy(lengths),
+        }
 
 
 class ClusterDataset(StreamingDataset):
@@ -66,7 +78,7 @@ class ClusterDataset(StreamingDataset):
 
     def __init__(self, draw: ClusterDraw, pinned_epoch: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._draw = draw
+        self.draw = draw
         self._pinned_epoch = pinned_epoch
 
     def end_epochs_after(self, samples: int) -> None:
@@ -75,10 +87,10 @@ class ClusterDataset(StreamingDataset):
         self.epoch_size = self.streams[0].choose = samples
         self.length = samples // _world_size()
 
-    def get_item(self, sample_id: int, retry: int = 7) -> tuple[np.ndarray, np.ndarray]:
+    def get_item(self, sample_id: int, retry: int = 7) -> Sample:
         # Streaming counts an epoch on before it yields the epoch's first sample.
         epoch = self.next_epoch - 1 if self._pinned_epoch is None else self._pinned_epoch
-        return self._draw(super().get_item(sample_id, retry), epoch)
+        return self.draw.window(super().get_item(sample_id, retry), epoch)
 
 
 class EvaluationBatches(IterableDataset):
@@ -102,18 +114,9 @@ class EvaluationBatches(IterableDataset):
         for batch in batches:
             start = batch * self._batch_size
             stop = min(start + self._batch_size, self._clusters.num_samples)
-            yield collate([self._clusters[i] for i in range(start + self._rank, stop, self._ranks)])
-
-
-def collate(samples: Sequence[tuple[np.ndarray, np.ndarray]]) -> Sequences:
-    """Lay (inputs, labels) pairs end to end."""
-    inputs, labels = zip(*samples, strict=True) if samples else ((), ())
-    empty = np.empty(0, np.uint8)
-    return {
-        "tokens": torch.from_numpy(np.concatenate([*inputs, empty])),
-        "labels": torch.from_numpy(np.concatenate([*labels, empty])),
-        "lengths": torch.tensor([len(tokens) for tokens in inputs], dtype=torch.int32),
-    }
+            yield self._clusters.draw.collate(
+                [self._clusters[i] for i in range(start + self._rank, stop, self._ranks)]
+            )
 
 
 def train_loader(
@@ -156,7 +159,7 @@ def train_loader(
     return DataLoader(
         clusters,
         batch_size=clusters.batch_size,
-        collate_fn=collate,
+        collate_fn=draw.collate,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
     )

@@ -1,13 +1,13 @@
 """Random choices that depend on nothing but (seed, epoch, cluster id), and the 15 % 80/10/10 mask.
 
 What a cluster looks like in an epoch must not depend on ranks, workers, batches or restarts, so there is no
-random state to carry: each (seed, epoch, cluster id) is hashed into the key of a counter-based generator.
-Only its raw 64-bit words are used, whose stream NumPy promises never to change.
+random state to carry: (seed, epoch, cluster id) is hashed into the words that decide everything else.
 """
 
 from __future__ import annotations
 
 import hashlib
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,16 +18,34 @@ _MASKABLE = np.ones(alphabet.VOCAB_SIZE, dtype=bool)
 _MASKABLE[[alphabet.CLS, alphabet.PAD, alphabet.EOS, alphabet.UNK, alphabet.MASK]] = False
 
 
-class KeyedUniforms:
-    """A stream of uniform numbers in [0, 1), float64, that is a pure function of its key."""
+def keyed_words(seed: int, epoch: int, cluster_id: str) -> tuple[int, int, int]:
+    """Three independent uniform 64-bit words (BLAKE2b): for the member, the window, and the mask's stream."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{cluster_id}".encode(), digest_size=24).digest()
+    return struct.unpack("<3Q", digest)
 
-    def __init__(self, seed: int, epoch: int, cluster_id: str) -> None:
-        digest = hashlib.blake2b(f"{seed}/{epoch}/{cluster_id}".encode(), digest_size=16).digest()
-        self._bits = np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64))
 
-    def draw(self, count: int) -> np.ndarray:
-        """The next `count` numbers, float64 (count,)."""
-        return (self._bits.random_raw(count) >> np.uint64(11)) * 2.0**-53
+def choose(word: int, count: int) -> int:
+    """One of 0 to count - 1, uniform as `word` is uniform over 64 bits."""
+    return word * count >> 64
+
+
+def token_uniforms(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """A number in [0, 1) for each token of sequences that lie end to end, float64 (T,).
+
+    Token i of a sequence gets number i of the SplitMix64 stream (Steele, Lea and Flood, OOPSLA 2014) that its
+    key starts: all streams at once, whatever sequences lie beside each other.
+
+    Args:
+        keys: one uniform word a sequence, uint64 (B,).
+        lengths: tokens of each sequence, (B,).
+    """
+    gamma = np.uint64(0x9E3779B97F4A7C15)
+    starts = (np.cumsum(lengths) - lengths).astype(np.uint64)
+    z = np.arange(1, lengths.sum() + 1, dtype=np.uint64) * gamma
+    z += np.repeat(keys - starts * gamma, lengths)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
 @dataclass(frozen=True)

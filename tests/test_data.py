@@ -18,7 +18,7 @@ from streaming.base.world import World
 from torch.utils.data import DataLoader
 
 from esm2_composer import alphabet
-from esm2_composer.data import ClusterDraw, Sequences, collate, evaluation_loader, train_loader
+from esm2_composer.data import ClusterDraw, Sequences, evaluation_loader, train_loader
 from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule
 from esm2_composer.records import COLUMNS
@@ -33,20 +33,26 @@ def cluster(*members: bytes, name: str = "c") -> dict[str, Any]:
     return {"cluster_id": name, "lengths": lengths, "residues": b"".join(members)}
 
 
+def shown(draw: ClusterDraw, of: dict[str, Any], epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(inputs, labels) of a cluster in an epoch."""
+    batch = draw.collate([draw.window(of, epoch)])
+    return batch["tokens"].numpy(), batch["labels"].numpy()
+
+
 def windows(of: dict[str, Any], max_length: int, epochs: int) -> list[str]:
     """What is shown in each epoch, as text with < and > for the ends, unmasked."""
     draw = ClusterDraw(seed=1, max_length=max_length, min_length=1, masking=NOTHING_MASKED)
-    return [text(draw(of, epoch)[0]) for epoch in range(epochs)]
+    return [text(shown(draw, of, epoch)[0]) for epoch in range(epochs)]
 
 
 def text(tokens: np.ndarray) -> str:
     return "".join({alphabet.CLS: "<", alphabet.EOS: ">"}.get(i) or alphabet.TOKENS[i] for i in tokens.tolist())
 
 
-def assert_uniform(shown: list[str], over: list[str]) -> None:
-    counts = np.array([shown.count(each) for each in over])
-    assert counts.sum() == len(shown), f"also shown: {set(shown) - set(over)}"
-    expected, freedom = len(shown) / len(over), len(over) - 1
+def assert_uniform(seen: list[str], over: list[str]) -> None:
+    counts = np.array([seen.count(each) for each in over])
+    assert counts.sum() == len(seen), f"also shown: {set(seen) - set(over)}"
+    expected, freedom = len(seen) / len(over), len(over) - 1
     assert ((counts - expected) ** 2 / expected).sum() < freedom + 4 * np.sqrt(2 * freedom)
 
 
@@ -54,31 +60,31 @@ def assert_uniform(shown: list[str], over: list[str]) -> None:
 
 
 def test_members_are_uniform_over_epochs() -> None:
-    shown = windows(cluster(b"A" * 30, b"C", b"D" * 7, b"E" * 30), max_length=50, epochs=4000)
-    assert_uniform(shown, [f"<{'A' * 30}>", "<C>", f"<{'D' * 7}>", f"<{'E' * 30}>"])
+    seen = windows(cluster(b"A" * 30, b"C", b"D" * 7, b"E" * 30), max_length=50, epochs=4000)
+    assert_uniform(seen, [f"<{'A' * 30}>", "<C>", f"<{'D' * 7}>", f"<{'E' * 30}>"])
 
 
 def test_members_below_min_length_are_not_shown() -> None:
     draw = ClusterDraw(seed=1, max_length=50, min_length=5, masking=NOTHING_MASKED)
     some = cluster(b"AAAA", b"CCCCC", b"D", b"EEEEEE", b"FFFF")
-    assert_uniform([text(draw(some, epoch)[0]) for epoch in range(2000)], ["<CCCCC>", "<EEEEEE>"])
+    assert_uniform([text(shown(draw, some, epoch)[0]) for epoch in range(2000)], ["<CCCCC>", "<EEEEEE>"])
 
 
 def test_all_members_are_shown_if_none_has_min_length() -> None:
     draw = ClusterDraw(seed=1, max_length=50, min_length=5, masking=NOTHING_MASKED)
     some = cluster(b"AAAA", b"CC", b"D")
-    assert_uniform([text(draw(some, epoch)[0]) for epoch in range(2000)], ["<AAAA>", "<CC>", "<D>"])
+    assert_uniform([text(shown(draw, some, epoch)[0]) for epoch in range(2000)], ["<AAAA>", "<CC>", "<D>"])
 
 
 # Windows
 
 
 def test_windows_are_uniform_and_the_ends_show_at_true_ends_only() -> None:
-    shown = windows(cluster(b"LAGVSERTIDPK"), max_length=8, epochs=7000)
+    seen = windows(cluster(b"LAGVSERTIDPK"), max_length=8, epochs=7000)
     whole = "<LAGVSERTIDPK>"
-    assert_uniform(shown, [whole[start : start + 8] for start in range(7)])
+    assert_uniform(seen, [whole[start : start + 8] for start in range(7)])
     for end in "<>":
-        assert abs(sum(end in window for window in shown) - 1000) < 4 * np.sqrt(7000 / 7 * 6 / 7)
+        assert abs(sum(end in window for window in seen) - 1000) < 4 * np.sqrt(7000 / 7 * 6 / 7)
 
 
 def test_max_length_tokens_are_shown_whole_and_one_more_is_cropped() -> None:
@@ -97,23 +103,24 @@ def test_a_window_lies_within_its_member() -> None:
 
 
 def test_a_draw_depends_on_seed_epoch_and_cluster_id_alone() -> None:
-    def shown(seed: int, epoch: int, name: str) -> bytes:
+    def drawn(seed: int, epoch: int, name: str) -> bytes:
         draw = ClusterDraw(seed, max_length=16, min_length=1, masking=MaskingRule())
-        draw(cluster(b"MKV", name="another"), epoch)
-        return np.concatenate(draw(cluster(b"LAGVSERTIDPK" * 9, b"YWFM" * 20, name=name), epoch)).tobytes()
+        shown(draw, cluster(b"MKV", name="another"), epoch)
+        some = cluster(b"LAGVSERTIDPK" * 9, b"YWFM" * 20, name=name)
+        return np.concatenate(shown(draw, some, epoch)).tobytes()
 
-    assert shown(1, 2, "a") == shown(1, 2, "a")
-    assert len({shown(*key) for key in [(1, 2, "a"), (2, 2, "a"), (1, 3, "a"), (1, 2, "b"), (2, 1, "a")]}) == 5
+    assert drawn(1, 2, "a") == drawn(1, 2, "a")
+    assert len({drawn(*key) for key in [(1, 2, "a"), (2, 2, "a"), (1, 3, "a"), (1, 2, "b"), (2, 1, "a")]}) == 5
 
 
 def test_what_a_key_shows_never_changes() -> None:
     draw = ClusterDraw(seed=17, max_length=8, min_length=1, masking=MaskingRule(fraction=0.5))
     some = cluster(b"LAGVSERTIDPK", b"QNFYMHWCXBUZ", name="UniRef50_A0A009")
-    shown = [draw(some, epoch) for epoch in range(3)]
-    inputs = [text(inputs).replace("<mask>", "_") for inputs, _ in shown]
-    assert inputs == ["_HW_XBUZ", "___TIDPK", "_VSE_TI_"]
-    labels = [text(labels).replace("<pad>", ".") for _, labels in shown]
-    assert labels == ["M.WCXB..", "SER...P.", "G...R..D"]
+    epochs = [shown(draw, some, epoch) for epoch in range(3)]
+    inputs = [text(inputs).replace("<mask>", "_") for inputs, _ in epochs]
+    assert inputs == ["___YM_WC", "NFYM_WC_", "FY_H__X_"]
+    labels = [text(labels).replace("<pad>", ".") for _, labels in epochs]
+    assert labels == ["QNF..H..", "....H..X", "..M.WC.B"]
 
 
 def test_member_window_and_mask_are_independent() -> None:
@@ -122,7 +129,7 @@ def test_member_window_and_mask_are_independent() -> None:
     wholes = "<LAGVSERTIDPK>", "<QNFYMHWCXBUZ>"
     columns = []
     for epoch in range(epochs):
-        inputs, labels = draw(some, epoch)
+        inputs, labels = shown(draw, some, epoch)
         selected = labels != alphabet.PAD
         window = text(np.where(selected, labels, inputs))
         member = int(window in wholes[1])
@@ -134,27 +141,27 @@ def test_member_window_and_mask_are_independent() -> None:
 def test_labels_are_what_the_window_shows() -> None:
     some = cluster(b"LAGVSERTIDPK")
     masked = ClusterDraw(seed=1, max_length=8, min_length=1, masking=MaskingRule())
-    shown = windows(some, max_length=8, epochs=300)
-    for epoch, window in enumerate(shown):
-        inputs, labels = masked(some, epoch)
+    for epoch, window in enumerate(windows(some, max_length=8, epochs=300)):
+        inputs, labels = shown(masked, some, epoch)
         assert text(np.where(labels == alphabet.PAD, inputs, labels)) == window
 
 
 # Batches
 
 
-def test_collate_lays_sequences_end_to_end() -> None:
-    first = np.array([0, 4, 32, 2], np.uint8), np.array([1, 1, 9, 1], np.uint8)
-    second = np.array([0, 7, 2], np.uint8), np.array([1, 7, 1], np.uint8)
-    batch = collate([first, second])
-    assert batch["tokens"].tolist() == [0, 4, 32, 2, 0, 7, 2]
-    assert batch["labels"].tolist() == [1, 1, 9, 1, 1, 7, 1]
-    assert batch["lengths"].tolist() == [4, 3]
+def test_a_batch_lays_its_sequences_end_to_end_each_as_it_is_alone() -> None:
+    some = [
+        DRAW.window(cluster(members, name=members.decode()), 0) for members in (b"MKV" * 30, b"LA", b"GVSERT" * 3)
+    ]
+    alone, batch = [DRAW.collate([each]) for each in some], DRAW.collate(some)
+    for key in ("tokens", "labels", "lengths"):
+        assert torch.equal(batch[key], torch.cat([each[key] for each in alone]))
+    assert batch["lengths"].tolist() == [24, 4, 20]
     assert [batch[key].dtype for key in ("tokens", "labels", "lengths")] == [torch.uint8, torch.uint8, torch.int32]
 
 
-def test_collate_of_nothing_has_the_same_types() -> None:
-    batch = collate([])
+def test_a_batch_of_nothing_has_the_same_types() -> None:
+    batch = DRAW.collate([])
     assert [tuple(batch[key].shape) for key in ("tokens", "labels", "lengths")] == [(0,)] * 3
     assert [batch[key].dtype for key in ("tokens", "labels", "lengths")] == [torch.uint8, torch.uint8, torch.int32]
 
@@ -209,7 +216,7 @@ def names(
     """The cluster ids of each batch; KeyError if a sequence is not the draw of any cluster in that epoch."""
     known = {}
     for each in clusters:
-        inputs, labels = draw(each, epoch)
+        inputs, labels = shown(draw, each, epoch)
         known[inputs.tobytes(), labels.tobytes()] = each["cluster_id"]
     assert len(known) == len(clusters)
     return [[known[sequence] for sequence in batch] for batch in contents(loader)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from esm2_composer import alphabet
-from esm2_composer.masking import KeyedUniforms, MaskingRule
+from esm2_composer.masking import MaskingRule, choose, keyed_words, token_uniforms
 
 MILLION = 1_000_000
 X = alphabet.TOKENS.index("X")  # maskable, and not among the replacements
@@ -37,32 +37,55 @@ def letters(ids: np.ndarray) -> str:
 # Keyed random numbers
 
 
-def test_the_numbers_of_a_key_never_change() -> None:
-    golden = ["0x1.e57718b135d1cp-1", "0x1.a00974cfa08b6p-1", "0x1.16d678f01f04cp-2", "0x1.bdb7040c1ce4cp-1"]
-    assert [number.hex() for number in KeyedUniforms(17, 0, "UniRef50_A0A009").draw(4)] == golden
+def stream(key: int, count: int) -> np.ndarray:
+    return token_uniforms(np.array([key], np.uint64), np.array([count]))
 
 
-def test_the_same_key_gives_the_same_numbers_whatever_was_drawn_before() -> None:
-    first = KeyedUniforms(3, 2, "a").draw(8)
-    KeyedUniforms(3, 2, "b").draw(5)
-    np.random.seed(4)
-    assert np.array_equal(KeyedUniforms(3, 2, "a").draw(8), first)
+def test_the_words_of_a_key_never_change() -> None:
+    words = keyed_words(17, 0, "UniRef50_A0A009")
+    assert [f"{word:016x}" for word in words] == ["bab119ae961b0327", "43fb08d5e33b307f", "c0440028923c4cea"]
 
 
 def test_every_part_of_the_key_counts() -> None:
     keys = [(1, 23, "a"), (2, 23, "a"), (1, 24, "a"), (1, 23, "b"), (12, 3, "a"), (23, 1, "a"), (1, 23, "A")]
-    streams = [KeyedUniforms(*key).draw(4) for key in keys]
-    assert len(np.unique(streams)) == 4 * len(keys)
+    words = [keyed_words(*key) for key in keys]
+    assert len(np.unique(words)) == 3 * len(keys)
 
 
-def test_how_a_stream_is_cut_does_not_matter() -> None:
-    whole = KeyedUniforms(1, 2, "c").draw(9)
-    stream = KeyedUniforms(1, 2, "c")
-    assert np.array_equal(np.concatenate([stream.draw(2), stream.draw(7)]), whole)
+@pytest.mark.parametrize("part", ["seed", "epoch", "cluster_id"])
+def test_words_of_neighbouring_keys_are_uniform_and_independent(part: str) -> None:
+    key = {"seed": 5, "epoch": 6, "cluster_id": "7"}
+    words = [keyed_words(**{**key, part: str(i) if part == "cluster_id" else i}) for i in range(4000)]
+    draws = np.array(words, float) / 2**64
+    limit = 4 / np.sqrt(len(draws))
+    for column in draws.T:
+        assert kolmogorov_smirnov(column) < 1.95
+        assert abs(np.corrcoef(column[1:], column[:-1])[0, 1]) < limit
+    assert np.abs(np.corrcoef(draws.T) - np.eye(3)).max() < limit
+
+
+def test_choose_reaches_the_first_and_the_last_and_no_more() -> None:
+    assert [choose(word, 3) for word in (0, 2**64 // 3, 2**64 // 3 + 1, 2**64 - 1)] == [0, 0, 1, 2]
+    assert choose(2**64 - 1, 1) == 0
+
+
+def test_numbers_are_those_of_splitmix64() -> None:
+    """The generator's published test vector: seed 1234567 (Vigna's reference implementation)."""
+    words = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert stream(1234567, 4).tolist() == [(word >> 11) * 2.0**-53 for word in words]
+
+
+def test_a_sequence_has_its_numbers_whatever_lies_beside_it() -> None:
+    keys, lengths = np.array([3, 2**64 - 1, 7, 7], np.uint64), np.array([5, 3, 0, 4])
+    together = token_uniforms(keys, lengths)
+    apart = [stream(int(key), count) for key, count in zip(keys, lengths, strict=True)]
+    assert np.array_equal(together, np.concatenate(apart))
+    assert np.array_equal(stream(3, 9)[:5], stream(3, 5))
+    assert token_uniforms(keys[:0], lengths[:0]).shape == (0,)
 
 
 def test_a_stream_is_uniform() -> None:
-    numbers = KeyedUniforms(0, 0, "c").draw(200_000)
+    numbers = stream(keyed_words(0, 0, "c")[2], 200_000)
     assert numbers.dtype == np.float64
     assert numbers.min() >= 0
     assert numbers.max() < 1
@@ -70,17 +93,11 @@ def test_a_stream_is_uniform() -> None:
     assert chi_square(np.bincount((numbers * 1000 % 1 * 64).astype(int), minlength=64)) < 4
 
 
-@pytest.mark.parametrize("part", ["seed", "epoch", "cluster_id"])
-def test_neighbouring_keys_are_uniform_and_independent(part: str) -> None:
-    key = {"seed": 5, "epoch": 6, "cluster_id": "7"}
-    draws = np.array(
-        [KeyedUniforms(**{**key, part: str(i) if part == "cluster_id" else i}).draw(2) for i in range(4000)]
-    )
-    assert kolmogorov_smirnov(draws[:, 0]) < 1.95
-    assert kolmogorov_smirnov(draws[:, 1]) < 1.95
-    limit = 4 / np.sqrt(len(draws))
-    assert abs(np.corrcoef(draws[:, 0], draws[:, 1])[0, 1]) < limit
-    assert abs(np.corrcoef(draws[1:, 0], draws[:-1, 0])[0, 1]) < limit
+def test_streams_of_different_sequences_are_independent() -> None:
+    keys = np.array([keyed_words(1, 0, str(i))[2] for i in range(2000)], np.uint64)
+    columns = token_uniforms(keys, np.full(2000, 8)).reshape(2000, 8)
+    assert chi_square(np.bincount((columns * 64).astype(int).ravel(), minlength=64)) < 4
+    assert np.abs(np.corrcoef(columns.T) - np.eye(8)).max() < 4 / np.sqrt(2000)
 
 
 # The mask
@@ -88,7 +105,7 @@ def test_neighbouring_keys_are_uniform_and_independent(part: str) -> None:
 
 @pytest.fixture(scope="module")
 def uniforms() -> np.ndarray:
-    return KeyedUniforms(17, 0, "million").draw(MILLION)
+    return stream(17, MILLION)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +196,7 @@ def test_a_protein_of_one_residue_is_masked_as_often_as_any() -> None:
     tokens = alphabet.encode(b"M")
     selected = 0
     for epoch in range(4000):
-        inputs, labels = MaskingRule().apply(tokens, KeyedUniforms(0, epoch, "short").draw(3))
+        inputs, labels = MaskingRule().apply(tokens, stream(keyed_words(0, epoch, "short")[2], 3))
         assert inputs[0] == alphabet.CLS
         assert inputs[2] == alphabet.EOS
         assert labels[0] == labels[2] == alphabet.PAD

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from esm2_composer import alphabet
-from esm2_composer.data import Sequences, collate
-from esm2_composer.pool import Microbatch, Pool, data_spec, deal, pack
+from esm2_composer.data import Sequences
+from esm2_composer.pool import Microbatch, Pool, PooledLoader, data_spec, deal, pack
 
 
 def uniref_lengths(count: int, seed: int) -> np.ndarray:
@@ -63,12 +63,19 @@ def test_the_longest_go_first_each_to_the_emptiest_pile() -> None:
     assert deal(np.array([2, 9, 4, 6, 3], np.int32), hands=2, largest=100) == [[1, 4], [3, 2, 0]]
 
 
+def test_sequences_change_places_until_piles_are_level() -> None:
+    lengths = np.array([5, 5, 4, 4, 3, 3, 3], np.int32)  # LPT alone: 11, 8, 8
+    assert sorted(fills(lengths, deal(lengths, hands=3, largest=100))) == [9, 9, 9]
+
+
 def test_equal_lengths_are_dealt_in_their_order() -> None:
     piles = deal(np.full(300, 5, np.int32), hands=3, largest=1000)
     assert piles == [list(range(first, 300, 3)) for first in range(3)]
 
 
-@pytest.mark.parametrize(("hands", "largest"), [(128, 65536), (32, 16384), (8, 32768)])
+@pytest.mark.parametrize(
+    ("hands", "largest"), [(2, 16384), (8, 32768), (64, 16384), (128, 65536), (128, 2048), (512, 16384)]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_the_fullest_rank_is_within_a_percent_of_the_mean(hands: int, largest: int, seed: int) -> None:
     lengths = uniref_lengths(2048, seed)
@@ -132,6 +139,17 @@ def test_pack_has_the_types_the_model_takes(count: int) -> None:
 # Pool, on one rank
 
 
+def share_of(sequences: list[tuple[np.ndarray, np.ndarray]]) -> Sequences:
+    """(tokens, labels) pairs, end to end."""
+    tokens, labels = zip(*sequences, strict=True) if sequences else ((), ())
+    empty = np.empty(0, np.uint8)
+    return {
+        "tokens": torch.from_numpy(np.concatenate([*tokens, empty])),
+        "labels": torch.from_numpy(np.concatenate([*labels, empty])),
+        "lengths": torch.tensor([len(each) for each in tokens], dtype=torch.int32),
+    }
+
+
 def random_share(count: int) -> Sequences:
     """Distinct sequences, about a seventh of their tokens selected; the last has none."""
     rng = np.random.default_rng(count)
@@ -142,7 +160,7 @@ def random_share(count: int) -> Sequences:
         samples.append(
             (tokens, np.where(selected, rng.integers(4, 31, len(tokens)), alphabet.PAD).astype(np.uint8))
         )
-    return collate(samples)
+    return share_of(samples)
 
 
 def sequences_of_share(share: Sequences) -> list[tuple[list[int], list[int]]]:
@@ -187,16 +205,49 @@ def test_counts_are_those_of_the_batch_whatever_the_budget(budget: int) -> None:
 
 
 def test_an_empty_share_still_makes_a_microbatch() -> None:
-    batch = Pool(100)(collate([]))
+    batch = Pool(100)(share_of([]))
     (packed,) = batch["microbatches"]
     assert packed["tokens"].tolist() == [alphabet.CLS, alphabet.EOS]
-    assert (batch["num_sequences"], batch["num_tokens"], batch["num_masked"]) == (0, 0, 0)
+    assert (batch["num_sequences"], batch["num_tokens"]) == (0, 0)
+
+
+def test_a_batch_without_selected_tokens_can_still_be_divided_by_their_count() -> None:
+    share = share_of([(np.array([0, 5, 2], np.uint8), np.full(3, alphabet.PAD, np.uint8))] * 3)
+    batch = Pool(6)(share)
+    assert batch["num_masked"] == 1
+    assert [packed["num_masked"] for packed in batch["microbatches"]] == [1, 0]
+    assert all(len(packed["positions"]) == 0 for packed in batch["microbatches"])
+
+
+# The loader
+
+
+def test_the_loader_keeps_order_and_length_and_can_be_left_and_taken_up_again() -> None:
+    shares = [random_share(count) for count in (5, 9, 3)]
+    loader = PooledLoader(DataLoader(shares, batch_size=None), microbatch_tokens=200)
+    assert len(loader) == 3
+    for batch in loader:
+        assert batch["num_sequences"] == 5
+        break
+    assert [batch["num_sequences"] for batch in loader] == [5, 9, 3]
+
+
+def test_what_fails_in_loading_fails_in_the_loop() -> None:
+    class Shares(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield random_share(5)
+            raise RuntimeError("shard is gone")
+
+    batches = iter(PooledLoader(DataLoader(Shares(), batch_size=None), 200))
+    assert next(batches)["num_sequences"] == 5
+    with pytest.raises(RuntimeError, match="shard is gone"):
+        next(batches)
 
 
 def test_composer_sees_pooled_batches_and_their_true_counts() -> None:
     share = random_share(50)
     spec = data_spec(DataLoader([share], batch_size=None), microbatch_tokens=200)
-    (batch,) = map(spec.batch_transforms, spec.dataloader)
+    (batch,) = spec.dataloader
     assert spec.get_num_samples_in_batch(batch) == 50
     assert spec.get_num_tokens_in_batch(batch) == len(share["tokens"])
     masked = int((share["labels"] != alphabet.PAD).sum())
