@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from esm2_composer import alphabet
 from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule, choose, keyed_words, token_uniforms
+from esm2_composer.shards import LEAN_LAYOUT, CheckedStream
 
 # Streaming lays an epoch out for this many nodes, or for those of its factors that the batch has too: so a run
 # goes on upon any number of nodes without another factor. Fewer would make a large epoch slow to shuffle.
@@ -78,6 +79,7 @@ class ClusterDataset(StreamingDataset):
 
     def __init__(self, draw: ClusterDraw, pinned_epoch: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.batching_method = LEAN_LAYOUT
         self.draw = draw
         self._pinned_epoch = pinned_epoch
 
@@ -86,6 +88,19 @@ class ClusterDataset(StreamingDataset):
         before it has read how many samples there are."""
         self.epoch_size = self.streams[0].choose = samples
         self.length = samples // _world_size()
+
+    def __iter__(self) -> Iterator[Sample]:
+        try:
+            yield from super().__iter__()
+        except RuntimeError:  # "Background thread failed"
+            self._raise_failure()
+            raise
+        self._raise_failure()  # or the epoch just ended
+
+    def _raise_failure(self) -> None:
+        (stream,) = self.streams
+        if stream.failure is not None:
+            raise stream.failure
 
     def get_item(self, sample_id: int, retry: int = 7) -> Sample:
         # Streaming counts an epoch on before it yields the epoch's first sample.
@@ -120,9 +135,16 @@ class EvaluationBatches(IterableDataset):
 
 
 def train_loader(
-    draw: ClusterDraw, remote: str | None, local: str, global_batch_size: int, num_workers: int
+    draw: ClusterDraw,
+    remote: str | None,
+    local: str,
+    global_batch_size: int,
+    num_workers: int,
+    cache_limit: str | None = None,
 ) -> DataLoader:
     """Shuffled clusters, `global_batch_size` a step over all ranks, for training.
+
+    With a `cache_limit`, such as "200gb", shards that were not read for longest leave `local` to make room.
 
     An epoch is a whole number of global batches: fewer clusters than one batch are left for later epochs,
     other ones each time.
@@ -148,6 +170,7 @@ def train_loader(
         shuffle=True,
         shuffle_seed=draw.seed,
         num_canonical_nodes=canonical_nodes,
+        cache_limit=cache_limit,
     )
     batches = clusters.num_samples // global_batch_size
     if not batches:
@@ -181,8 +204,8 @@ def evaluation_loader(
 def _open(remote: str | None, local: str, **arguments: Any) -> ClusterDataset:
     place = remote or local
     try:
-        validate_hash = "xxh64" if remote else None  # Streaming can check a shard only as it fetches it
-        clusters = ClusterDataset(remote=remote, local=local, validate_hash=validate_hash, **arguments)
+        stream = CheckedStream(remote=remote, local=local, validate_hash="xxh64")
+        clusters = ClusterDataset(streams=[stream], **arguments)
     except Exception as error:  # each store raises its own types
         raise UserError(f"{place}: cannot be opened as MDS shards ({error})") from error
     columns = clusters.shards[0].column_names

@@ -15,7 +15,8 @@ class UserError(Exception):
     """A mistake the user can mend. The message, one line, says what is wrong, where, and how to mend it."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))  # a cause may bring line breaks of its own
+        own = message.rpartition(f"{__name__}.UserError: ")[2]  # a DataLoader worker's comes in a traceback
+        super().__init__(" ".join(own.split()))  # a cause may bring line breaks of its own
 
 
 def run_command(main: Callable[[], int | None]) -> None:

@@ -23,6 +23,7 @@ from esm2_composer.checkpoints import prepare_save_folder
 from esm2_composer.config import FSDPSection, ModelSection, Recipe
 from esm2_composer.data import ClusterDraw, evaluation_loader, train_loader
 from esm2_composer.errors import UserError
+from esm2_composer.gradients import DivideByRanks, means_are_sums
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, SIZES, ESM2Config
 from esm2_composer.optim import build_adamw, build_schedule
@@ -64,6 +65,9 @@ def build_trainer(recipe: Recipe) -> Trainer:
     train = train_loader(draw, *recipe.data.split("train"), batch, workers)
     valid = evaluation_loader(draw, *recipe.data.split("valid"), batch, workers)
 
+    sharded_on_cpu = recipe.fsdp is not None and recipe.fsdp.version == 2 and not on_gpu
+    correction = [DivideByRanks()] if sharded_on_cpu and means_are_sums() else []
+
     on_terminal = sys.stderr.isatty()
     callbacks: list[Callback] = [SpeedMonitor(window_size=10), LRMonitor(), Preemption()]
     if on_gpu:
@@ -80,7 +84,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         optimizers=optimizer,
         schedulers=schedule,
         step_schedulers_every_batch=True,
-        algorithms=[GradientClipping("norm", recipe.optimizer.clip_norm)],
+        algorithms=[*correction, GradientClipping("norm", recipe.optimizer.clip_norm)],
         train_dataloader=data_spec(train, recipe.device_microbatch_tokens),
         accumulate_train_batch_on_tokens=True,
         eval_dataloader=Evaluator(

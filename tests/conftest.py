@@ -1,11 +1,19 @@
 """What several test files need: real data where it is, small shards, and the project's commands."""
 
+import itertools
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from streaming import MDSWriter
+
+from esm2_composer.records import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 REAL_DATA = Path(os.environ.get("ESM2_REAL_DATA") or ROOT.parent / "shared" / "data")
@@ -55,3 +63,41 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         assert converted.returncode == 0, converted.stderr
     return folder / "shards"
+
+
+def cluster(*members: bytes, name: str = "c") -> dict[str, Any]:
+    lengths = np.array([len(member) for member in members], np.int32)
+    return {"cluster_id": name, "lengths": lengths, "residues": b"".join(members)}
+
+
+@pytest.fixture(scope="session")
+def clusters() -> list[dict[str, Any]]:
+    """37 clusters of one to four members, most longer than a window."""
+    rng = np.random.default_rng(0)
+    letters = np.frombuffer(b"LAGVSERTIDPKQNFYMHWC", np.uint8)
+
+    def member() -> bytes:
+        return rng.choice(letters, rng.integers(5, 80)).tobytes()
+
+    return [cluster(*(member() for _ in range(rng.integers(1, 5))), name=f"UniRef50_{i}") for i in range(37)]
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory, clusters: list[dict[str, Any]]) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "all"
+    with MDSWriter(out=str(out), columns=COLUMNS, compression="zstd", hashes=["xxh64"], size_limit=1500) as writer:
+        for each in clusters:
+            writer.write(each)
+    assert len(list(out.glob("shard.*"))) > 3
+    return out
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, written: Path) -> Callable[[], str]:
+    """A new copy of the shards at each call: Streaming opens a folder only once in a process."""
+    names = itertools.count()
+
+    def copy() -> str:
+        return str(shutil.copytree(written, tmp_path / f"copy{next(names)}"))
+
+    return copy

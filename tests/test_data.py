@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from streaming import MDSWriter
+from conftest import cluster
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 from torch.utils.data import DataLoader
@@ -21,16 +20,10 @@ from esm2_composer import alphabet
 from esm2_composer.data import ClusterDraw, Sequences, evaluation_loader, train_loader
 from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule
-from esm2_composer.records import COLUMNS
 
 NOTHING_MASKED = MaskingRule(fraction=1e-15)
 BATCH = 8
 DRAW = ClusterDraw(seed=5, max_length=24, min_length=8, masking=MaskingRule())
-
-
-def cluster(*members: bytes, name: str = "c") -> dict[str, Any]:
-    lengths = np.array([len(member) for member in members], np.int32)
-    return {"cluster_id": name, "lengths": lengths, "residues": b"".join(members)}
 
 
 def shown(draw: ClusterDraw, of: dict[str, Any], epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -164,39 +157,6 @@ def test_a_batch_of_nothing_has_the_same_types() -> None:
     batch = DRAW.collate([])
     assert [tuple(batch[key].shape) for key in ("tokens", "labels", "lengths")] == [(0,)] * 3
     assert [batch[key].dtype for key in ("tokens", "labels", "lengths")] == [torch.uint8, torch.uint8, torch.int32]
-
-
-@pytest.fixture(scope="module")
-def clusters() -> list[dict[str, Any]]:
-    """37 clusters of one to four members, most longer than a window, some shorter than DRAW's least."""
-    rng = np.random.default_rng(0)
-    letters = np.frombuffer(b"LAGVSERTIDPKQNFYMHWC", np.uint8)
-
-    def member() -> bytes:
-        return rng.choice(letters, rng.integers(5, 80)).tobytes()
-
-    return [cluster(*(member() for _ in range(rng.integers(1, 5))), name=f"UniRef50_{i}") for i in range(37)]
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory, clusters: list[dict[str, Any]]) -> Path:
-    out = tmp_path_factory.mktemp("shards") / "all"
-    with MDSWriter(out=str(out), columns=COLUMNS, compression="zstd", hashes=["xxh64"], size_limit=1500) as writer:
-        for each in clusters:
-            writer.write(each)
-    assert len(list(out.glob("shard.*"))) > 3
-    return out
-
-
-@pytest.fixture
-def fresh(tmp_path: Path, written: Path) -> Callable[[], str]:
-    """A new copy of the shards at each call: Streaming opens a folder only once in a process."""
-    names = itertools.count()
-
-    def copy() -> str:
-        return str(shutil.copytree(written, tmp_path / f"copy{next(names)}"))
-
-    return copy
 
 
 def sequences(batch: Sequences) -> list[tuple[bytes, bytes]]:

@@ -1,0 +1,119 @@
+"""The global batch and its gradient do not depend on ranks, workers, microbatches or restarts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import global_batches
+import pytest
+import torch
+from conftest import ROOT, composer
+
+EPOCH = 4  # batches of 8 in an epoch of the 37 clusters
+BATCHES = 10  # two epochs and a half
+STOPS = (2, EPOCH, EPOCH + 1)  # in mid-epoch, at its end, in the second
+
+Run = dict[str, Any]
+
+
+@pytest.fixture
+def scenario(fresh: Callable[[], str]) -> Callable[..., Run]:
+    def make(**changes: Any) -> Run:
+        plain = {"evaluation": False, "workers": 0, "budget": 10**6, "state": None, "batches": BATCHES}
+        return {**plain, "shards": fresh(), **changes}
+
+    return make
+
+
+def see(ranks: int, folder: Path, scenarios: list[Run]) -> list[Run]:
+    """Run the scenarios on so many ranks: of each, its global batches, and the state to resume from."""
+    folder.mkdir()
+    for i, scenario in enumerate(scenarios):
+        scenario["out"] = str(folder / str(i))
+        if ranks == 1:
+            global_batches.run(scenario)
+    if ranks > 1:
+        (folder / "scenarios.json").write_text(json.dumps(scenarios))
+        result = composer("-n", str(ranks), ROOT / "tests/global_batches.py", folder / "scenarios.json")
+        assert result.returncode == 0, result.stderr
+    together = []
+    for scenario in scenarios:
+        of_rank = [json.loads(Path(f"{scenario['out']}-{rank}.json").read_text()) for rank in range(ranks)]
+        assert all(each["microbatches"] == of_rank[0]["microbatches"] for each in of_rank), "on every rank as many"
+        shares = zip(*(each["seen"] for each in of_rank), strict=True)
+        batches = [sorted(itertools.chain.from_iterable(parts)) for parts in shares]
+        together.append({"batches": batches, "state": of_rank[0]["state"]})
+    return together
+
+
+def test_global_batches_are_the_same_on_any_ranks_workers_budgets_and_after_any_stop(
+    scenario: Callable[..., Run], tmp_path: Path
+) -> None:
+    def stopped() -> list[Run]:
+        return [scenario(batches=stop, workers=int(stop == 2)) for stop in STOPS]
+
+    def resumed(runs: list[Run]) -> list[Run]:
+        return [
+            scenario(state=run["state"], batches=BATCHES - stop, workers=int(stop == EPOCH))
+            for stop, run in zip(STOPS, runs, strict=True)
+        ]
+
+    whole, with_workers, *one = see(1, tmp_path / "1", [scenario(), scenario(workers=3, budget=30), *stopped()])
+    expected = whole["batches"]
+    assert all(len(batch) == len(set(batch)) == 8 for batch in expected)
+    assert len(set(itertools.chain(*expected))) == 8 * BATCHES, "what a cluster shows differs between epochs"
+    assert with_workers["batches"] == expected
+
+    two, two_with_workers, *runs = see(
+        2, tmp_path / "2", [scenario(), scenario(workers=3, budget=30), *resumed(one), *stopped()]
+    )
+    assert two["batches"] == two_with_workers["batches"] == expected
+    two_after_one, two_stopped = runs[:3], runs[3:]
+    one_after_two = see(1, tmp_path / "1 after 2", resumed(two_stopped))
+    four, *four_after_two = see(4, tmp_path / "4", [scenario(workers=1, budget=50), *resumed(two_stopped)])
+    assert four["batches"] == expected
+    for after in (two_after_one, one_after_two, four_after_two):
+        assert [run["batches"] for run in after] == [expected[stop:] for stop in STOPS]
+
+
+def test_evaluation_shows_the_same_on_any_ranks_workers_and_budgets(
+    scenario: Callable[..., Run], tmp_path: Path
+) -> None:
+    def scenarios() -> list[Run]:
+        return [scenario(evaluation=True, batches=5), scenario(evaluation=True, batches=5, workers=2, budget=30)]
+
+    one, two = see(1, tmp_path / "1", scenarios()), see(2, tmp_path / "2", scenarios())
+    assert sum(map(len, one[0]["batches"])) == 37
+    assert all(run["batches"] == one[0]["batches"] for run in (*one, *two))
+
+
+def train(shards: Path, out: Path, *overrides: str, ranks: int = 1) -> dict[str, Any]:
+    """50 updates of a small model, unclipped: the losses, the gradients' norms and the final weights."""
+    result = composer(
+        *("-n", str(ranks), ROOT / "tests/gradient_norms.py", out, ROOT / "yamls/demo.yaml"),
+        *(f"data.remote={shards}", "data.max_length=128", "model.num_layers=1", "model.hidden_size=32"),
+        *("model.ffn_hidden_size=64", "max_duration=50ba", "schedule.warmup=10", "optimizer.clip_norm=1e9"),
+        *("eval_interval=50ba", "save_interval=50ba", f"run_name={out.stem}", *overrides),
+        cwd=out.parent,
+    )
+    assert result.returncode == 0, result.stderr
+    return torch.load(out, weights_only=True)
+
+
+def test_losses_gradients_and_weights_are_those_of_one_rank_on_two_sharded_or_not(
+    shards: Path, tmp_path: Path
+) -> None:
+    one = train(shards, tmp_path / "one.pt")
+    assert len(one["losses"]) == len(one["norms"]) == 50
+    replicated = train(shards, tmp_path / "replicated.pt", "device_microbatch_tokens=256", ranks=2)
+    sharded = train(shards, tmp_path / "sharded.pt", "+fsdp.version=2", "device_microbatch_tokens=512", ranks=2)
+    for two in (replicated, sharded):
+        assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert two["norms"] == pytest.approx(one["norms"], rel=1e-4)
+        assert two["weights"].keys() == one["weights"].keys()
+        for name, weight in one["weights"].items():
+            torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-4, msg=name)

@@ -1,0 +1,128 @@
+"""Shards from an object store over HTTP, evicted and fetched again; damage found, mended once, and named."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pytest
+from conftest import cluster
+from moto.server import ThreadedMotoServer
+from streaming import MDSWriter
+from streaming.base.batching import generate_work
+from streaming.base.world import World
+from torch.utils.data import DataLoader
+
+from esm2_composer.data import ClusterDraw, evaluation_loader, train_loader
+from esm2_composer.errors import UserError
+from esm2_composer.masking import MaskingRule
+from esm2_composer.records import COLUMNS
+
+BATCH = 8
+DRAW = ClusterDraw(seed=5, max_length=24, min_length=8, masking=MaskingRule())
+
+
+def contents(loader: DataLoader) -> list[bytes]:
+    return [batch["tokens"].numpy().tobytes() + batch["labels"].numpy().tobytes() for batch in loader]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some thirty shards of 4 kB."""
+    out = tmp_path_factory.mktemp("many") / "train"
+    rng = np.random.default_rng(0)
+    letters = np.frombuffer(b"LAGVSERTIDPKQNFYMHWC", np.uint8)
+    with MDSWriter(out=str(out), columns=COLUMNS, compression="zstd", hashes=["xxh64"], size_limit=4000) as writer:
+        for i in range(800):
+            writer.write(cluster(rng.choice(letters, 100).tobytes(), name=str(i)))
+    return out
+
+
+@pytest.fixture
+def bucket(many: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of the shards in an S3 bucket on loopback."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "S3_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
+    client.create_bucket(Bucket="proteins")
+    for file in many.iterdir():
+        client.upload_file(str(file), "proteins", f"train/{file.name}")
+    yield "s3://proteins/train"
+    server.stop()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_stream_from_s3_through_a_cache_too_small_for_them(
+    bucket: str, many: Path, tmp_path: Path, workers: int
+) -> None:
+    local = train_loader(DRAW, None, str(shutil.copytree(many, tmp_path / "copy")), 32, num_workers=0)
+    cache, limit = tmp_path / "cache", 60_000
+    remote = train_loader(DRAW, bucket, str(cache), 32, workers, cache_limit=f"{limit}b")
+    for _ in range(2):
+        assert contents(remote) == contents(local)
+        kept = list(cache.glob("*.mds"))
+        assert 0 < len(kept) < len(list(many.glob("*.mds.zstd")))
+        assert sum(file.stat().st_size for file in kept) <= limit
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_again(bucket: str, many: Path, tmp_path: Path) -> None:
+    local = train_loader(DRAW, None, str(shutil.copytree(many, tmp_path / "copy")), 32, num_workers=0)
+    cache = shutil.copytree(many, tmp_path / "cache")
+    packed = sorted(cache.glob("*.zstd"))
+    packed[0].write_bytes(packed[0].read_bytes()[:-9])  # cut short
+    packed[1].write_bytes(packed[1].read_bytes()[:-1] + b"?")  # one byte wrong
+    assert contents(train_loader(DRAW, bucket, str(cache), 32, num_workers=0)) == contents(local)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("open_loader", [train_loader, evaluation_loader])
+def test_a_shard_damaged_at_its_source_is_named(
+    open_loader: Callable[..., DataLoader], fresh: Callable[[], str], tmp_path: Path, workers: int
+) -> None:
+    source = Path(fresh())
+    damaged = sorted(source.glob("*.zstd"))[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    loader = open_loader(DRAW, str(source), str(tmp_path / "cache"), BATCH, workers)
+    with pytest.raises(UserError, match=rf"^{damaged}: cannot be read \(Checksum failure"):
+        contents(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_shard_read_in_place_is_named_and_left(fresh: Callable[[], str], workers: int) -> None:
+    folder = Path(fresh())
+    damaged = sorted(folder.glob("*.zstd"))[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=f"^{damaged}: damaged"):
+        contents(train_loader(DRAW, None, str(folder), BATCH, workers))
+    assert damaged.exists()
+
+
+def test_a_shard_of_the_wrong_size_is_named_before_training(fresh: Callable[[], str]) -> None:
+    folder = Path(fresh())
+    damaged = sorted(folder.glob("*.zstd"))[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{damaged}: damaged .* bytes instead of"):
+        train_loader(DRAW, None, str(folder), BATCH, 0)
+
+
+@pytest.mark.parametrize(("batch", "done"), [(BATCH, 0), (BATCH, 2 * BATCH), (37, 0)])
+def test_an_epoch_is_laid_out_as_streaming_does(fresh: Callable[[], str], batch: int, done: int) -> None:
+    dataset = train_loader(DRAW, None, fresh(), batch, num_workers=0).dataset
+    next(iter(dataset))
+    for world in (World(1, 1, 1, 0), World(1, 1, 3, 0)):
+        for epoch in range(3):
+            methods = (dataset.batching_method, "random")
+            ours, theirs = (generate_work(method, dataset, world, epoch, done) for method in methods)
+            assert np.array_equal(ours, theirs)
+            assert ours.dtype == theirs.dtype
