@@ -236,7 +236,10 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.txt"]))
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(name, allow_patterns=["*.bin"])
+        return folder
     except Exception as error:  # network, permission and spelling all arrive as different types
         raise UserError(f"{name}: neither a path here nor a model on the hub ({error})") from error
 

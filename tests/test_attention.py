@@ -71,3 +71,11 @@ def test_a_backend_that_cannot_run_here_is_refused_with_those_that_can(backend):
 def test_auto_runs_on_a_cpu():
     *qkv, cu_seqlens = inputs(16, "cpu", torch.float32)
     select_attention("auto", "cpu")(*qkv, cu_seqlens, max(LENGTHS))
+
+
+def test_the_choice_is_logged_once(caplog):
+    caplog.set_level("INFO", logger="esm2_composer.attention")
+    select_attention.cache_clear()
+    for _ in range(3):
+        select_attention("auto", "cpu")
+    assert caplog.messages == ["attention on cpu: cpu"]

@@ -1,12 +1,11 @@
 """ESM2 is ESM-2: logits and gradients equal those of transformers and fair-esm; sizes, init, FLOPs."""
 
-import esm
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.parity import LENGTHS, compare, fair_esm, hugging_face, random_batch, random_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import EsmConfig, EsmForMaskedLM
 
 from esm2_composer import alphabet
 from esm2_composer.model import (
@@ -18,7 +17,6 @@ from esm2_composer.model import (
     rotary_tables,
     rotate,
 )
-from esm2_composer.weights import _names, hugging_face_config
 
 # the head sizes of all six models
 CONFIGS = {
@@ -27,103 +25,17 @@ CONFIGS = {
     32: ESM2Config(2, 128, 4, 512),
     64: ESM2Config(2, 128, 2, 512),
     128: ESM2Config(2, 256, 2, 1024),
+    "8m": SIZES["8m"],
 }
-LENGTHS = [3, 1024, 17, 330, 64]
-
-
-def random_model(config: ESM2Config) -> ESM2:
-    """A model far from its initialisation, so that biases, norms and attention matter."""
-    torch.manual_seed(0)
-    model = ESM2(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.08)
-    return model
-
-
-def random_batch(lengths: list[int], seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (T,) with <cls>, <eos>, every letter, and masks in all but the first sequence; cu_seqlens."""
-    generator = torch.Generator().manual_seed(seed)
-    sequences = []
-    for i, length in enumerate(lengths):
-        inner = torch.randint(4, 29, (length - 2,), generator=generator)  # the 20, X, B, U, Z, O
-        if i:
-            inner[torch.rand(length - 2, generator=generator) < 0.3 / (i + 1)] = alphabet.MASK
-        sequences.append(F.pad(F.pad(inner, (1, 0), value=alphabet.CLS), (0, 1), value=alphabet.EOS))
-    return torch.cat(sequences), torch.tensor([0, *lengths]).cumsum(0).int()
-
-
-def padded(tokens: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence(tokens.split(lengths), batch_first=True, padding_value=alphabet.PAD)
-
-
-def hugging_face(model: ESM2) -> EsmForMaskedLM:
-    reference = EsmForMaskedLM(EsmConfig(**hugging_face_config(model.config)))
-    copy_weights(model, reference, fair=False)
-    return reference
-
-
-def fair_esm(model: ESM2) -> torch.nn.Module:
-    c = model.config
-    letters = esm.data.Alphabet.from_architecture("ESM-1b")
-    reference = esm.model.esm2.ESM2(c.num_layers, c.hidden_size, c.num_heads, letters, token_dropout=True)
-    copy_weights(model, reference, fair=True)
-    return reference
-
-
-def copy_weights(model: ESM2, reference: torch.nn.Module, fair: bool) -> None:
-    ours, theirs = model.state_dict(), reference.state_dict()
-    with torch.no_grad():
-        for name, keys in _names(model.config.num_layers, fair):
-            for key, part in zip(keys, ours[name].chunk(len(keys)), strict=True):
-                theirs[key].copy_(part)
-
-
-def reference_logits(reference: torch.nn.Module, tokens: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    batch = padded(tokens, lengths)
-    if isinstance(reference, EsmForMaskedLM):
-        out = reference(batch, attention_mask=(batch != alphabet.PAD).long()).logits
-    else:
-        out = reference(batch)["logits"]
-    return torch.cat([row[:length] for row, length in zip(out, lengths, strict=True)])
 
 
 @pytest.mark.parametrize("make_reference", [hugging_face, fair_esm])
-@pytest.mark.parametrize("head_size", CONFIGS)
-def test_logits_and_gradients_equal_the_reference(head_size, make_reference):
-    model = random_model(CONFIGS[head_size])
-    reference = make_reference(model)
-    tokens, cu_seqlens = random_batch(LENGTHS)
-    positions = torch.arange(0, len(tokens), 3)
-    targets = tokens[positions].clamp(max=31)
-
-    logits = model(tokens, cu_seqlens)
-    expected = reference_logits(reference, tokens, LENGTHS)
-    assert expected.std() > 0.5  # logits of some size, or the comparison says nothing
-    assert (logits - expected).abs().max() <= 1e-4
-
-    F.cross_entropy(model(tokens, cu_seqlens, positions=positions), targets).backward()
-    F.cross_entropy(expected[positions], targets).backward()
-    gradients = {name: p.grad for name, p in reference.named_parameters()}
-    for name, keys in _names(model.config.num_layers, fair=make_reference is fair_esm):
-        ours = model.get_parameter(name).grad
-        if name.startswith("contact_head"):
-            assert ours is None
-            continue
-        theirs = torch.cat([gradients[key] for key in keys])
-        if name.endswith("qkv.bias"):  # the gradient of a key's bias is zero but for rounding
-            ours, theirs = (torch.cat((g.chunk(3)[0], g.chunk(3)[2])) for g in (ours, theirs))
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), name
-
-
-def test_the_8m_model_equals_transformers_on_unequal_masked_sequences():
-    torch.manual_seed(0)
-    model = ESM2(SIZES["8m"]).eval()
-    reference = hugging_face(model).eval()
-    tokens, cu_seqlens = random_batch(LENGTHS)
-    with torch.no_grad():
-        difference = model(tokens, cu_seqlens) - reference_logits(reference, tokens, LENGTHS)
-    assert difference.abs().max() <= 1e-4
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=map(str, CONFIGS))
+def test_logits_and_gradients_equal_the_reference(config, make_reference):
+    found = compare(random_model(config), make_reference)
+    assert found["logits_std"] > 0.5
+    assert found["logit_error"] <= 1e-4
+    assert found["gradient_error"] <= 1e-4, found["worst_gradient"]
 
 
 def test_a_sequence_does_not_see_its_neighbours():

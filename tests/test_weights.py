@@ -6,11 +6,14 @@ import logging
 import os
 import pickle
 
+import huggingface_hub
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from benchmarks.parity import fair_esm, hugging_face, random_batch, random_model, reference_logits
+from esm import Alphabet, ProteinBertModel
 from safetensors.torch import load_file, save_file
-from test_model import CONFIGS, fair_esm, hugging_face, padded, random_batch, random_model
+from test_model import CONFIGS
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from esm2_composer import alphabet
@@ -49,12 +52,9 @@ def test_transformers_loads_an_export_whole_with_equal_logits(model, tmp_path, c
     assert not caplog.records
     lengths = [3, 40, 200]
     tokens, cu_seqlens = random_batch(lengths)
-    batch = padded(tokens, lengths)
     with torch.no_grad():
-        expected = reference.eval()(batch, attention_mask=(batch != alphabet.PAD).long()).logits
-        ours = model.eval()(tokens, cu_seqlens)
-    for row, logits, length in zip(expected, ours.split(lengths), lengths, strict=True):
-        assert (row[:length] - logits).abs().max() <= 1e-4
+        difference = model.eval()(tokens, cu_seqlens) - reference_logits(reference.eval(), tokens, lengths)
+    assert difference.abs().max() <= 1e-4
 
 
 def test_the_exported_tokenizer_gives_the_ids_the_model_was_trained_on(model, tmp_path):
@@ -210,6 +210,41 @@ def test_other_torch_files_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"other\.pt"):
         ESM2.from_pretrained(tmp_path / "other.pt")
+
+
+def esm_1b() -> dict:
+    names = ("attention_heads", "embed_dim", "ffn_embed_dim", "layers", "logit_bias", "token_dropout")
+    args = argparse.Namespace(
+        **dict.fromkeys(names, 4), arch="roberta_large", max_positions=8, emb_layer_norm_before=True
+    )
+    letters = Alphabet.from_architecture("ESM-1b")
+    return {"args": args, "model": ProteinBertModel(args, letters).state_dict()}
+
+
+def esm_c() -> dict:
+    tensor = torch.ones(2, 2)
+    return {"embed.weight": tensor, "transformer.blocks.0.attn.layernorm_qkv.1.weight": tensor}
+
+
+@pytest.mark.parametrize(("make", "complaint"), [(esm_1b, "not an ESM-2"), (esm_c, "neither a fair-esm file nor")])
+def test_files_of_other_architectures_are_refused(make, complaint, tmp_path):
+    torch.save(make(), tmp_path / "model.pt")
+    with pytest.raises(UserError, match=rf"model\.pt: {complaint}"):
+        ESM2.from_pretrained(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_name_on_the_hub_is_read_from_its_cache(model, tmp_path, monkeypatch, safe):
+    """As huggingface_hub lays out what it has downloaded; no network is used."""
+    snapshot = tmp_path / "models--lab--protein/snapshots/0123abc"
+    hugging_face(model).save_pretrained(snapshot, safe_serialization=safe)
+    (tmp_path / "models--lab--protein/refs").mkdir()
+    (tmp_path / "models--lab--protein/refs/main").write_text("0123abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert_same_weights(ESM2.from_pretrained("lab/protein"), model)
+    with pytest.raises(UserError, match="lab/other: neither a path here nor a model on the hub"):
+        ESM2.from_pretrained("lab/other")
 
 
 def test_a_path_that_is_not_there_is_refused(tmp_path):
