@@ -126,7 +126,8 @@ def reference_logits(reference: torch.nn.Module, tokens: torch.Tensor, lengths: 
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        f"random weights, fp32, sequences of {', '.join(map(str, result['lengths']))} tokens; torch {result['torch']}",
+        f"random weights, fp32, sequences of "
+        f"{', '.join(map(str, result['lengths']))} tokens; torch {result['torch']}",
         f"{'size':>5} {'reference':14} {'largest logit error':>20} {'largest relative gradient error':>32}",
     ]
     lines += [
