@@ -328,13 +328,17 @@ class _Builder:
 
     def _look_up(self, clusters: list[tuple[str, list[str]]]) -> dict[bytes, list]:
         members = [member for _, members in clusters for member in members]
+        if len(clusters) > 1:
+            return self._sequences.look_up(members)
         found: dict[bytes, list] = {}
         size = 0
-        for start in range(0, len(members), MEMBERS_AT_ONCE):  # more than once for a huge cluster alone
+        for start in range(0, len(members), MEMBERS_AT_ONCE):  # a huge cluster must not fill the memory first
             some = self._sequences.look_up(members[start : start + MEMBERS_AT_ONCE])
             found.update(some)
-            size += sum(len(given[0] or b"") for given in some.values() if isinstance(given[0], bytes))
-            if size > MAX_CLUSTER_BYTES and len(clusters) == 1:
+            size += sum(
+                len(sequence) for given in some.values() for sequence in given if isinstance(sequence, bytes)
+            )
+            if size > MAX_CLUSTER_BYTES:
                 raise _too_large(clusters[0][0])
         return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ import zstd
 from esm2_composer.records import COLUMNS
 
 SHARD_BYTES = 64 * 2**20  # before compression; a sample that is larger makes a shard of its own
-ZSTD_LEVEL = 3  # Streaming's default
+ZSTD_LEVEL = 1  # packs residues to 0.560 of their size; level 3, the default, to 0.563 in three times the time
 
 _CONFIG = {
     "version": 2,
     "format": "mds",
-    "compression": "zstd",
+    "compression": f"zstd:{ZSTD_LEVEL}",
     "hashes": ["xxh64"],
     "size_limit": SHARD_BYTES,
     "column_names": list(COLUMNS),
@@ -32,22 +33,21 @@ _CONFIG = {
 }
 assert list(COLUMNS) == sorted(COLUMNS), "MDS stores columns in the order of their names"
 _CONFIG_BYTES = json.dumps(_CONFIG, sort_keys=True).encode()
-_SHAPE_TYPES = (np.uint8, np.uint16, np.uint32)
+_SHAPE_FORMATS = ("<BB", "<BH", "<BI")
 
 
 def encode_sample(sample: dict[str, Any]) -> bytes:
     """A sample as MDS stores it: the sizes of its columns, then the columns."""
     cluster_id, residues = sample["cluster_id"].encode(), sample["residues"]
     lengths = _encode_vector(sample["lengths"])
-    sizes = np.array([len(cluster_id), len(lengths), len(residues)], np.uint32)
-    return b"".join((sizes.tobytes(), cluster_id, lengths, residues))
+    sizes = struct.pack("<III", len(cluster_id), len(lengths), len(residues))
+    return b"".join((sizes, cluster_id, lengths, residues))
 
 
 def _encode_vector(values: np.ndarray) -> bytes:
     """One dimension and the type of its size in a byte, the size, the values."""
-    size = len(values)
-    code = (size >= 2**8) + (size >= 2**16)
-    return b"".join((bytes([1 << 2 | code]), _SHAPE_TYPES[code](size).tobytes(), values.tobytes()))
+    code = (len(values) >= 2**8) + (len(values) >= 2**16)
+    return struct.pack(_SHAPE_FORMATS[code], 1 << 2 | code, len(values)) + values.tobytes()
 
 
 class ShardWriter:

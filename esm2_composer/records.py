@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -40,8 +41,6 @@ def clean(raw: bytes) -> tuple[bytes, list[str]]:
 
     Raises ValueError with the reason if the sequence must be rejected.
     """
-    if raw and not raw.translate(None, RESIDUES):  # nearly every sequence
-        return raw, []
     changes = []
     packed = raw.translate(None, _WHITE_SPACE)
     if packed != raw:
@@ -57,9 +56,14 @@ def clean(raw: bytes) -> tuple[bytes, list[str]]:
         changes.append("J made X")
     if not residues:
         raise ValueError("empty sequence")
-    if residues.translate(None, RESIDUES):
+    if not is_clean(residues):
         raise ValueError("bad residue")
     return residues, changes
+
+
+def is_clean(raw: bytes | None) -> bool:
+    """Whether it is a sequence as it shall be stored."""
+    return isinstance(raw, bytes) and len(raw) > 0 and not raw.translate(None, RESIDUES)
 
 
 @dataclass
@@ -72,7 +76,7 @@ class Report:
     counts: Counter = field(default_factory=Counter)
     changed: dict[str, dict[str, Any]] = field(default_factory=dict)
     rejected: dict[str, dict[str, Any]] = field(default_factory=dict)
-    member_lengths: np.ndarray = field(default_factory=lambda: np.zeros(len(LENGTH_EDGES), np.int64))
+    member_lengths: list[int] = field(default_factory=lambda: [0] * len(LENGTH_EDGES))
 
     def change(self, what: str, name: str) -> None:
         _tally(self.changed, what, 1, [name])
@@ -93,21 +97,21 @@ class Report:
         for mine, theirs in ((self.changed, other.changed), (self.rejected, other.rejected)):
             for reason, told in theirs.items():
                 _tally(mine, reason, told["count"], told["examples"])
-        self.member_lengths = self.member_lengths + other.member_lengths
+        pairs = zip(self.member_lengths, other.member_lengths, strict=True)
+        self.member_lengths = [mine + theirs for mine, theirs in pairs]
 
     def as_dict(self) -> dict[str, Any]:
         return {
             **self.counts,
             "changed": self.changed,
             "rejected": self.rejected,
-            "member_lengths": dict(zip(LENGTH_LABELS, self.member_lengths.tolist(), strict=True)),
+            "member_lengths": dict(zip(LENGTH_LABELS, self.member_lengths, strict=True)),
         }
 
     @classmethod
     def from_dict(cls, told: dict[str, Any]) -> Report:
         counts = {name: count for name, count in told.items() if isinstance(count, int)}
-        lengths = np.array(list(told["member_lengths"].values()), np.int64)
-        return cls(Counter(counts), told["changed"], told["rejected"], lengths)
+        return cls(Counter(counts), told["changed"], told["rejected"], list(told["member_lengths"].values()))
 
 
 def _tally(table: dict[str, dict[str, Any]], reason: str, count: int, examples: Sequence[str]) -> None:
@@ -164,6 +168,9 @@ def build_record(cluster_id: str, members: Sequence[Member], report: Report) -> 
     report.counts["clusters_read"] += 1
     kept = []
     for member_id, given in members:
+        if len(given) == 1 and is_clean(given[0]):  # nearly every member
+            kept.append(given[0])
+            continue
         try:
             residues, changes = _only_sequence(given)
         except ValueError as reason:
@@ -176,12 +183,14 @@ def build_record(cluster_id: str, members: Sequence[Member], report: Report) -> 
         # Its members, if it has any, are counted already.
         report.reject("cluster with no usable member" if members else "cluster without members", cluster_id, 0)
         return None
-    lengths = np.array([len(residues) for residues in kept], dtype=np.int32)
+    lengths = [len(sequence) for sequence in kept]
+    residues = b"".join(kept)
     report.counts["clusters_written"] += 1
-    report.counts["members_written"] += len(kept)
-    report.counts["residues_written"] += int(lengths.sum())
-    np.add.at(report.member_lengths, np.searchsorted(LENGTH_EDGES, lengths, side="right") - 1, 1)
-    return {"cluster_id": cluster_id, "lengths": lengths, "residues": b"".join(kept)}
+    report.counts["members_written"] += len(lengths)
+    report.counts["residues_written"] += len(residues)
+    for length in lengths:
+        report.member_lengths[bisect_right(LENGTH_EDGES, length) - 1] += 1
+    return {"cluster_id": cluster_id, "lengths": np.array(lengths, dtype=np.int32), "residues": residues}
 
 
 def _only_sequence(given: Sequence[bytes | None]) -> tuple[bytes, list[str]]:
