@@ -1,57 +1,154 @@
-"""Convert a UniRef layout into MDS shards keyed by cluster.
+"""Convert a protein data set into MDS shards keyed by cluster, on disk or object storage.
 
     python tools/convert.py --clusters train_clusters.parquet --sequences train.db --out shards --split train
     python tools/convert.py --clusters valid_clusters.parquet --sequences validation.db --out shards --split valid
+    python tools/convert.py --flat uniref/ --out s3://bucket/uniref50
+    python tools/convert.py --fasta proteins.fasta.gz --cluster-tsv clusters.tsv --out shards
+    python tools/convert.py --verify s3://bucket/uniref50
 
-writes shards/train and shards/valid, each with its `index.json` and a `conversion.json` that says what was
-read, written, changed and rejected.
+writes OUT/train and OUT/valid, each with its `index.json` and a `conversion.json` that says what was read,
+written, changed and rejected. Killed, the same command goes on. docs/data.md has the layouts and every rule.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import os
 import sys
+import time
 from pathlib import Path
-
-from tqdm import tqdm
 
 from esm2_composer.errors import UserError, run_command
 
+SECONDS_BETWEEN_LINES = 15
+
 
 def main() -> None:
+    args = parse_args()
+    show = Progress(args.split)
+    if args.verify:
+        from esm2_composer.verification import verify
+
+        for split, statistics in verify(args.verify, args.workers, show).items():
+            show.close()
+            print_statistics(split, statistics)
+        return
+    # Imported only now: the help and a wrong option need none of it.
+    from esm2_composer.conversion import Options, convert
+    from esm2_composer.layouts import BioNeMo, Fasta, Flat
+
+    if args.clusters:
+        layout = BioNeMo(args.clusters, args.sequences)
+    elif args.flat:
+        layout = Flat(args.flat)
+    else:
+        layout = Fasta(args.fasta, args.cluster_tsv)
+    options = Options(args.split, args.max_members_per_cluster, args.seed)
+    try:
+        conversion = convert(layout, args.out, options, args.max_reject_fraction, args.workers, args.scratch, show)
+    finally:
+        show.close()
+    print_summary(args.split, conversion)
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clusters", type=Path, required=True, help="parquet with ur90_id lists, or ur50_id")
-    parser.add_argument("--sequences", type=Path, required=True, help="SQLite file with table protein")
-    parser.add_argument("--out", required=True, help="folder that holds, or will hold, train/ and valid/")
+    parser.add_argument("--clusters", type=Path, help="parquet with ur90_id lists, or ur50_id")
+    parser.add_argument("--sequences", type=Path, help="SQLite file with table protein (id, sequence)")
+    parser.add_argument("--flat", type=Path, help="parquet, or folder of them, with ur50_id, ur90_id, sequence")
+    parser.add_argument("--fasta", type=Path, nargs="+", help="FASTA, plain, gzip or zstd")
+    parser.add_argument("--cluster-tsv", type=Path, help="MMseqs2's representative TAB member, for --fasta")
+    parser.add_argument("--out", help="folder or URI that holds, or will hold, train/ and valid/")
     parser.add_argument("--split", choices=("train", "valid"), default="train")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)"
+    )
     parser.add_argument(
         "--max-reject-fraction", type=float, default=0.01, help="write nothing if more members are unusable"
     )
+    parser.add_argument("--max-members-per-cluster", type=int, help="keep so many of a cluster (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice that --max-members-per-cluster makes")
+    parser.add_argument("--scratch", type=Path, help="work in progress for object storage (default: this folder)")
+    parser.add_argument("--verify", metavar="URI", help="re-read shards, check them, print their statistics")
     args = parser.parse_args()
+    layouts = [name for name in ("clusters", "flat", "fasta", "verify") if getattr(args, name)]
+    if len(layouts) != 1:
+        raise UserError("give one of: --clusters with --sequences, --flat, --fasta, --verify")
+    if bool(args.clusters) != bool(args.sequences):
+        raise UserError("--clusters and --sequences go together")
+    if args.cluster_tsv and not args.fasta:
+        raise UserError("--cluster-tsv goes with --fasta")
+    if not args.verify and not args.out:
+        raise UserError("--out is missing")
     if not 0 <= args.max_reject_fraction <= 1:
         raise UserError(f"--max-reject-fraction {args.max_reject_fraction} must lie between 0 and 1")
-    if re.match(r"[\w+-]+:/", args.out):
-        raise UserError(f"--out {args.out}: write to a local folder, then copy it, index.json last")
+    for name in ("workers", "max_members_per_cluster"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    return args
 
-    from esm2_composer.records import BioNeMo, write_split  # Streaming takes seconds to import
 
-    clusters = BioNeMo(args.clusters, args.sequences)
-    conversion = write_split(
-        tqdm(clusters, unit=" clusters", desc=args.split, disable=None),
-        Path(args.out) / args.split,
-        {"clusters": str(args.clusters), "sequences": str(args.sequences)},
-        args.max_reject_fraction,
+class Progress:
+    """A bar with rate and time left on a terminal; else a line now and then."""
+
+    def __init__(self, split: str) -> None:
+        self._split = split
+        self._stage, self._bar = "", None
+        self._start = self._said = time.monotonic()
+        self._before = 0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self.close()
+            self._stage, self._before = stage, done
+            self._start = self._said = time.monotonic()
+            if sys.stderr.isatty():
+                from tqdm import tqdm
+
+                self._bar = tqdm(
+                    desc=self._split, unit=f" {stage}", total=total or None, initial=done, unit_scale=True
+                )
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+        elif time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            rate = max(done - self._before, 1) / (self._said - self._start)
+            left = f" of {total:,}, {(total - done) / rate / 60:.0f} min left" if total else ""
+            print(f"{self._split}: {done:,}{left} {stage}, {rate:,.0f} a second", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def print_summary(split: str, conversion: dict) -> None:
+    written = (
+        f"{conversion['clusters_written']:,} clusters, {conversion['members_written']:,} members, "
+        f"{conversion['residues_written']:,} residues"
     )
-    print(
-        f"{args.split}: {conversion['clusters_written']:,} clusters, {conversion['members_written']:,} members, "
-        f"{conversion['residues_written']:,} residues in {conversion['elapsed_seconds']} s",
-        file=sys.stderr,
-    )
+    if "already_done" in conversion:
+        print(f"{split}: {written}, converted before; nothing to do", file=sys.stderr)
+        return
+    seconds = conversion["elapsed_seconds"]
+    print(f"{split}: {written} in {seconds} s", file=sys.stderr)
     for reason, rejected in conversion["rejected"].items():
         print(f"rejected, {reason}: {rejected['count']:,}", file=sys.stderr)
-    for change, count in conversion["changed"].items():
-        print(f"changed, {change}: {count:,}", file=sys.stderr)
+    for change, changed in conversion["changed"].items():
+        print(f"changed, {change}: {changed['count']:,}", file=sys.stderr)
+
+
+def print_statistics(split: str, statistics: dict) -> None:
+    lengths = ", ".join(f"{name} {value:,}" for name, value in statistics["length_percentiles"].items())
+    print(
+        f"{split}: {statistics['shards']:,} shards hold what index.json says\n"
+        f"{split}: {statistics['clusters']:,} clusters, {statistics['members']:,} members, "
+        f"{statistics['residues']:,} residues\n"
+        f"{split}: lengths {lengths}; {statistics['share_over_1022']:.2%} over 1,022\n"
+        f"{split}: padded to 1,024, {statistics['padding_at_1024']:.1%} of all tokens drawn in training "
+        "would be padding",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

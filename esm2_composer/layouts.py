@@ -1,0 +1,312 @@
+"""The layouts in which clusters and sequences arrive, each brought to the same two things.
+
+`named`, a DuckDB view of (cluster_id VARCHAR, member_ids VARCHAR[]), in any order, a cluster in one row or many;
+and an SQLite file with the table protein (id, sequence), indexed by id. BioNeMo's layout has both. The others' are
+made in a scratch folder: whoever looks sequences up by id need not know where they came from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Protocol
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from esm2_composer.errors import UserError
+from esm2_composer.records import Report
+
+READ_BYTES = 4 * 2**20
+ROWS_AT_ONCE = 20_000
+IDS_A_QUERY = 5000  # SQLite takes some 32,000 parameters
+
+# Told how many sequences have been read.
+Progress = Callable[[int], None]
+
+
+class Layout(Protocol):
+    """What a conversion needs of an input. Making one raises UserError if a file is not what it should be."""
+
+    inputs: dict[str, list[Path]]  # the files, by the option that named them
+    rows_are_clusters: bool  # a second row of a cluster is then worth telling
+    members_may_be_shared: bool  # False where a member is a cluster by construction
+
+    def stage(self, scratch: Path, report: Report, progress: Progress) -> Path:
+        """Make in `scratch` what the layout lacks; the path of the SQLite file."""
+
+    def view(self, database: duckdb.DuckDBPyConnection, scratch: Path) -> None:
+        """Create the view `named`."""
+
+
+class BioNeMo:
+    """A parquet of clusters and an SQLite file of sequences.
+
+    Training clusters have a column `ur90_id`, list of member ids, and may have `ur50_id`; validation clusters
+    have `ur50_id` alone, the id of their only sequence. A cluster without id goes by its first member's.
+    """
+
+    rows_are_clusters = True
+
+    def __init__(self, clusters: Path, sequences: Path) -> None:
+        self.inputs = {"clusters": [clusters], "sequences": [sequences]}
+        schema = open_parquet(clusters).schema_arrow
+        self._columns = [name for name in ("ur50_id", "ur90_id") if name in schema.names]
+        if not self._columns:
+            raise UserError(
+                f"{clusters}: neither a column 'ur90_id' (members) nor 'ur50_id'; it has {', '.join(schema.names)}"
+            )
+        self.members_may_be_shared = "ur90_id" in self._columns
+        for name in self._columns:
+            kind = schema.field(name).type
+            if name == "ur90_id" and not (_is_list(kind) and _is_string(kind.value_type)):
+                raise UserError(f"{clusters}: column 'ur90_id' is {kind}; it must be a list of strings")
+            if name == "ur50_id" and not _is_string(kind):
+                raise UserError(f"{clusters}: column 'ur50_id' is {kind}; it must be a string")
+        open_proteins(sequences).close()
+
+    def stage(self, scratch: Path, report: Report, progress: Progress) -> Path:
+        return self.inputs["sequences"][0]
+
+    def view(self, database: duckdb.DuckDBPyConnection, scratch: Path) -> None:
+        members = "coalesce(ur90_id, [])" if "ur90_id" in self._columns else "[ur50_id]"
+        names = ["nullif(ur50_id, '')"] if "ur50_id" in self._columns else []
+        names += ["list_filter(ur90_id, lambda id: id != '')[1]"] if "ur90_id" in self._columns else []
+        clusters = database.read_parquet(_literal(self.inputs["clusters"]))
+        clusters.project(f"coalesce({', '.join(names)}) AS cluster_id, {members} AS member_ids").create_view(
+            "named"
+        )
+
+
+class Flat:
+    """Parquet with a row a member: `ur50_id`, `ur90_id`, `sequence`; one file, or a folder of them."""
+
+    rows_are_clusters = False
+    members_may_be_shared = True
+    columns = ("ur50_id", "ur90_id", "sequence")
+
+    def __init__(self, path: Path) -> None:
+        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"{path}: no .parquet file in this folder")
+        self.inputs = {"flat": files}
+        for file in files:
+            schema = open_parquet(file).schema_arrow
+            for name in self.columns:
+                if name not in schema.names:
+                    raise UserError(f"{file}: no column '{name}'; it has {', '.join(schema.names)}")
+                if not _is_string(schema.field(name).type):
+                    raise UserError(f"{file}: column '{name}' is {schema.field(name).type}; it must be a string")
+
+    def stage(self, scratch: Path, report: Report, progress: Progress) -> Path:
+        return _store(scratch / "sequences.db", self._proteins(), report, progress)
+
+    def _proteins(self) -> Iterator[tuple[str | None, str | None]]:
+        for file in self.inputs["flat"]:
+            with reading(file):
+                for batch in open_parquet(file).iter_batches(ROWS_AT_ONCE, columns=["ur90_id", "sequence"]):
+                    yield from zip(batch["ur90_id"].to_pylist(), batch["sequence"].to_pylist(), strict=True)
+
+    def view(self, database: duckdb.DuckDBPyConnection, scratch: Path) -> None:
+        rows = database.read_parquet(_literal(self.inputs["flat"]))
+        rows.project("nullif(ur50_id, '') AS cluster_id, [ur90_id] AS member_ids").create_view("named")
+
+
+class Fasta:
+    """FASTA files (plain, gzip or zstd), and MMseqs2's cluster TSV: representative, tab, member.
+
+    Without a TSV every sequence is a cluster of its own. An id is a header's first word; of `sp|P12345|NAME` it is
+    `P12345`, as MMseqs2 names it in its TSV.
+    """
+
+    rows_are_clusters = False
+
+    def __init__(self, fasta: Sequence[Path], cluster_tsv: Path | None = None) -> None:
+        self.inputs = {"fasta": list(fasta)}
+        self._tsv = cluster_tsv
+        self.members_may_be_shared = cluster_tsv is not None
+        if cluster_tsv:
+            self.inputs["cluster_tsv"] = [cluster_tsv]
+        for path in chain.from_iterable(self.inputs.values()):
+            if not path.is_file():
+                raise UserError(f"{path}: no such file")
+
+    def stage(self, scratch: Path, report: Report, progress: Progress) -> Path:
+        return _store(scratch / "sequences.db", self._proteins(report), report, progress)
+
+    def _proteins(self, report: Report) -> Iterator[tuple[str, bytes]]:
+        for path in self.inputs["fasta"]:
+            for number, (name, sequence) in enumerate(read_fasta(path), 1):
+                if name:
+                    yield name, sequence
+                else:
+                    report.counts["members_read"] += 1
+                    report.reject("header without id", f"record {number} of {path.name}", 1)
+
+    def view(self, database: duckdb.DuckDBPyConnection, scratch: Path) -> None:
+        if self._tsv:
+            rows = database.read_csv(
+                _literal([self._tsv]),
+                sep="\t",
+                header=False,
+                quotechar="",
+                escapechar="",
+                auto_detect=False,
+                columns={"cluster": "VARCHAR", "member": "VARCHAR"},
+            )
+            rows.project(
+                f"{_accession('cluster')} AS cluster_id, [{_accession('member')}] AS member_ids"
+            ).create_view("named")
+        else:
+            ids = database.read_parquet(_literal([scratch / "ids.parquet"]))
+            ids.project("id AS cluster_id, [id] AS member_ids").create_view("named")
+
+
+_UNIPROT = re.compile(r"^(?:sp|tr)\|([^|]+)\|")
+
+
+def _accession(column: str) -> str:
+    """SQL for what `read_fasta` makes of an id."""
+    return f"coalesce(nullif(regexp_extract({column}, '{_UNIPROT.pattern}', 1), ''), {column})"
+
+
+def read_fasta(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(id, sequence without its line ends) of every record; the id is "" if the header has none.
+
+    Raises UserError if the file is not FASTA, or damaged.
+    """
+    with path.open("rb") as file:
+        compression = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(file.read(2))
+    with reading(path), pa.input_stream(str(path), compression=compression) as stream:
+        text = stream.read(READ_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if not text:
+            return
+        if not text.startswith(b">"):
+            raise UserError(f"{path}: not FASTA; it begins with {text[:20]!r} instead of a header '>...'")
+        left = text[1:]
+        for text in chain([b""], iter(lambda: stream.read(READ_BYTES), b"")):
+            *records, left = (left + text).split(b"\n>")
+            yield from map(_parse_record, records)
+        yield _parse_record(left)
+
+
+def _parse_record(record: bytes) -> tuple[str, bytes]:
+    header, _, lines = record.partition(b"\n")
+    words = header.split(None, 1)
+    name = words[0].decode(errors="replace") if words else ""
+    uniprot = _UNIPROT.match(name)
+    return uniprot[1] if uniprot else name, lines.translate(None, b"\r\n")
+
+
+def _store(
+    path: Path, proteins: Iterator[tuple[str | None, str | bytes | None]], report: Report, progress: Progress
+) -> Path:
+    """Write the SQLite file of `proteins`, ids maybe repeated, and beside it ids.parquet."""
+    path.unlink(missing_ok=True)  # of a run that did not end
+    schema = pa.schema({"id": pa.string()})
+    with (
+        contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database,
+        pq.ParquetWriter(path.with_name("ids.parquet"), schema, compression="zstd") as ids,
+    ):
+        database.executescript(
+            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN;"
+            "CREATE TABLE protein (id TEXT, sequence TEXT)"
+        )
+        while rows := list(islice(proteins, ROWS_AT_ONCE)):
+            database.executemany("INSERT INTO protein VALUES (?, ?)", rows)
+            ids.write_table(pa.table({"id": [name for name, _ in rows]}, schema))
+            report.counts["sequences_read"] += len(rows)
+            progress(report.counts["sequences_read"])
+        database.execute("CREATE INDEX protein_id ON protein (id)")  # SQLite sorts on disk
+        database.execute("COMMIT")
+    return path
+
+
+class Sequences:
+    """Look-up of sequences in an SQLite file with the table protein (id, sequence)."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError if it is not one, or has no index to look ids up."""
+        self._path = path
+        self._database = open_proteins(path)
+
+    def look_up(self, ids: Sequence[str]) -> dict[bytes, list]:
+        """Every sequence under each id that there is; sequences are bytes, or what else a wrong table holds."""
+        found: dict[bytes, list] = {}
+        with _reading_proteins(self._path):
+            for start in range(0, len(ids), IDS_A_QUERY):
+                some = ids[start : start + IDS_A_QUERY]
+                marks = ",".join("?" * len(some))
+                query = f"SELECT id, sequence FROM protein WHERE id IN ({marks})"
+                for name, sequence in self._database.execute(query, some):
+                    if name in found:
+                        found[name].append(sequence)
+                    else:
+                        found[name] = [sequence]
+        return found
+
+
+def open_proteins(path: Path) -> sqlite3.Connection:
+    """Open the SQLite file for reading; ids and sequences come as bytes. Raises UserError if it will not do."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    database.text_factory = bytes
+    with _reading_proteins(path):
+        columns = {row[1].lower() for row in database.execute("PRAGMA table_info(protein)")}
+        if not {b"id", b"sequence"} <= columns:
+            raise UserError(f"{path}: no table 'protein' with columns 'id' and 'sequence'")
+        ((*_, plan),) = database.execute("EXPLAIN QUERY PLAN SELECT sequence FROM protein WHERE id = 'a'")
+        if not plan.startswith(b"SEARCH"):
+            raise UserError(
+                f"{path}: table 'protein' has no index on 'id', so each look-up would read it whole; "
+                "CREATE INDEX protein_id ON protein (id)"
+            )
+    return database
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Raises UserError if it is none."""
+    try:
+        return pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a parquet file ({error})") from error
+
+
+@contextlib.contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Turn what Arrow and DuckDB raise over a damaged file into a UserError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, duckdb.Error) as error:
+        if "No space left" in str(error) or isinstance(error, duckdb.OutOfMemoryException):
+            raise  # not the file's fault
+        raise UserError(f"{path}: damaged ({str(error)[:300]})") from error
+
+
+@contextlib.contextmanager
+def _reading_proteins(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{path}: cannot be read as an SQLite database ({error})") from error
+
+
+def _literal(paths: Sequence[Path]) -> list[str]:
+    """Paths as DuckDB takes them, which would read *, ? and [ as patterns."""
+    return [re.sub(r"([*?\[])", r"[\1]", str(path)) for path in paths]
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)

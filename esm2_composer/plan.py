@@ -1,0 +1,214 @@
+"""Which clusters a split holds, in which order, and where the work is cut: the plan of a conversion.
+
+The order is that of the MD5 of the cluster's id. So it does not depend on the layout or the order of the input,
+two rows of one cluster end up side by side, every shard is a random sample of the whole, and what is sorted is
+small: ids, no sequences. DuckDB sorts and joins, on disk where memory does not suffice.
+
+plan.parquet holds rows of (cluster_id, member_ids, shared_ids, in_other_split), a row group a part: the number of
+parts and their boundaries follow from the input alone, whoever works on them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from esm2_composer.layouts import Layout, Progress, reading
+from esm2_composer.mds import write_durably
+from esm2_composer.records import EXAMPLES_KEPT, Report
+
+# A part is closed with the cluster that reaches one of these: some 30 MB of UniRef, a second or two of work.
+PART_CLUSTERS, PART_MEMBERS = 32_768, 131_072
+MEMORY_A_THREAD = 384 * 2**20
+SCHEMA = pa.schema(
+    {
+        "cluster_id": pa.string(),
+        "member_ids": pa.list_(pa.string()),
+        "shared_ids": pa.list_(pa.string()),  # of these, those that another cluster keeps; null: none
+        "in_other_split": pa.bool_(),
+    }
+)
+
+
+@dataclass
+class Plan:
+    """What the parts are cut from."""
+
+    path: Path
+    sequences: Path
+    parts: int
+    clusters: int
+    members: int  # named, rejected ones included
+    report: Report  # of what was rejected before any sequence was looked at
+
+
+def make_plan(layout: Layout, folder: Path, other_split: Path | None, threads: int, progress: Progress) -> Plan:
+    """Plan the conversion of `layout` in `folder`, or read the plan there if it is complete.
+
+    Args:
+        other_split: cluster_ids.parquet of the other split, whose clusters must not come again.
+        progress: told how many sequences have been staged.
+
+    Raises:
+        UserError: an input is damaged.
+    """
+    sequences, staged = _stage(layout, folder, progress)
+    finished = folder / "plan.json"
+    if not finished.exists():
+        report = Report()
+        with reading(", ".join(str(files[0]) for files in layout.inputs.values())):
+            database = _open_database(folder, threads)
+            layout.view(database, folder)
+            told = _write_plan(layout, database, folder / "plan.parquet", other_split, report)
+        told["report"] = report.as_dict()
+        write_durably(finished, json.dumps(told).encode())
+    told = json.loads(finished.read_text())
+    report = Report.from_dict(told["report"])
+    report.merge(staged)
+    members = told["members"] + report.counts["members_read"]
+    return Plan(folder / "plan.parquet", sequences, told["parts"], told["clusters"], members, report)
+
+
+def _stage(layout: Layout, folder: Path, progress: Progress) -> tuple[Path, Report]:
+    finished = folder / "staged.json"
+    if not finished.exists():
+        report = Report()
+        sequences = layout.stage(folder, report, progress)
+        write_durably(finished, json.dumps({"sequences": str(sequences), "report": report.as_dict()}).encode())
+    told = json.loads(finished.read_text())
+    return Path(told["sequences"]), Report.from_dict(told["report"])
+
+
+def _open_database(folder: Path, threads: int) -> duckdb.DuckDBPyConnection:
+    return duckdb.connect(
+        config={
+            "threads": threads,
+            "memory_limit": f"{threads * MEMORY_A_THREAD // 2**20}MiB",
+            "temp_directory": str(folder / "duckdb"),
+            "preserve_insertion_order": False,
+            "autoinstall_known_extensions": False,
+        }
+    )
+
+
+def _write_plan(
+    layout: Layout, database: duckdb.DuckDBPyConnection, path: Path, other_split: Path | None, report: Report
+) -> dict[str, int]:
+    """Write plan.parquet; how many parts, clusters and members it holds."""
+    _reject_nameless(database, report)
+    _find_shared_members(database, layout.members_may_be_shared)
+    _find_clusters_of(database, other_split)
+    rows = database.sql(
+        "SELECT cluster_id, member_ids, shared_ids, other.cluster_id IS NOT NULL AS in_other_split "
+        "FROM named LEFT JOIN shared USING (cluster_id) LEFT JOIN other USING (cluster_id) "
+        "WHERE cluster_id IS NOT NULL ORDER BY md5_number(cluster_id)"
+    )
+    parts = clusters = members = 0
+    with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+        for part, starts, named in _cut(rows.to_arrow_reader(4096)):
+            writer.write_table(part, row_group_size=max(len(part), 1))
+            parts, clusters, members = parts + 1, clusters + starts, members + named
+    return {"parts": parts, "clusters": clusters, "members": members}
+
+
+def _reject_nameless(database: duckdb.DuckDBPyConnection, report: Report) -> None:
+    """Rows without a cluster's id: their members cannot be placed."""
+    ((rows, members),) = database.execute(
+        "SELECT count(*), coalesce(sum(len(member_ids)), 0)::BIGINT FROM named WHERE cluster_id IS NULL"
+    ).fetchall()
+    if not rows:
+        return
+    examples = database.execute(
+        "SELECT coalesce(member_ids[1], 'null') AS example FROM named WHERE cluster_id IS NULL "
+        f"ORDER BY example LIMIT {EXAMPLES_KEPT}"
+    ).fetchall()
+    report.counts.update(members_read=members, members_rejected=members)
+    report.rejected["row without cluster id"] = {"count": rows, "examples": [example for (example,) in examples]}
+
+
+def _find_shared_members(database: duckdb.DuckDBPyConnection, possible: bool) -> None:
+    """Make the table `shared` of (cluster_id, shared_ids): members that another cluster, first in order, keeps.
+
+    Ids are grouped by a 64-bit hash first, which takes a tenth of the time of grouping the ids themselves; only
+    those whose hash comes twice are looked at closely.
+    """
+    database.execute("CREATE TABLE shared (cluster_id VARCHAR, shared_ids VARCHAR[])")
+    if not possible:
+        return
+    database.execute(
+        "CREATE TABLE suspects AS SELECT h FROM (SELECT hash(unnest(member_ids)) AS h FROM named "
+        "WHERE cluster_id IS NOT NULL) GROUP BY h HAVING count(*) > 1"
+    )
+    database.execute(
+        "CREATE TABLE owners AS SELECT member_id, arg_min(cluster_id, md5_number(cluster_id)) AS owner FROM "
+        "(SELECT cluster_id, unnest(member_ids) AS member_id FROM named WHERE cluster_id IS NOT NULL) "
+        "WHERE hash(member_id) IN (FROM suspects) AND member_id != '' GROUP BY member_id "
+        "HAVING count(DISTINCT cluster_id) > 1"
+    )
+    database.execute(
+        "INSERT INTO shared SELECT cluster_id, list(DISTINCT member_id) FROM "
+        "(SELECT cluster_id, unnest(member_ids) AS member_id FROM named WHERE cluster_id IS NOT NULL) "
+        "JOIN owners USING (member_id) WHERE cluster_id != owner GROUP BY cluster_id"
+    )
+
+
+def _find_clusters_of(database: duckdb.DuckDBPyConnection, other_split: Path | None) -> None:
+    """Make the table `other` of those clusters that the other split has."""
+    database.execute("CREATE TABLE other (cluster_id VARCHAR)")
+    if other_split:
+        theirs = database.read_parquet(str(other_split))
+        theirs.create_view("theirs")
+        database.execute("INSERT INTO other SELECT DISTINCT cluster_id FROM theirs JOIN named USING (cluster_id)")
+
+
+def _cut(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[pa.Table, int, int]]:
+    """(rows, clusters, members) of each part; parts begin where a cluster does."""
+    held: list[pa.RecordBatch] = []
+    clusters = members = 0
+    last = None
+    for batch in batches:
+        names = batch["cluster_id"].to_numpy(zero_copy_only=False)
+        starts = names != np.concatenate([[last], names[:-1]])
+        last = names[-1]
+        sizes = np.diff(batch["member_ids"].offsets.to_numpy())
+        while len(batch):
+            before_clusters = clusters + np.cumsum(starts) - starts
+            before_members = members + np.cumsum(sizes) - sizes
+            full = starts & ((before_clusters >= PART_CLUSTERS) | (before_members >= PART_MEMBERS))
+            end = int(full.argmax()) if full.any() else len(batch)
+            held.append(batch.slice(0, end))
+            clusters, members = clusters + int(starts[:end].sum()), members + int(sizes[:end].sum())
+            if full.any():
+                yield _table(held), clusters, members
+                held, clusters, members = [], 0, 0
+            batch, starts, sizes = batch.slice(end), starts[end:], sizes[end:]
+    if held:
+        yield _table(held), clusters, members
+
+
+def _table(batches: list[pa.RecordBatch]) -> pa.Table:
+    return pa.Table.from_batches(batches).cast(SCHEMA)
+
+
+def read_part(plan: Path, number: int) -> Iterator[tuple[str, list[str | None], list[str], bool, int]]:
+    """(id, members named, those another cluster keeps, whether the other split has it, rows) of each cluster."""
+    rows = pq.ParquetFile(plan).read_row_group(number).to_pydict()
+    current: list[Any] | None = None
+    for name, named, shared, elsewhere in zip(*rows.values(), strict=True):
+        if current and current[0] == name:
+            current[1].extend(named)
+            current[4] += 1
+            continue
+        if current:
+            yield tuple(current)
+        current = [name, named, shared or [], elsewhere, 1]
+    if current:
+        yield tuple(current)

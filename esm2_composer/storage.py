@@ -1,0 +1,80 @@
+"""Files to and from object storage, by whatever stores Streaming knows (s3, gs, azure, oci, ...).
+
+An upload counts only when the object has been read back and has the same hash.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+
+import xxhash
+
+from esm2_composer.errors import UserError
+
+ATTEMPTS = 5  # with 1, 2, 4 and 8 seconds between them
+DOWNLOAD_SECONDS = 300
+
+
+def is_remote(uri: str) -> bool:
+    return re.match(r"[\w+-]+:/", uri) is not None
+
+
+class UploadError(Exception):
+    """An object could not be stored, or not as it was sent."""
+
+
+class Store:
+    """The objects below a URI, and a local folder whose files go there."""
+
+    def __init__(self, uri: str, folder: Path) -> None:
+        """Raises UserError if there is no such store, or no access to it."""
+        from streaming.base.storage.download import CloudDownloader
+        from streaming.base.storage.upload import CloudUploader
+
+        self._uri, self._folder = uri.rstrip("/"), folder
+        try:
+            self._uploader = CloudUploader.get((str(folder), self._uri), keep_local=True, retry=1, exist_ok=True)
+            self._downloader = CloudDownloader.get(self._uri)
+        except Exception as error:  # each store raises its own types
+            raise UserError(f"{uri}: cannot be opened ({error})") from error
+
+    def upload(self, name: str) -> None:
+        """Store `name` of the folder. Raises UploadError if that fails however often it is tried."""
+        from streaming.base.util import retry
+
+        expected = _hash(self._folder / name)
+
+        @retry(num_attempts=ATTEMPTS)
+        def upload() -> None:
+            self._uploader.upload_file(name)
+            with tempfile.TemporaryDirectory(dir=self._folder) as scratch:
+                if _hash(self.download(name, Path(scratch))) != expected:
+                    raise UploadError(f"{self._uri}/{name} differs from what was sent")
+
+        try:
+            upload()
+        except Exception as error:
+            raise UploadError(f"{self._uri}/{name}: {error}") from error
+
+    def exists(self, name: str) -> bool:
+        """Raises UserError if the store does not say."""
+        try:
+            found = self._uploader.list_objects(name) or []
+        except Exception as error:
+            raise UserError(f"{self._uri}: cannot be listed ({error})") from error
+        return any(f"/{key}".endswith(f"/{name}") for key in found)
+
+    def download(self, name: str, folder: Path) -> Path:
+        """Fetch an object into `folder`; its path there."""
+        self._downloader.download(f"{self._uri}/{name}", str(folder / name), DOWNLOAD_SECONDS)
+        return folder / name
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = xxhash.xxh64()
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,143 @@
+"""Re-reading shards, as training would: are they what index.json says, and what do they hold?"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esm2_composer.errors import UserError
+from esm2_composer.records import RESIDUES
+from esm2_composer.storage import Store, is_remote
+
+PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+MAX_LENGTH = 1024  # tokens, <cls> and <eos> included
+
+Progress = Callable[[str, int, int], None]
+
+
+def verify(
+    uri: str, workers: int = 1, progress: Progress = lambda stage, done, total: None
+) -> dict[str, dict[str, Any]]:
+    """Check every shard below `uri`, a split or a folder of splits; the statistics of each split, by its name.
+
+    Raises:
+        UserError: a shard is missing, its hash or size is not the index's, a sample's lengths do not add up, it
+            holds a letter that is no residue, or the counts are not those of conversion.json.
+    """
+    uri = uri.rstrip("/")
+    places = [(uri.rpartition("/")[2], uri), *((split, f"{uri}/{split}") for split in ("train", "valid"))]
+    found = {}
+    for split, place in places:
+        with tempfile.TemporaryDirectory() as folder:
+            index = _fetch_json(place, "index.json", Path(folder))
+            if index is None:
+                continue
+            conversion = _fetch_json(place, "conversion.json", Path(folder))
+        found[split] = _verify_split(place, index, conversion, workers, progress)
+    if not found:
+        raise UserError(f"{uri}: no index.json there, nor in train/ or valid/: no finished shards")
+    return found
+
+
+def _fetch_json(place: str, name: str, folder: Path) -> dict[str, Any] | None:
+    if is_remote(place):
+        store = Store(place, folder)
+        path = store.download(name, folder) if store.exists(name) else None
+    else:
+        path = Path(place) / name if (Path(place) / name).is_file() else None
+    try:
+        return json.loads(path.read_text()) if path else None
+    except ValueError as error:
+        raise UserError(f"{place}/{name}: damaged ({error})") from error
+
+
+def _verify_split(
+    place: str, index: dict[str, Any], conversion: dict[str, Any] | None, workers: int, progress: Progress
+) -> dict[str, Any]:
+    shards = index["shards"]
+    lengths, draws, clusters = np.zeros(0), np.zeros(0), 0
+    check = partial(_check_shard, place)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, max(len(shards), 1)), context)
+    try:
+        for number, counted in enumerate(pool.map(check, shards) if workers > 1 else map(check, shards), 1):
+            lengths, draws = _add(lengths, counted[0]), _add(draws, counted[1])
+            clusters += counted[2]
+            progress("shards", number, len(shards))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    statistics = {"shards": len(shards), "clusters": clusters, **_statistics(lengths, draws)}
+    if conversion:
+        for name in ("clusters", "members", "residues"):
+            if statistics[name] != conversion[f"{name}_written"]:
+                raise UserError(
+                    f"{place}: {statistics[name]:,} {name}, but conversion.json says "
+                    f"{conversion[f'{name}_written']:,}; a shard is missing from index.json, or another split's"
+                )
+    return statistics
+
+
+def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:
+    """How many members, and how many draws of a member from each cluster, have each length; clusters."""
+    from streaming.base.compression import decompress
+    from streaming.base.format import reader_from_json
+    from streaming.base.hashing import get_hash
+
+    name = entry["zip_data"]["basename"]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = (
+                Store(place, Path(folder)).download(name, Path(folder)) if is_remote(place) else Path(place) / name
+            )
+            packed = path.read_bytes()
+        except Exception as error:  # each store raises its own types
+            raise UserError(f"{place}/{name}: cannot be read ({error})") from error
+        for algorithm, expected in entry["zip_data"]["hashes"].items():
+            if get_hash(algorithm, packed) != expected:
+                raise UserError(f"{place}/{name}: its {algorithm} is not that of index.json; the shard is damaged")
+        (Path(folder) / entry["raw_data"]["basename"]).write_bytes(decompress(entry["compression"], packed))
+        del packed
+        reader = reader_from_json(folder, "", entry)
+        lengths, draws = np.zeros(0), np.zeros(0)
+        for number in range(len(reader)):
+            sample = reader[number]
+            members = sample["lengths"]
+            if members.min() < 1 or members.sum() != len(sample["residues"]):
+                raise UserError(f"{place}/{name}: lengths of {sample['cluster_id']} do not add up to its residues")
+            if sample["residues"].translate(None, RESIDUES):
+                raise UserError(f"{place}/{name}: {sample['cluster_id']} holds letters that are no residues")
+            counts = np.bincount(members).astype(float)
+            lengths, draws = _add(lengths, counts), _add(draws, counts / len(members))
+    return lengths, draws, len(reader)
+
+
+def _add(counts: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """`counts` + `more`, whichever is longer."""
+    total = np.zeros(max(len(counts), len(more)))
+    total[: len(counts)] += counts
+    total[: len(more)] += more
+    return total
+
+
+def _statistics(lengths: np.ndarray, draws: np.ndarray) -> dict[str, Any]:
+    """Of members by length, and of members as training draws them: one of each cluster."""
+    values = np.arange(len(lengths))
+    members = int(lengths.sum())
+    ranks = [max(int(np.ceil(members * percent / 100)), 1) for percent in PERCENTILES]
+    percentiles = np.searchsorted(np.cumsum(lengths), ranks)
+    tokens = np.minimum(values + 2, MAX_LENGTH)
+    return {
+        "members": members,
+        "residues": int((lengths * values).sum()),
+        "length_percentiles": {f"{p} %": int(v) for p, v in zip(PERCENTILES, percentiles, strict=True)},
+        "share_over_1022": float(lengths[MAX_LENGTH - 1 :].sum() / members),
+        "padding_at_1024": float(1 - (draws * tokens).sum() / (draws.sum() * MAX_LENGTH)),
+    }

@@ -1,0 +1,246 @@
+"""layouts.py: what each layout yields, and that a file which is not what it should be is one clear line."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstd
+
+from esm2_composer import layouts
+from esm2_composer.errors import UserError
+from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout, Sequences, read_fasta
+from esm2_composer.records import Report
+
+
+def write_clusters(path: Path, columns: dict[str, Any], row_group_size: int | None = None) -> Path:
+    pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
+    return path
+
+
+def write_proteins(path: Path, proteins: dict[str, str | None]) -> Path:
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE protein (id TEXT PRIMARY KEY, sequence TEXT)")
+        database.executemany("INSERT INTO protein VALUES (?, ?)", proteins.items())
+    return path
+
+
+def write_layout(folder: Path, columns: dict[str, Any], proteins: dict[str, str | None]) -> tuple[Path, Path]:
+    """Write clusters.parquet and proteins.db; returns their paths."""
+    return write_clusters(folder / "clusters.parquet", columns), write_proteins(folder / "proteins.db", proteins)
+
+
+def rows(layout: Layout, scratch: Path) -> list[tuple[str | None, list[str | None]]]:
+    """(cluster id, member ids) of every row of the layout's view, in any order."""
+    scratch.mkdir(exist_ok=True)
+    layout.stage(scratch, Report(), lambda read: None)
+    database = duckdb.connect()
+    layout.view(database, scratch)
+    return database.execute("SELECT cluster_id, member_ids FROM named ORDER BY ALL").fetchall()
+
+
+def sequences(layout: Layout, scratch: Path, ids: list[str]) -> dict[str, list]:
+    scratch.mkdir(exist_ok=True)
+    path = layout.stage(scratch, Report(), lambda read: None)
+    return {name.decode(): found for name, found in Sequences(path).look_up(ids).items()}
+
+
+# --- BioNeMo ---
+
+
+def test_training_clusters_go_by_their_id_or_their_first_member(tmp_path: Path) -> None:
+    columns = {"ur50_id": ["c1", None, ""], "ur90_id": [["b", "a"], ["d", "e"], [None, "f"]], "size": [2, 2, 2]}
+    layout = BioNeMo(*write_layout(tmp_path, columns, {}))
+    assert rows(layout, tmp_path) == [("c1", ["b", "a"]), ("d", ["d", "e"]), ("f", [None, "f"])]
+
+
+def test_training_clusters_need_no_ids_of_their_own(tmp_path: Path) -> None:
+    layout = BioNeMo(*write_layout(tmp_path, {"ur90_id": [["b", "a"], ["c"], [], None]}, {}))
+    assert rows(layout, tmp_path) == [("b", ["b", "a"]), ("c", ["c"]), (None, []), (None, [])]
+
+
+def test_validation_clusters_are_their_only_member(tmp_path: Path) -> None:
+    layout = BioNeMo(*write_layout(tmp_path, {"ur50_id": ["b", "a", None]}, {"a": "MA"}))
+    assert rows(layout, tmp_path) == [("a", ["a"]), ("b", ["b"]), (None, [None])]
+    assert sequences(layout, tmp_path, ["a", "b"]) == {"a": [b"MA"]}
+
+
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string()], ids=str)
+@pytest.mark.parametrize("list_of", [pa.list_, pa.large_list])
+def test_large_types_read_as_plain_ones(tmp_path: Path, text: pa.DataType, list_of: Any) -> None:
+    columns = {"ur50_id": pa.array(["c"], text), "ur90_id": pa.array([["a", "b"]], list_of(text))}
+    paths = write_layout(tmp_path, columns, {})
+    stored = pq.read_schema(paths[0])
+    assert [stored.field(name).type for name in columns] == [text, list_of(text)]
+    assert rows(BioNeMo(*paths), tmp_path) == [("c", ["a", "b"])]
+
+
+def test_ids_and_paths_may_hold_any_text(tmp_path: Path) -> None:
+    folder = tmp_path / "a b#c?d%41*[x]"
+    folder.mkdir()
+    columns = {"ur50_id": ["Grün"], "ur90_id": [["é'\"", "%_"]]}
+    layout = BioNeMo(*write_layout(folder, columns, {"é'\"": "MÉ", "%_": "mk*"}))
+    assert rows(layout, folder) == [("Grün", ["é'\"", "%_"])]
+    assert sequences(layout, folder, ["é'\"", "%_"]) == {"é'\"": ["MÉ".encode()], "%_": [b"mk*"]}
+
+
+# --- Flat ---
+
+
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string()], ids=str)
+def test_flat_rows_come_from_every_file_of_a_folder(tmp_path: Path, text: pa.DataType) -> None:
+    (tmp_path / "flat" / "more").mkdir(parents=True)
+    for name, columns in {
+        "b.parquet": {"ur50_id": ["c1", None], "ur90_id": ["a", "b"], "sequence": ["MA", "MB"]},
+        "more/a.parquet": {"ur50_id": ["c1", "c2"], "ur90_id": ["d", "a"], "sequence": [None, "ma"]},
+    }.items():
+        arrays = {key: pa.array(values, text) for key, values in columns.items()}
+        write_clusters(tmp_path / "flat" / name, {"more": [1, 2], **arrays})
+    (tmp_path / "flat" / "README").write_text("not a table")
+    layout = Flat(tmp_path / "flat")
+    assert rows(layout, tmp_path) == [("c1", ["a"]), ("c1", ["d"]), ("c2", ["a"]), (None, ["b"])]
+    found = sequences(layout, tmp_path, ["a", "b", "d", "e"])
+    assert {name: sorted(given, key=str) for name, given in found.items()} == {
+        "a": [b"MA", b"ma"],
+        "b": [b"MB"],
+        "d": [None],
+    }
+
+
+# --- FASTA ---
+
+RECORDS = [("a", b"MKV"), ("b", b"MK"), ("c", b""), ("", b"ML"), ("d", b"M K*")]
+FASTA = b">a first protein\nMK\nV\n\n>b\nMK\n>c no sequence\n>\nML\n>d\tx>y\nM K*"
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd.compress], ids=["plain", "gzip", "zstd"])
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"], ids=["unix", "windows"])
+@pytest.mark.parametrize("at_once", [20, 4096])
+def test_fasta_of_every_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Callable, line_end: bytes, at_once: int
+) -> None:
+    monkeypatch.setattr(layouts, "READ_BYTES", at_once)
+    path = tmp_path / "any.name"
+    path.write_bytes(pack(FASTA.replace(b"\n", line_end)))
+    assert list(read_fasta(path)) == RECORDS
+
+
+@pytest.mark.parametrize("at_once", range(5, 12))
+def test_fasta_is_read_alike_in_pieces_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(layouts, "READ_BYTES", at_once)
+    (tmp_path / "f").write_bytes(FASTA)
+    assert list(read_fasta(tmp_path / "f")) == RECORDS
+
+
+def test_gzip_members_one_after_another_are_one_file(tmp_path: Path) -> None:
+    (tmp_path / "f.gz").write_bytes(gzip.compress(b">a\nMK\n") + gzip.compress(b">b\nMV\n"))
+    assert list(read_fasta(tmp_path / "f.gz")) == [("a", b"MK"), ("b", b"MV")]
+
+
+def test_headers_of_uniprot_go_by_their_accession(tmp_path: Path) -> None:
+    headers = b"sp|P12345|AATM_RABIT Aspartate", b"tr|Q9-2|X", b"UniRef90_P1 n=1", b"gi|1|x", b"sp|P1"
+    (tmp_path / "f").write_bytes(b"".join(b">" + header + b"\nMK\n" for header in headers))
+    assert [name for name, _ in read_fasta(tmp_path / "f")] == ["P12345", "Q9-2", "UniRef90_P1", "gi|1|x", "sp|P1"]
+    (tmp_path / "t").write_bytes(b"sp|P12345|AATM_RABIT\ttr|Q9-2|X\nUniRef90_P1\tsp|P1\n")
+    layout = Fasta([tmp_path / "f"], tmp_path / "t")
+    assert rows(layout, tmp_path) == [("P12345", ["Q9-2"]), ("UniRef90_P1", ["sp|P1"])]
+
+
+def test_fasta_alone_makes_every_sequence_a_cluster(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(FASTA)
+    (tmp_path / "g").write_bytes(b">e\nMK\n>a\nMKV\n")
+    layout, report = Fasta([tmp_path / "f", tmp_path / "g"]), Report()
+    assert rows(layout, tmp_path) == [(name, [name]) for name in "aabcde"]
+    layout.stage(tmp_path, report, lambda read: None)
+    assert report.counts["sequences_read"] == 6
+    assert report.rejected == {"header without id": {"count": 1, "examples": ["record 4 of f"]}}
+    assert sequences(layout, tmp_path, ["a", "c"]) == {"a": [b"MKV", b"MKV"], "c": [b""]}
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"], ids=["unix", "windows"])
+def test_tsv_lines_are_members_of_representatives(tmp_path: Path, line_end: bytes) -> None:
+    (tmp_path / "f").write_bytes(FASTA)
+    (tmp_path / "t").write_bytes(b"a\tb\n\"a\ta'c\n\nd\t\n\te\nd\td\n".replace(b"\n", line_end))
+    layout = Fasta([tmp_path / "f"], tmp_path / "t")
+    assert rows(layout, tmp_path) == [('"a', ["a'c"]), ("a", ["b"]), ("d", ["d"]), ("d", [None]), (None, ["e"])]
+
+
+def test_a_look_up_may_be_larger_than_a_query(tmp_path: Path) -> None:
+    ids = [f"m{index}" for index in range(50_001)]  # SQLite's limit is 32,766 variables as released
+    proteins = {member: "M" + "K" * (index % 7) for index, member in enumerate(ids)}
+    found = Sequences(write_proteins(tmp_path / "p.db", proteins)).look_up([*ids, "gone"])
+    assert found == {member.encode(): [sequence.encode()] for member, sequence in proteins.items()}
+
+
+# --- what is refused ---
+
+
+def broken(content: bytes, keep: float) -> bytes:
+    return content[: int(len(content) * keep)]
+
+
+PARQUET = {"ur50_id": ["c"], "ur90_id": ["a"], "sequence": ["M"]}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: Flat(f / "gone"), "gone: no such file"),
+        (lambda f: Flat(f), "no .parquet file in this folder"),
+        (
+            lambda f: Flat(write_clusters(f / "x.parquet", {"ur50_id": ["c"], "ur90_id": ["a"]})),
+            "no column 'sequence'; it has ur50_id, ur90_id",
+        ),
+        (
+            lambda f: Flat(write_clusters(f / "x.parquet", {**PARQUET, "ur90_id": [["a"]]})),
+            "column 'ur90_id' is list<element: string>; it must be a string",
+        ),
+        (lambda f: Fasta([f / "gone"]), "gone: no such file"),
+        (lambda f: Fasta([write_proteins(f / "x", {})], f / "gone"), "gone: no such file"),
+        (
+            lambda f: list(read_fasta(write_proteins(f / "x", {}))),
+            "x: not FASTA; it begins with b'SQLite format 3",
+        ),
+        (lambda f: list(read_fasta(fasta(f, b"MKV\n>a\nMK\n"))), "not FASTA; it begins with b'MKV"),
+        (lambda f: list(read_fasta(fasta(f, broken(gzip.compress(noise()), 0.5)))), "f: damaged (Truncated"),
+        (lambda f: list(read_fasta(fasta(f, broken(zstd.compress(noise()), 0.5)))), "f: damaged (Truncated"),
+        (lambda f: list(read_fasta(fasta(f, b"\x1f\x8bno gzip at all, this"))), "f: damaged ("),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make(tmp_path)
+    assert message in str(caught.value)
+
+
+def fasta(folder: Path, content: bytes) -> Path:
+    (folder / "f").write_bytes(content)
+    return folder / "f"
+
+
+def noise() -> bytes:
+    return b"".join(b">p%d\n%s\n" % (n, hex(n**9).upper().encode()) for n in range(2000))
+
+
+def test_an_empty_fasta_has_no_records(tmp_path: Path) -> None:
+    for content in (b"", b"\n \n", b"\xef\xbb\xbf", gzip.compress(b"")):
+        assert list(read_fasta(fasta(tmp_path, content))) == []
+
+
+def test_a_table_without_index_is_refused(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "p.db")) as database:
+        database.execute("CREATE TABLE protein (id TEXT, sequence TEXT)")
+        with pytest.raises(UserError, match=r"no index on 'id'.*CREATE INDEX"):
+            Sequences(tmp_path / "p.db")
+        database.execute("CREATE INDEX any ON protein (id)")
+        assert Sequences(tmp_path / "p.db").look_up(["a"]) == {}
