@@ -8,7 +8,7 @@ Work in progress lies in a folder of its own, `.SPLIT.work`:
 
     lock          held by the one run that may write
     state.json    what this conversion is: inputs, options; a rerun with others is refused
-    plan.*, staged.json, sequences.db, ids.parquet    see plan.py and layouts.py
+    plan.*, staged.json, sequences.db, ids.parquet    see conversion_plan.py and layouts.py
     parts/        00000.json: shards and report of a finished part; 00000.ids: its clusters, in order
     shards/       the split to be: renamed at the end, or uploaded part by part
 """
@@ -42,7 +42,7 @@ import xxhash
 from esm2_composer.errors import UserError
 from esm2_composer.layouts import Layout, Sequences
 from esm2_composer.mds import ShardWriter, write_durably
-from esm2_composer.plan import Plan, make_plan, read_part
+from esm2_composer.conversion_plan import Plan, make_plan, read_part
 from esm2_composer.records import Report, build_record, choose_members
 from esm2_composer.storage import Store, UploadError, is_remote
 
