@@ -12,6 +12,7 @@ taken from the window where it lies further from a cut.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
@@ -27,21 +28,25 @@ from esm2_composer.errors import UserError
 from esm2_composer.fasta import read_fasta
 from esm2_composer.journal import Journal
 from esm2_composer.model import ESM2
-from esm2_composer.records import Report, clean
+from esm2_composer.records import clean
+
+Protein = tuple[str, bytes]  # id, residues
 
 CHUNK_BATCHES = 16  # more fill the batches better, fewer lose less in a kill
 
 
 @dataclass
 class Survey:
-    """What a FASTA file holds."""
+    """What a FASTA file holds, and what becomes of it by the rules of `records.clean`."""
 
     proteins: int = 0
     residues: int = 0
-    over_limit: int = 0
     longest: int = 0
+    over_limit: int = 0
     digest: str = ""
-    report: Report = field(default_factory=Report)
+    changed: Counter = field(default_factory=Counter)
+    rejected: Counter = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)  # of every reason to reject, the first id
 
 
 def survey(path: Path, max_length: int, max_reject_fraction: float) -> Survey:
@@ -51,17 +56,23 @@ def survey(path: Path, max_length: int, max_reject_fraction: float) -> Survey:
         UserError: it cannot be read to its end, nothing in it can be embedded, or too much of it cannot.
     """
     found, digest = Survey(), hashlib.blake2b(digest_size=16)
-    for name, residues in read_proteins(path, found.report):
+    for name, raw in read_fasta(path):
+        try:
+            residues, changes = clean(raw)
+        except ValueError as reason:
+            found.rejected[str(reason)] += 1
+            found.examples.setdefault(str(reason), name)
+            continue
+        found.changed.update(changes)
         found.proteins += 1
         found.residues += len(residues)
-        found.over_limit += len(residues) + 2 > max_length
         found.longest = max(found.longest, len(residues))
+        found.over_limit += len(residues) + 2 > max_length
         digest.update(f"{name}\n".encode() + residues + b"\n")
     found.digest = digest.hexdigest()
-    rejected = found.report.rejected.total()
+    rejected = found.rejected.total()
     reasons = ", ".join(
-        f"{reason} {count:,} (such as {found.report.examples[reason][0]!r})"
-        for reason, count in found.report.rejected.most_common()
+        f"{reason} {n:,} (first: {found.examples[reason]!r})" for reason, n in found.rejected.items()
     )
     if not found.proteins:
         raise UserError(f"{path}: no protein to embed: {reasons or 'the file is empty'}")
@@ -73,15 +84,13 @@ def survey(path: Path, max_length: int, max_reject_fraction: float) -> Survey:
     return found
 
 
-def read_proteins(path: Path, report: Report) -> Iterator[tuple[str, bytes]]:
-    """(id, residues) by the rules of `records.clean`; `report` learns what was changed or left out."""
+def read_proteins(path: Path) -> Iterator[Protein]:
+    """The proteins of a FASTA file that `survey` did not reject."""
     for name, raw in read_fasta(path):
         try:
-            residues, changes = clean(raw)
-        except ValueError as reason:
-            report.reject(str(reason), name)
+            residues, _ = clean(raw)
+        except ValueError:
             continue
-        report.changed.update(changes)
         yield name, residues
 
 
@@ -130,7 +139,7 @@ class Embedder:
         columns = {"id": pa.string(), "length": pa.int32(), "windows": pa.int32(), "embedding": vector}
         return pa.schema({**columns, "residue_embeddings": pa.list_(vector)} if self.per_residue else columns)
 
-    def chunks(self, proteins: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
+    def chunks(self, proteins: Iterable[Protein]) -> Iterator[list[Protein]]:
         """Cut a stream of proteins where a chunk holds enough tokens."""
         limit = self.batch_tokens * (1 if self.per_residue else CHUNK_BATCHES)  # residues' embeddings are large
         chunk, tokens = [], 0
@@ -144,7 +153,7 @@ class Embedder:
             yield chunk
 
     @torch.inference_mode()
-    def rows(self, chunk: Sequence[tuple[str, bytes]]) -> pa.RecordBatch:
+    def rows(self, chunk: Sequence[Protein]) -> pa.RecordBatch:
         """The output's rows of a chunk, in its order."""
         names, proteins = zip(*chunk, strict=True)
         lengths = np.array([len(residues) for residues in proteins])
@@ -211,7 +220,7 @@ def embed_file(source: Path, journal: Journal, embedder: Embedder, progress: Cal
 
     `progress` is called with numbers of residues that are done, first those of an earlier run.
     """
-    proteins = read_proteins(source, Report())
+    proteins = read_proteins(source)
     progress(sum(len(residues) for _, residues in islice(proteins, journal.rows)))
     for chunk in embedder.chunks(proteins):
         journal.append(embedder.rows(chunk))

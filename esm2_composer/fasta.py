@@ -1,12 +1,15 @@
 """FASTA files, plain or compressed with gzip (BGZF too) or zstd, read in bounded memory.
 
 The reader takes formatting away and nothing else: compression, which shows in the first bytes and not in the
-name, a byte-order mark, line ends of either kind. What a sequence may hold is for `records.clean` to say; a
-header without a sequence yields an empty one; ids may repeat.
+name, a byte-order mark, line ends of either kind. What a sequence may hold is for `records.clean` to say. A header
+without a sequence yields an empty one, and ids may repeat.
+
+An id is a header's first word; of UniProt's `sp|P12345|NAME` it is `P12345`, as MMseqs2 names it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,14 +18,15 @@ import pyarrow as pa
 from esm2_composer.errors import UserError
 
 BLOCK_BYTES = 2**20
+UNIPROT = re.compile(r"^(?:sp|tr)\|([^|]+)\|")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_fasta(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(id, sequence) of every record, in order. The id is the header's first word.
+    """(id, sequence) of every record, in order; the id is "" if the header has none.
 
-    Raises UserError if the file is missing, damaged, cut short or not FASTA, or if a header holds no id. A record
-    that the damage could have touched is not yielded.
+    Raises UserError if the file is missing, damaged, cut short or not FASTA. A record that the damage could have
+    touched is not yielded.
     """
     blocks = _read_blocks(path)
     first = next(blocks, b"")
@@ -44,12 +48,12 @@ def read_fasta(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def _parse(record: bytes, path: Path, count: int) -> tuple[str, bytes]:
     header, _, body = record.partition(b"\n")
-    words = header.split(None, 1)
-    if not words:
-        raise UserError(f"{path}: the header of record {count:,} holds no id")
     if b"\r" in header.rstrip(b"\r"):
         raise UserError(f"{path}: record {count:,} has lines that end with a carriage return alone")
-    return words[0].decode(errors="backslashreplace"), body.translate(None, b"\r\n")
+    words = header.split(None, 1)
+    name = words[0].decode(errors="backslashreplace") if words else ""
+    uniprot = UNIPROT.match(name)
+    return uniprot[1] if uniprot else name, body.translate(None, b"\r\n")
 
 
 def _read_blocks(path: Path) -> Iterator[bytes]:

@@ -36,9 +36,9 @@ def read(folder: Path, content: bytes) -> list[tuple[str, bytes]]:
         ),
         pytest.param(b">a\n>b\nMK\n>c", [("a", b""), ("b", b"MK"), ("c", b"")], id="headers without a sequence"),
         pytest.param(b">a\nMKV\n>a\nMKV\n>a\nLL\n", [("a", b"MKV"), ("a", b"MKV"), ("a", b"LL")], id="ids repeat"),
-        pytest.param(
-            b">sp|P1|X_Y Some protein > 3\nMK V*\n", [("sp|P1|X_Y", b"MK V*")], id="content is left alone"
-        ),
+        pytest.param(b">a some > 3\nMK V*\n", [("a", b"MK V*")], id="content is left alone"),
+        pytest.param(b">sp|P12345-2|X_Y Z\nMK\n>tr|Q1|\nMV\n", [("P12345-2", b"MK"), ("Q1", b"MV")], id="UniProt"),
+        pytest.param(b"> \nMK\n>\nMV\n", [("", b"MK"), ("", b"MV")], id="headers without an id"),
         pytest.param(b"> a\tb\nM>K\n", [("a", b"M>K")], id="a header begins a line"),
         pytest.param(">é\nMK\n".encode("latin-1"), [("\\xe9", b"MK")], id="an id that is not UTF-8"),
     ],
@@ -91,7 +91,6 @@ def test_a_truncated_file_is_an_error_and_its_last_record_is_not_yielded(tmp_pat
         (b" \n\n", "not FASTA"),
         (b"PAR1\x00\x01", "not FASTA"),
         (b"BZh91AY&SY", "not FASTA"),
-        (b">a\nMKV\n> \nMKV\n", "the header of record 2 holds no id"),
         (b">a\rMKV\r>b\rMK\r", "record 1 has lines that end with a carriage return alone"),
         (gzip.compress(b">a\nMK\n") + b"trailing", "damaged"),
     ],

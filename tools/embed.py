@@ -74,8 +74,8 @@ def main() -> None:
         "per_residue": args.per_residue,
         "max_length": args.max_length,
         "precision": "bf16" if device.type == "cuda" else "fp32",
-        "rejected": dict(found.report.rejected),
-        "changed": dict(found.report.changed),
+        "rejected": dict(found.rejected),
+        "changed": dict(found.changed),
     }
     embedder = Embedder(model.to(device), layer, args.max_length, args.batch_tokens, args.per_residue)
     journal = Journal(args.out, embedder.columns, origin)
@@ -90,10 +90,9 @@ def print_survey(found, max_length: int) -> None:
     print(f"{found.proteins:,} proteins, {found.residues:,} residues", file=sys.stderr)
     if found.over_limit:
         print(f"longer than {max_length - 2:,} residues: {found.over_limit:,}", file=sys.stderr)
-    for reason, count in found.report.rejected.items():
-        examples = ", ".join(found.report.examples[reason])
-        print(f"rejected, {reason}: {count:,} ({examples})", file=sys.stderr)
-    for change, count in found.report.changed.items():
+    for reason, count in found.rejected.items():
+        print(f"rejected, {reason}: {count:,} (first: {found.examples[reason]!r})", file=sys.stderr)
+    for change, count in found.changed.items():
         print(f"changed, {change}: {count:,}", file=sys.stderr)
 
 
