@@ -38,8 +38,8 @@ from esm2_composer.records import EXAMPLES_KEPT, clean
 
 MIN_RESIDUES = 11
 COVERAGE = ("-c", "0.8", "--cov-mode", "0")  # 80 % of both sequences
-CLUSTER = ("easy-cluster", *COVERAGE, "--cluster-mode", "2", "--cluster-reassign", "1", "--min-seq-id")
-SEARCH = ("easy-search", *COVERAGE, "-s", "6", "--min-seq-id", "0.5", "--format-output", "query")
+CLUSTER = (*COVERAGE, "--cluster-mode", "2", "--cluster-reassign", "1", "--min-seq-id")
+SEARCH = (*COVERAGE, "-s", "6", "--min-seq-id", "0.5", "--format-output", "query")
 ROWS_AT_ONCE = 20_000
 
 # Rows of the table member (number, cluster, valid); a cluster is named by its representative's number.
@@ -126,37 +126,13 @@ def _build(fasta, folder, valid_fraction, seed, threads, max_reject_fraction, sa
     with contextlib.closing(sqlite3.connect(work / "proteins.db", isolation_level=None)) as database:
         database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN")
         report = _stage(fasta, database, max_reject_fraction, say)
-        counts = report["counts"]
-        _write_fasta(work / "all.fasta", database.execute("SELECT number, sequence FROM protein"))
-        for identity, source, name in (("0.9", "all.fasta", "c90"), ("0.5", "c90_rep_seq.fasta", "c50")):
-            say(f"clustering at {identity} identity")
-            _mmseqs(*CLUSTER, identity, work / source, work / name, work / "tmp", "--threads", threads)
-        database.execute("CREATE TABLE member (number INTEGER PRIMARY KEY, cluster INTEGER, valid INTEGER)")
-        with open(work / "c50_cluster.tsv") as lines:
-            pairs = (line.split() for line in lines)
-            database.executemany("INSERT INTO member (cluster, number) VALUES (?, ?)", pairs)
-        counts["members_at_90"] = _count(database, "number", "1")
-        counts["clusters_at_50"] = _count(database, "DISTINCT cluster", "1")
-
-        _choose_valid(database, max(round(valid_fraction * counts["clusters_at_50"]), 1), seed)
-        clusters, members = (_count(database, what, TRAIN) for what in ("DISTINCT cluster", "number"))
-        for name, which in (("train.fasta", TRAIN), ("valid.fasta", VALID)):
-            query = f"SELECT number, sequence FROM member JOIN protein USING (number) WHERE {which}"
-            _write_fasta(work / name, database.execute(query))
-        say("searching training members that match a validation sequence")
-        _mmseqs(
-            *(*SEARCH, work / "train.fasta", work / "valid.fasta", work / "hits", work / "tmp"),
-            *("--threads", threads),
-        )
-        with open(work / "hits") as lines:
-            database.executemany("DELETE FROM member WHERE number = ?", (line.split() for line in lines))
-        counts["clusters_valid"] = _count(database, "number", VALID)
-        counts["clusters_train"] = _count(database, "DISTINCT cluster", TRAIN)
-        counts["members_train"] = _count(database, "number", TRAIN)
-        counts["members_like_valid"] = members - counts["members_train"]
-        counts["clusters_emptied"] = clusters - counts["clusters_train"]
-        if not counts["clusters_train"]:
-            raise UserError(f"no cluster is left to train on: there are {counts['clusters_at_50']:,} in all")
+        _cluster(database, work, threads, say)
+        clusters = _count(database, "DISTINCT cluster", "1")
+        if clusters < 2:
+            raise UserError("all sequences fall into one cluster, which leaves none for validation")
+        report["counts"].update(members_at_90=_count(database, "number", "1"), clusters_at_50=clusters)
+        _choose_valid(database, min(max(round(valid_fraction * clusters), 1), clusters - 1), seed)
+        report["counts"].update(_remove_like_valid(database, work, threads, say))
         say("writing clusters and sequences")
         _write_layout(database, folder)
     shutil.rmtree(work)
@@ -210,6 +186,18 @@ def _insert(database: sqlite3.Connection, name: str, residues: str) -> bool:
     return False
 
 
+def _cluster(database, work, threads, say) -> None:
+    """Make the table member: the representatives at 90 %, clustered at 50 %."""
+    _write_fasta(work / "all.fasta", database.execute("SELECT number, sequence FROM protein"))
+    for identity, source, name in (("0.9", "all.fasta", "c90"), ("0.5", "c90_rep_seq.fasta", "c50")):
+        say(f"clustering at {identity} identity")
+        _mmseqs("easy-cluster", work, (source, name), (*CLUSTER, identity), threads)
+    database.execute("CREATE TABLE member (number INTEGER PRIMARY KEY, cluster INTEGER, valid INTEGER)")
+    with open(work / "c50_cluster.tsv") as lines:
+        pairs = (line.split() for line in lines)
+        database.executemany("INSERT INTO member (cluster, number) VALUES (?, ?)", pairs)
+
+
 def _choose_valid(database: sqlite3.Connection, count: int, seed: int) -> None:
     """Make the `count` clusters with the smallest hashes of seed and id validation, whatever their order."""
 
@@ -225,6 +213,28 @@ def _choose_valid(database: sqlite3.Connection, count: int, seed: int) -> None:
     database.execute("UPDATE member SET valid = cluster IN chosen")
 
 
+def _remove_like_valid(database, work, threads, say) -> dict[str, int]:
+    """Remove the training members that match a validation sequence; gives the counts after it."""
+    for name, which in (("train.fasta", TRAIN), ("valid.fasta", VALID)):
+        query = f"SELECT number, sequence FROM member JOIN protein USING (number) WHERE {which}"
+        _write_fasta(work / name, database.execute(query))
+    clusters, members = (_count(database, what, TRAIN) for what in ("DISTINCT cluster", "number"))
+    say("searching training members that match a validation sequence")
+    _mmseqs("easy-search", work, ("train.fasta", "valid.fasta", "hits"), SEARCH, threads)
+    with open(work / "hits") as lines:
+        database.executemany("DELETE FROM member WHERE number = ?", (line.split() for line in lines))
+    clusters_left, members_left = (_count(database, what, TRAIN) for what in ("DISTINCT cluster", "number"))
+    if not clusters_left:
+        raise UserError(f"all {members:,} training members match a validation sequence")
+    return {
+        "clusters_valid": _count(database, "number", VALID),
+        "clusters_train": clusters_left,
+        "members_train": members_left,
+        "members_like_valid": members - members_left,
+        "clusters_emptied": clusters - clusters_left,
+    }
+
+
 def _count(database: sqlite3.Connection, what: str, which: str) -> int:
     return database.execute(f"SELECT count({what}) FROM member WHERE {which}").fetchone()[0]
 
@@ -235,15 +245,20 @@ def _write_fasta(path: Path, proteins: Iterable[tuple[int, str]]) -> None:
             file.write(f">{number}\n{sequence}\n")
 
 
-def _mmseqs(*arguments: Any) -> None:
-    """Run MMseqs2. Its `tmp` folder is new every time: it would take up what an earlier command left there."""
-    tmp = next(path for path in arguments if isinstance(path, Path) and path.name == "tmp")
-    command = ["mmseqs", *map(str, arguments), "-v", "1"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+def _mmseqs(command: str, work: Path, files: Sequence[str], options: Sequence[str], threads: int) -> None:
+    tmp = work / "tmp"
+    paths = [str(work / name) for name in files]
+    done = subprocess.run(
+        ["mmseqs", command, *paths, str(tmp), *options, "--threads", str(threads), "-v", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
     if done.returncode:
         last = (done.stdout.strip() or "it says nothing").splitlines()[-1]
-        raise UserError(f"mmseqs {arguments[0]} failed with exit code {done.returncode}: {last}")
-    shutil.rmtree(tmp)
+        raise UserError(f"mmseqs {command} failed with exit code {done.returncode}: {last}")
+    shutil.rmtree(tmp)  # the next command would take up what it finds there
 
 
 def _write_layout(database: sqlite3.Connection, folder: Path) -> None:

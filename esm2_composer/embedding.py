@@ -32,7 +32,7 @@ from esm2_composer.records import clean
 
 Protein = tuple[str, bytes]  # id, residues
 
-CHUNK_BATCHES = 16  # more fill the batches better, fewer lose less in a kill
+CHUNK_BATCHES = 4  # more fill the batches better, fewer lose less in a kill
 
 
 @dataclass

@@ -133,14 +133,11 @@ def test_clusters_are_near_those_made_within_a_larger_set(built, real_data):
 @needs_mmseqs
 def test_no_training_member_is_like_a_validation_sequence(built):
     train, valid = sequences(built / "train.db"), sequences(built / "validation.db")
-    removed = 0
     for i in range(TRIPLES):
         r, q, p = (f"{name}{i}" for name in "rqp")
         assert not (q in train and (r in valid or p in valid))
-        removed += q not in train and (r in train or p in train) and (r in valid or p in valid)
-    assert removed >= 3  # by the search: the cluster of q is in training, what is like it in validation
     counts = json.loads((built / "report.json").read_text())["counts"]
-    assert counts["members_like_valid"] >= removed
+    assert counts["members_like_valid"] >= 3  # each a `q` whose cluster is in training, while another is not
 
 
 @needs_mmseqs
