@@ -165,6 +165,33 @@ class ESM2(nn.Module):
         Raises:
             ValueError: tokens and cu_seqlens do not make a flat batch. Values are checked on a CPU only.
         """
+        x = self._hidden(tokens, cu_seqlens, max_seqlen, len(self.layers))
+        if positions is not None:
+            x = x[positions]
+        return self.head(self.norm(x), self.embed.weight)
+
+    def represent(
+        self,
+        tokens: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int | None = None,
+        layer: int | None = None,
+    ) -> torch.Tensor:
+        """What the tokens are to the model after `layer` layers (all of them, if None), (T, D).
+
+        As transformers' `hidden_states` and fair-esm's `representations`: 0 is the embedding, and the last is
+        taken after the final layer norm. Arguments and errors are those of `forward`.
+        """
+        layer = len(self.layers) if layer is None else layer
+        if not 0 <= layer <= len(self.layers):
+            raise ValueError(f"layer {layer} is not one of 0 to {len(self.layers)}")
+        x = self._hidden(tokens, cu_seqlens, max_seqlen, layer)
+        return self.norm(x) if layer == len(self.layers) else x
+
+    def _hidden(
+        self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int | None, layer: int
+    ) -> torch.Tensor:
+        """The residual stream (T, D) after `layer` layers."""
         _check_batch(tokens, cu_seqlens)
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max())
@@ -178,11 +205,9 @@ class ESM2(nn.Module):
         attention = select_attention(self.config.attention, tokens.device.type)
 
         x = self._embed(tokens, sequence, lengths)
-        for layer in self.layers:
-            x = layer(x, tables, attention, cu_seqlens, max_seqlen)
-        if positions is not None:
-            x = x[positions]
-        return self.head(self.norm(x), self.embed.weight)
+        for block in self.layers[:layer]:
+            x = block(x, tables, attention, cu_seqlens, max_seqlen)
+        return x
 
     def _embed(self, tokens: torch.Tensor, sequence: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Embeddings (T, D) with token dropout: `<mask>` embeds to zero, and the rest of its sequence is

@@ -38,6 +38,22 @@ def test_logits_and_gradients_equal_the_reference(config, make_reference):
     assert found["gradient_error"] <= 1e-4, found["worst_gradient"]
 
 
+def test_representations_are_those_of_transformers_at_every_layer():
+    model = random_model(CONFIGS[16]).eval()
+    tokens, cu_seqlens = random_batch(LENGTHS)
+    batch = padded(tokens, LENGTHS)
+    with torch.no_grad():
+        reference = hugging_face(model).eval().esm
+        hidden = reference(batch, (batch != alphabet.PAD).long(), output_hidden_states=True).hidden_states
+        for layer, expected in enumerate(hidden):
+            expected = torch.cat([row[:length] for row, length in zip(expected, LENGTHS, strict=True)])
+            assert (model.represent(tokens, cu_seqlens, layer=layer) - expected).abs().max() <= 1e-4
+        last = model.represent(tokens, cu_seqlens)
+        assert torch.equal(last, model.represent(tokens, cu_seqlens, layer=len(hidden) - 1))
+    with pytest.raises(ValueError, match="layer 3 is not one of 0 to 2"):
+        model.represent(tokens, cu_seqlens, layer=3)
+
+
 def test_a_sequence_does_not_see_its_neighbours():
     model = random_model(CONFIGS[16]).eval()
     tokens, cu_seqlens = random_batch(LENGTHS)

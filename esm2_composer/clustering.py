@@ -1,0 +1,300 @@
+"""FASTA -> clusters as UniRef has them, by MMseqs2, split into training and validation, in BioNeMo's layout.
+
+1. Clusters at 90 % identity over 80 % of both sequences: their representatives, the longest sequences, are the
+   members; everything else is left out, as UniRef90 leaves it out.
+2. The representatives, clustered in the same way at 50 %: the clusters.
+3. A share of the clusters, chosen by a hash of the seed and the representative's id, becomes validation: of each
+   its representative alone.
+4. Members of training clusters that match a validation sequence, at 50 % identity over 80 % of both, are removed.
+
+Sequences below 11 residues are left out first, as UniRef90 does. MMseqs2 sees numbers for ids, so that no header
+can confuse it. What does not fit memory is for SQLite and MMseqs2 to keep on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from esm2_composer.errors import UserError
+from esm2_composer.fasta import read_fasta
+from esm2_composer.records import EXAMPLES_KEPT, clean
+
+MIN_RESIDUES = 11
+COVERAGE = ("-c", "0.8", "--cov-mode", "0")  # 80 % of both sequences
+CLUSTER = (*COVERAGE, "--cluster-mode", "2", "--cluster-reassign", "1", "--min-seq-id")
+SEARCH = (*COVERAGE, "-s", "6", "--min-seq-id", "0.5", "--format-output", "query")
+ROWS_AT_ONCE = 20_000
+
+# Rows of the table member (number, cluster, valid); a cluster is named by its representative's number.
+TRAIN, VALID = "NOT valid", "valid AND number = cluster"
+
+
+def build_clusters(
+    fasta: Sequence[Path],
+    out: Path,
+    valid_fraction: float,
+    seed: int,
+    threads: int,
+    max_reject_fraction: float,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Write the new folder `out`: the four files of BioNeMo's layout and report.json.
+
+    The folder appears whole: it is made under another name, and renamed at the end.
+
+    Args:
+        valid_fraction: of the clusters, above 0 and below 1; at least one cluster becomes validation.
+        say: told what is being done, a line at a time.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        UserError: there is no MMseqs2 or it fails, `out` exists or is being made, an input cannot be read, too
+            much of it is unusable, or what is left makes fewer than two clusters.
+    """
+    version = mmseqs_version()
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists already; remove it, or choose another folder")
+    partial = out.with_name(f".{out.name}.partial")
+    with _locked(partial):
+        try:
+            report = {
+                "fasta": [str(path) for path in fasta],
+                "mmseqs": version,
+                "seed": seed,
+                "valid_fraction": valid_fraction,
+                **_build(fasta, partial, valid_fraction, seed, threads, max_reject_fraction, say),
+            }
+            (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+            partial.rename(out)
+        except Exception as error:
+            shutil.rmtree(partial)
+            if isinstance(error, OSError) or "disk" in str(error):  # SQLite's words for a full one
+                raise UserError(f"{partial}: cannot be written ({error})") from error
+            raise
+    return report
+
+
+def mmseqs_version() -> str:
+    """Raises UserError if there is no `mmseqs` to run."""
+    if not shutil.which("mmseqs"):
+        raise UserError("there is no mmseqs on PATH: install MMseqs2 (Debian and Ubuntu: apt install mmseqs2)")
+    return subprocess.run(["mmseqs", "version"], capture_output=True, text=True).stdout.strip()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """An empty folder that no other process uses; what a killed one left in it is removed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process is at work there") from None
+    finally:
+        os.close(handle)
+
+
+def _build(fasta, folder, valid_fraction, seed, threads, max_reject_fraction, say) -> dict[str, Any]:
+    start = time.monotonic()
+    work = folder / "work"
+    work.mkdir()
+    with contextlib.closing(sqlite3.connect(work / "proteins.db", isolation_level=None)) as database:
+        database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN")
+        report = _stage(fasta, database, max_reject_fraction, say)
+        _cluster(database, work, threads, say)
+        clusters = _count(database, "DISTINCT cluster", "1")
+        if clusters < 2:
+            raise UserError("all sequences fall into one cluster, which leaves none for validation")
+        report["counts"].update(members_at_90=_count(database, "number", "1"), clusters_at_50=clusters)
+        _choose_valid(database, min(max(round(valid_fraction * clusters), 1), clusters - 1), seed)
+        report["counts"].update(_remove_like_valid(database, work, threads, say))
+        say("writing clusters and sequences")
+        _write_layout(database, folder)
+    shutil.rmtree(work)
+    return {**report, "elapsed_seconds": round(time.monotonic() - start, 1)}
+
+
+def _stage(fasta, database, max_reject_fraction, say) -> dict[str, Any]:
+    """Fill the table `protein` with what can be used; tell what cannot, and why."""
+    counts, changed, rejected = Counter(), Counter(), {}
+    database.execute("CREATE TABLE protein (number INTEGER PRIMARY KEY, id TEXT UNIQUE, sequence TEXT)")
+    for path in fasta:
+        say(f"reading {path}")
+        for name, raw in read_fasta(path):
+            counts["sequences_read"] += 1
+            try:
+                residues, changes = clean(raw)
+                if not name:
+                    raise ValueError("header without id")
+                if len(residues) < MIN_RESIDUES:
+                    counts["sequences_too_short"] += 1
+                elif not _insert(database, name, residues.decode()):
+                    counts["sequences_given_twice"] += 1
+                changed.update(changes)
+            except ValueError as reason:
+                told = rejected.setdefault(str(reason), {"count": 0, "examples": []})
+                told["count"] += 1
+                told["examples"] += [name] if len(told["examples"]) < EXAMPLES_KEPT else []
+    lost = sum(told["count"] for told in rejected.values())
+    reasons = ", ".join(
+        f"{reason} {told['count']:,} (such as {told['examples'][0]!r})" for reason, told in rejected.items()
+    )
+    if lost > max_reject_fraction * counts["sequences_read"]:
+        raise UserError(
+            f"{lost:,} of {counts['sequences_read']:,} sequences rejected, "
+            f"more than {max_reject_fraction:.1%}: {reasons}"
+        )
+    (counts["sequences_used"],) = database.execute("SELECT count(*) FROM protein").fetchone()
+    if not counts["sequences_used"]:
+        raise UserError(f"no sequence of {MIN_RESIDUES} residues or more: {reasons or 'the input has none'}")
+    return {"counts": counts, "changed": changed, "rejected": rejected}
+
+
+def _insert(database: sqlite3.Connection, name: str, residues: str) -> bool:
+    """Whether the protein is new. Raises ValueError if its id has another sequence."""
+    query = "INSERT OR IGNORE INTO protein (id, sequence) VALUES (?, ?)"
+    if database.execute(query, (name, residues)).rowcount:
+        return True
+    (known,) = database.execute("SELECT sequence FROM protein WHERE id = ?", (name,)).fetchone()
+    if known != residues:
+        raise ValueError("id with another sequence before")
+    return False
+
+
+def _cluster(database, work, threads, say) -> None:
+    """Make the table member: the representatives at 90 %, clustered at 50 %."""
+    _write_fasta(work / "all.fasta", database.execute("SELECT number, sequence FROM protein"))
+    for identity, source, name in (("0.9", "all.fasta", "c90"), ("0.5", "c90_rep_seq.fasta", "c50")):
+        say(f"clustering at {identity} identity")
+        _mmseqs("easy-cluster", work, (source, name), (*CLUSTER, identity), threads)
+    database.execute("CREATE TABLE member (number INTEGER PRIMARY KEY, cluster INTEGER, valid INTEGER)")
+    with open(work / "c50_cluster.tsv") as lines:
+        pairs = (line.split() for line in lines)
+        database.executemany("INSERT INTO member (cluster, number) VALUES (?, ?)", pairs)
+
+
+def _choose_valid(database: sqlite3.Connection, count: int, seed: int) -> None:
+    """Make the `count` clusters with the smallest hashes of seed and id validation, whatever their order."""
+
+    def key(name: str) -> bytes:
+        return hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+
+    database.create_function("key", 1, key, deterministic=True)
+    database.execute(
+        "CREATE TABLE chosen AS SELECT cluster FROM member JOIN protein USING (number) WHERE number = cluster "
+        "ORDER BY key(id) LIMIT ?",
+        (count,),
+    )
+    database.execute("UPDATE member SET valid = cluster IN chosen")
+
+
+def _remove_like_valid(database, work, threads, say) -> dict[str, int]:
+    """Remove the training members that match a validation sequence; gives the counts after it."""
+    for name, which in (("train.fasta", TRAIN), ("valid.fasta", VALID)):
+        query = f"SELECT number, sequence FROM member JOIN protein USING (number) WHERE {which}"
+        _write_fasta(work / name, database.execute(query))
+    clusters, members = (_count(database, what, TRAIN) for what in ("DISTINCT cluster", "number"))
+    say("searching training members that match a validation sequence")
+    _mmseqs("easy-search", work, ("train.fasta", "valid.fasta", "hits"), SEARCH, threads)
+    with open(work / "hits") as lines:
+        database.executemany("DELETE FROM member WHERE number = ?", (line.split() for line in lines))
+    clusters_left, members_left = (_count(database, what, TRAIN) for what in ("DISTINCT cluster", "number"))
+    if not clusters_left:
+        raise UserError(f"all {members:,} training members match a validation sequence")
+    return {
+        "clusters_valid": _count(database, "number", VALID),
+        "clusters_train": clusters_left,
+        "members_train": members_left,
+        "members_like_valid": members - members_left,
+        "clusters_emptied": clusters - clusters_left,
+    }
+
+
+def _count(database: sqlite3.Connection, what: str, which: str) -> int:
+    return database.execute(f"SELECT count({what}) FROM member WHERE {which}").fetchone()[0]
+
+
+def _write_fasta(path: Path, proteins: Iterable[tuple[int, str]]) -> None:
+    with open(path, "w") as file:
+        for number, sequence in proteins:
+            file.write(f">{number}\n{sequence}\n")
+
+
+def _mmseqs(command: str, work: Path, files: Sequence[str], options: Sequence[str], threads: int) -> None:
+    tmp = work / "tmp"
+    paths = [str(work / name) for name in files]
+    done = subprocess.run(
+        ["mmseqs", command, *paths, str(tmp), *options, "--threads", str(threads), "-v", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        last = (done.stdout.strip() or "it says nothing").splitlines()[-1]
+        raise UserError(f"mmseqs {command} failed with exit code {done.returncode}: {last}")
+    shutil.rmtree(tmp)  # the next command would take up what it finds there
+
+
+def _write_layout(database: sqlite3.Connection, folder: Path) -> None:
+    """BioNeMo's four files; clusters and members in the order of the input."""
+    members = (
+        "SELECT (SELECT id FROM protein AS first WHERE first.number = cluster), id, sequence "
+        "FROM member JOIN protein USING (number) WHERE {} ORDER BY cluster, number"
+    )
+    clusters = pa.schema({"ur50_id": pa.string(), "ur90_id": pa.list_(pa.string())})
+    rows = database.execute(members.format(TRAIN))
+    with _protein_table(folder / "train.db") as proteins:
+        named = (
+            {"ur50_id": name, "ur90_id": [_insert_protein(proteins, row) for row in group]}
+            for name, group in groupby(rows, key=itemgetter(0))
+        )
+        _write_parquet(folder / "train_clusters.parquet", named, clusters)
+    rows = database.execute(members.format(VALID))
+    with _protein_table(folder / "validation.db") as proteins:
+        named = ({"ur50_id": _insert_protein(proteins, row)} for row in rows)
+        _write_parquet(folder / "valid_clusters.parquet", named, pa.schema({"ur50_id": pa.string()}))
+
+
+@contextlib.contextmanager
+def _protein_table(path: Path) -> Iterator[sqlite3.Connection]:
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE protein (id TEXT PRIMARY KEY, sequence TEXT)")
+        yield database
+
+
+def _insert_protein(database: sqlite3.Connection, row: tuple[str, str, str]) -> str:
+    _, name, sequence = row
+    database.execute("INSERT INTO protein VALUES (?, ?)", (name, sequence))
+    return name
+
+
+def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], schema: pa.Schema) -> None:
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        while some := list(islice(rows, ROWS_AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist(some, schema))

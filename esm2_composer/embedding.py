@@ -1,0 +1,236 @@
+"""Embeddings: the proteins of a FASTA file -> a parquet file, a row a protein, in the order of the input.
+
+The file is read twice: once to its end before anything is computed, then a chunk at a time. A chunk's proteins
+are sorted by length and laid end to end, without padding, in batches of so many tokens; its rows, in input order
+again, go to a journal. A rerun goes on behind the last whole chunk. Memory depends on the chunk alone.
+
+A protein longer than the model was trained on is shown in windows of `<cls> residues <eos>`, as in training:
+`<cls>` and `<eos>` at true ends only. Neighbouring windows overlap by a quarter at least, and each residue is
+taken from the window where it lies further from a cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from esm2_composer import alphabet
+from esm2_composer.errors import UserError
+from esm2_composer.fasta import read_fasta
+from esm2_composer.journal import Journal
+from esm2_composer.model import ESM2
+from esm2_composer.records import clean
+
+Protein = tuple[str, bytes]  # id, residues
+
+CHUNK_BATCHES = 4  # more fill the batches better, fewer lose less in a kill
+
+
+@dataclass
+class Survey:
+    """What a FASTA file holds, and what becomes of it by the rules of `records.clean`."""
+
+    proteins: int = 0
+    residues: int = 0
+    longest: int = 0
+    over_limit: int = 0
+    digest: str = ""
+    changed: Counter = field(default_factory=Counter)
+    rejected: Counter = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)  # of every reason to reject, the first id
+
+
+def survey(path: Path, max_length: int, max_reject_fraction: float) -> Survey:
+    """Read a FASTA file to its end.
+
+    Raises:
+        UserError: it cannot be read to its end, nothing in it can be embedded, or too much of it cannot.
+    """
+    found, digest = Survey(), hashlib.blake2b(digest_size=16)
+    for name, raw in read_fasta(path):
+        try:
+            residues, changes = clean(raw)
+        except ValueError as reason:
+            found.rejected[str(reason)] += 1
+            found.examples.setdefault(str(reason), name)
+            continue
+        found.changed.update(changes)
+        found.proteins += 1
+        found.residues += len(residues)
+        found.longest = max(found.longest, len(residues))
+        found.over_limit += len(residues) + 2 > max_length
+        digest.update(f"{name}\n".encode() + residues + b"\n")
+    found.digest = digest.hexdigest()
+    rejected = found.rejected.total()
+    reasons = ", ".join(
+        f"{reason} {n:,} (first: {found.examples[reason]!r})" for reason, n in found.rejected.items()
+    )
+    if not found.proteins:
+        raise UserError(f"{path}: no protein to embed: {reasons or 'the file is empty'}")
+    if rejected > max_reject_fraction * (found.proteins + rejected):
+        raise UserError(
+            f"{path}: {rejected:,} of {found.proteins + rejected:,} sequences rejected, "
+            f"more than {max_reject_fraction:.1%}: {reasons}"
+        )
+    return found
+
+
+def read_proteins(path: Path) -> Iterator[Protein]:
+    """The proteins of a FASTA file that `survey` did not reject."""
+    for name, raw in read_fasta(path):
+        try:
+            residues, _ = clean(raw)
+        except ValueError:
+            continue
+        yield name, residues
+
+
+class Window(NamedTuple):
+    """Tokens start to stop of a protein, shown to the model, of which first to last are taken."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def windows(tokens: int, max_length: int) -> list[Window]:
+    """Windows of at most `max_length` over `<cls> residues <eos>`, together as long as `tokens`; every residue
+    is taken once."""
+    if tokens <= max_length:
+        return [Window(0, tokens, 1, tokens - 1)]
+    overlap = max_length // 4
+    steps = -(-(tokens - max_length) // (max_length - overlap))
+    starts = [i * (tokens - max_length) // steps for i in range(steps + 1)]
+    middles = [(right + left + max_length) // 2 for left, right in pairwise(starts)]
+    cuts = zip([1, *middles], [*middles, tokens - 1], strict=True)
+    return [Window(start, start + max_length, *taken) for start, taken in zip(starts, cuts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A model, on its device already, and what is wanted of it.
+
+    Attributes:
+        layer: as in `ESM2.represent`.
+        max_length: tokens of a window.
+        batch_tokens: tokens computed at a time, at least `max_length`; of no effect on results but rounding.
+        per_residue: give the residues' embeddings too.
+    """
+
+    model: ESM2
+    layer: int
+    max_length: int
+    batch_tokens: int
+    per_residue: bool
+
+    @property
+    def columns(self) -> pa.Schema:
+        vector = pa.list_(pa.float32(), self.model.config.hidden_size)
+        columns = {"id": pa.string(), "length": pa.int32(), "windows": pa.int32(), "embedding": vector}
+        return pa.schema({**columns, "residue_embeddings": pa.list_(vector)} if self.per_residue else columns)
+
+    def chunks(self, proteins: Iterable[Protein]) -> Iterator[list[Protein]]:
+        """Cut a stream of proteins where a chunk holds enough tokens."""
+        limit = self.batch_tokens * (1 if self.per_residue else CHUNK_BATCHES)  # residues' embeddings are large
+        chunk, tokens = [], 0
+        for protein in proteins:
+            chunk.append(protein)
+            tokens += len(protein[1]) + 2
+            if tokens >= limit:
+                yield chunk
+                chunk, tokens = [], 0
+        if chunk:
+            yield chunk
+
+    @torch.inference_mode()
+    def rows(self, chunk: Sequence[Protein]) -> pa.RecordBatch:
+        """The output's rows of a chunk, in its order."""
+        names, proteins = zip(*chunk, strict=True)
+        lengths = np.array([len(residues) for residues in proteins])
+        ends = lengths.cumsum()
+        cut = [windows(length + 2, self.max_length) for length in lengths]
+        shown = [(window, i) for i, of_one in enumerate(cut) for window in of_one]
+        shown.sort(key=lambda pair: pair[0].start - pair[0].stop)
+        tokens = [alphabet.encode(residues) for residues in proteins]
+
+        size, device = self.model.config.hidden_size, self.model.embed.weight.device
+        sums = torch.zeros((len(proteins), size), dtype=torch.float64, device=device)
+        residues = np.empty((ends[-1], size), np.float32) if self.per_residue else None
+        for batch in self._batches(shown):
+            x = self._represent([tokens[i][window.start : window.stop] for window, i in batch], device)
+            stops = np.cumsum([window.stop - window.start for window, _ in batch])
+            taken = [
+                np.arange(window.first, window.last) - window.stop + stop
+                for (window, _), stop in zip(batch, stops, strict=True)
+            ]
+            owners = np.repeat([i for _, i in batch], [len(places) for places in taken])
+            x = x[torch.from_numpy(np.concatenate(taken)).to(device)]
+            sums.index_add_(0, torch.from_numpy(owners).to(device), x.double())
+            if residues is not None:
+                first = [ends[i] - lengths[i] - 1 for _, i in batch]
+                places = [
+                    np.arange(window.first, window.last) + start
+                    for (window, _), start in zip(batch, first, strict=True)
+                ]
+                residues[np.concatenate(places)] = x.cpu().numpy()
+
+        means = (sums.cpu().numpy() / lengths[:, None]).astype(np.float32)
+        columns = [pa.array(names), pa.array(lengths, pa.int32()), pa.array(map(len, cut), pa.int32())]
+        columns.append(_vectors(means))
+        if residues is not None:
+            starts = np.concatenate(([0], ends)).astype(np.int32)
+            columns.append(pa.ListArray.from_arrays(starts, _vectors(residues)))
+        return pa.RecordBatch.from_arrays(columns, schema=self.columns)
+
+    def _batches(self, shown: list[tuple[Window, int]]) -> Iterator[list[tuple[Window, int]]]:
+        batch, tokens = [], 0
+        for window, i in shown:
+            if tokens + window.stop - window.start > self.batch_tokens:
+                yield batch
+                batch, tokens = [], 0
+            batch.append((window, i))
+            tokens += window.stop - window.start
+        yield batch
+
+    def _represent(self, sequences: list[np.ndarray], device: torch.device) -> torch.Tensor:
+        """Tokens of each sequence -> what they are to the model, end to end, fp32 (T, D)."""
+        lengths = [len(tokens) for tokens in sequences]
+        tokens = torch.from_numpy(np.concatenate(sequences)).to(device)
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):  # as in training
+            return self.model.represent(tokens, cu_seqlens, max(lengths), self.layer).float()
+
+
+def _vectors(values: np.ndarray) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+
+
+def embed_file(source: Path, journal: Journal, embedder: Embedder, progress: Callable[[int], Any]) -> None:
+    """Append the embeddings of the proteins in `source` to a journal, behind those it has, and finish it.
+
+    `progress` is called with numbers of residues that are done, first those of an earlier run.
+    """
+    proteins = read_proteins(source)
+    progress(sum(len(residues) for _, residues in islice(proteins, journal.rows)))
+    for chunk in embedder.chunks(proteins):
+        journal.append(embedder.rows(chunk))
+        progress(sum(len(residues) for _, residues in chunk))
+    journal.finish()
+
+
+def digest_weights(model: ESM2) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()

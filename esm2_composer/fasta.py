@@ -1,0 +1,74 @@
+"""FASTA files, plain or compressed with gzip (BGZF too) or zstd, read in bounded memory.
+
+The reader takes formatting away and nothing else: compression, which shows in the first bytes and not in the
+name, a byte-order mark, line ends of either kind. What a sequence may hold is for `records.clean` to say. A header
+without a sequence yields an empty one, and ids may repeat.
+
+An id is a header's first word; of UniProt's `sp|P12345|NAME` it is `P12345`, as MMseqs2 names it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from esm2_composer.errors import UserError
+
+BLOCK_BYTES = 2**20
+UNIPROT = re.compile(r"^(?:sp|tr)\|([^|]+)\|")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def read_fasta(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(id, sequence) of every record, in order; the id is "" if the header has none.
+
+    Raises UserError if the file is missing, damaged, cut short or not FASTA. A record that the damage could have
+    touched is not yielded.
+    """
+    blocks = _read_blocks(path)
+    first = next(blocks, b"")
+    if not first:
+        return
+    rest = first.removeprefix(_BYTE_ORDER_MARK).lstrip()
+    if not rest.startswith(b">"):
+        raise UserError(f"{path}: not FASTA, it does not begin with '>'")
+    count, rest = 0, rest[1:]
+    for block in blocks:
+        *records, rest = (rest + block).split(b"\n>")
+        for record in records:
+            count += 1
+            yield _parse(record, path, count)
+    for record in rest.split(b"\n>"):
+        count += 1
+        yield _parse(record, path, count)
+
+
+def _parse(record: bytes, path: Path, count: int) -> tuple[str, bytes]:
+    header, _, body = record.partition(b"\n")
+    if b"\r" in header.rstrip(b"\r"):
+        raise UserError(f"{path}: record {count:,} has lines that end with a carriage return alone")
+    words = header.split(None, 1)
+    name = words[0].decode(errors="backslashreplace") if words else ""
+    uniprot = UNIPROT.match(name)
+    return uniprot[1] if uniprot else name, body.translate(None, b"\r\n")
+
+
+def _read_blocks(path: Path) -> Iterator[bytes]:
+    try:
+        with open(path, "rb") as file, pa.input_stream(file, compression=_compression(file.peek(4))) as stream:
+            while block := stream.read(BLOCK_BYTES):
+                yield block
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: damaged or cut short ({error})") from error
+
+
+def _compression(start: bytes) -> str | None:
+    if start.startswith(b"\x1f\x8b"):
+        return "gzip"
+    skippable = start[1:4] == b"\x2a\x4d\x18" and start[0] >> 4 == 5  # pzstd begins with a frame of its own
+    return "zstd" if skippable or start.startswith(b"\x28\xb5\x2f\xfd") else None

@@ -1,0 +1,118 @@
+"""Rows that survive a kill: appended to a journal, an Arrow IPC stream, which becomes a parquet file when whole.
+
+The journal lies hidden beside the output. What a kill left half-written at its end is cut off when it is opened
+again; the output appears at once and whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from esm2_composer.errors import UserError
+
+METADATA_KEY = b"esm2_composer"
+ROW_GROUP_BYTES = 64 * 2**20
+
+
+class Journal:
+    """Rows on their way to the parquet file `out`.
+
+    `rows` counts those that are safe. One process at a time may hold a journal.
+    """
+
+    def __init__(self, out: Path, columns: pa.Schema, origin: dict[str, Any]) -> None:
+        """Begin the journal of `out`, or go on with it.
+
+        Args:
+            origin: what the rows follow from, as JSON. It is kept in the parquet file's metadata.
+
+        Raises:
+            UserError: `out` exists or cannot be written, another process holds its journal, or the journal was
+                begun with another origin.
+        """
+        if out.exists():
+            raise UserError(f"{out} exists already; remove it, or choose another file")
+        self._out, self._path = out, out.with_name(f".{out.name}.partial")
+        self._schema = columns.with_metadata({METADATA_KEY: json.dumps(origin)})
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "ab")  # noqa: SIM115, it stays open
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another process is writing it") from None
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
+        batches = [(batch.num_rows, end) for batch, end in self._batches()]
+        self.rows = sum(rows for rows, _ in batches)
+        if batches:
+            self._file.truncate(batches[-1][1])
+        else:
+            self._file.truncate(0)
+            self._write(self._schema.serialize())
+
+    def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
+        """Every whole batch, and where it ends; first an empty one for the schema."""
+        with pa.memory_map(str(self._path)) as source:
+            try:
+                reader = pa.ipc.open_stream(source)
+                self._compare(reader.schema)
+                yield pa.RecordBatch.from_pylist([], self._schema), source.tell()
+                while True:
+                    yield reader.read_next_batch(), source.tell()
+            except (StopIteration, pa.ArrowInvalid, OSError):
+                return  # the end, or what a kill left of a batch
+
+    def _compare(self, found: pa.Schema) -> None:
+        if found.equals(self._schema, check_metadata=True):
+            return
+        old, new = (json.loads(schema.metadata[METADATA_KEY]) for schema in (found, self._schema))
+        changed = [f"{key} was {old.get(key)!r} and is {new[key]!r}" for key in new if old.get(key) != new[key]]
+        raise UserError(
+            f"{self._path} holds the beginning of something else ({'; '.join(changed)}): "
+            "remove it, or choose another output"
+        )
+
+    def append(self, batch: pa.RecordBatch) -> None:
+        self._write(batch.cast(self._schema).serialize())
+        self.rows += batch.num_rows
+
+    def _write(self, message: pa.Buffer) -> None:
+        try:
+            self._file.write(message)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
+
+    def finish(self) -> None:
+        """Write the parquet file from the journal, then remove the journal."""
+        whole = self._out.with_name(f".{self._out.name}.whole")
+        try:
+            with pq.ParquetWriter(whole, self._schema, compression="zstd", use_dictionary=False) as writer:
+                for table in self._row_groups():
+                    writer.write_table(table, row_group_size=max(len(table), 1))
+        except OSError as error:
+            whole.unlink(missing_ok=True)
+            raise UserError(f"{whole}: cannot be written ({error.strerror or error})") from error
+        whole.rename(self._out)
+        self._path.unlink()
+        self._file.close()
+
+    def _row_groups(self) -> Iterator[pa.Table]:
+        held, size = [], 0
+        for batch, _ in self._batches():
+            held.append(batch)
+            size += batch.nbytes
+            if size >= ROW_GROUP_BYTES:
+                yield pa.Table.from_batches(held)
+                held, size = [], 0
+        if held:
+            yield pa.Table.from_batches(held)

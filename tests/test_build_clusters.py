@@ -1,0 +1,223 @@
+"""tools/build_clusters.py: a real run of MMseqs2 on real proteins and made families, and mistakes."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import sqlite3
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, python
+
+from esm2_composer import clustering
+from esm2_composer.clustering import build_clusters
+from esm2_composer.errors import UserError
+from esm2_composer.fasta import read_fasta
+
+needs_mmseqs = pytest.mark.skipif(not shutil.which("mmseqs"), reason="no mmseqs on PATH")
+TRIPLES = 24
+FAULTS = (
+    ">lower\n" + "acdefghiklmnpqrstvwy" * 3 + "*\n"  # kept
+    ">short\nACDEFGHIKL\n"
+    ">again\n" + "MKVLAAGIVG" * 5 + "\n>again\n" + "MKVLAAGIVG" * 5 + "\n"
+    ">lower\n" + "MKVLAAGIVG" * 4 + "\n"  # an id that had another sequence
+    ">nothing\n>bad\nMK-V*LAAGIVGACDEF\n>\nMKVLAAGIVGMKVLAAG\n"
+)
+
+
+def families() -> dict[str, str]:
+    """Triples of proteins: `q` is like `r` and like `p`, which are not alike. One of these represents its cluster,
+    the other another."""
+    generator = random.Random(0)
+
+    def draw(count: int) -> list[str]:
+        return generator.choices("ACDEFGHIKLMNPQRSTVWY", k=count)
+
+    proteins = {}
+    for i in range(TRIPLES):
+        q = draw(300)
+        places = generator.sample(range(300), 260)
+        for name, changed, longer in (("r", places[:130], 20), ("p", places[130:], 10)):
+            other = q.copy()
+            for place in changed:
+                other[place] = draw(1)[0]
+            proteins[f"{name}{i}"] = "".join(other + draw(longer))
+        proteins[f"q{i}"] = "".join(q)
+    return proteins
+
+
+def build(*fasta: Path, out: Path, **changes) -> dict:
+    options = {"valid_fraction": 0.3, "seed": 17, "threads": 2, "max_reject_fraction": 0.01}
+    return build_clusters(fasta, out, **{**options, **changes}, say=lambda line: None)
+
+
+def sequences(path: Path) -> dict[str, str]:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        return dict(database.execute("SELECT id, sequence FROM protein"))
+
+
+@pytest.fixture(scope="module")
+def inputs(real_data, tmp_path_factory) -> list[Path]:
+    made = tmp_path_factory.mktemp("made") / "made.fasta"
+    made.write_text("".join(f">{name}\n{sequence}\n" for name, sequence in families().items()) + FAULTS)
+    return [real_data / "tiny/fasta/members.fasta", made]
+
+
+@pytest.fixture(scope="module")
+def built(inputs, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "clusters"
+    build(*inputs, out=out)
+    return out
+
+
+@needs_mmseqs
+def test_the_folder_holds_the_layout_and_a_report_that_adds_up(built):
+    assert {path.name for path in built.iterdir()} == {
+        *("train_clusters.parquet", "train.db", "valid_clusters.parquet", "validation.db", "report.json")
+    }
+    assert not list(built.parent.glob(".*"))
+    report = json.loads((built / "report.json").read_text())
+    counts = report["counts"]
+    assert counts["sequences_read"] == 527 + 3 * TRIPLES + 8
+    assert (counts["sequences_too_short"], counts["sequences_given_twice"]) == (1, 1)
+    rejected = {reason: told["examples"] for reason, told in report["rejected"].items()}
+    assert rejected == {
+        "id with another sequence before": ["lower"],
+        "empty sequence": ["nothing"],
+        "bad residue": ["bad"],
+        "header without id": [""],
+    }
+    assert report["changed"]["lower case made upper"] == 1
+    assert counts["sequences_used"] == counts["sequences_read"] - 6
+    assert counts["clusters_valid"] == round(0.3 * counts["clusters_at_50"])
+    assert (
+        counts["clusters_train"]
+        == counts["clusters_at_50"] - counts["clusters_valid"] - counts["clusters_emptied"]
+    )
+    train, valid = (pq.read_table(built / f"{name}_clusters.parquet") for name in ("train", "valid"))
+    assert train.num_rows == counts["clusters_train"]
+    assert valid.num_rows == counts["clusters_valid"]
+    assert sum(map(len, train["ur90_id"].to_pylist())) == counts["members_train"]
+
+
+@needs_mmseqs
+def test_clusters_name_the_sequences_of_the_input_and_splits_share_none(built, inputs):
+    given = {name: residues.decode() for path in inputs for name, residues in read_fasta(path)}
+    given["lower"] = "ACDEFGHIKLMNPQRSTVWY" * 3
+    train, valid = sequences(built / "train.db"), sequences(built / "validation.db")
+    assert all(given[name] == sequence for name, sequence in [*train.items(), *valid.items()])
+    members = pq.read_table(built / "train_clusters.parquet")["ur90_id"].to_pylist()
+    assert Counter(name for names in members for name in names) == Counter(train.keys())
+    assert set(pq.read_table(built / "valid_clusters.parquet")["ur50_id"].to_pylist()) == set(valid)
+    assert not set(train) & set(valid)
+
+
+@needs_mmseqs
+def test_clusters_are_near_those_made_within_a_larger_set(built, real_data):
+    """The tiny set's clusters come from the same two steps over 90,067 sequences."""
+    expected: dict[str, set] = {}
+    for line in (real_data / "tiny/fasta/cluster.tsv").read_text().splitlines():
+        representative, member = line.split("\t")
+        expected.setdefault(representative, set()).add(member)
+    found = pq.read_table(built / "train_clusters.parquet")["ur90_id"].to_pylist()
+    real = [set(names) for names in found if names[0].startswith("UniRef90_")]
+    whole = sum(names in expected.values() for names in real)
+    assert whole >= 0.9 * len(real)
+    assert sum(len(names) > 1 for names in real) > 40
+
+
+@needs_mmseqs
+def test_no_training_member_is_like_a_validation_sequence(built):
+    train, valid = sequences(built / "train.db"), sequences(built / "validation.db")
+    for i in range(TRIPLES):
+        r, q, p = (f"{name}{i}" for name in "rqp")
+        assert not (q in train and (r in valid or p in valid))
+    counts = json.loads((built / "report.json").read_text())["counts"]
+    assert counts["members_like_valid"] >= 3  # each a `q` whose cluster is in training, while another is not
+
+
+@needs_mmseqs
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_the_converter_reads_it_whole(built, tmp_path, split):
+    db = {"train": "train.db", "valid": "validation.db"}[split]
+    done = python(
+        *(ROOT / "tools/convert.py", "--clusters", built / f"{split}_clusters.parquet", "--sequences", built / db),
+        *("--out", tmp_path, "--split", split),
+    )
+    assert done.returncode == 0, done.stderr
+    conversion = json.loads((tmp_path / split / "conversion.json").read_text())
+    counts = json.loads((built / "report.json").read_text())["counts"]
+    assert conversion["clusters_written"] == counts[f"clusters_{split}"]
+    assert conversion["members_written"] == counts["members_train" if split == "train" else "clusters_valid"]
+    assert not conversion["rejected"]
+
+
+@needs_mmseqs
+@pytest.mark.slow
+def test_threads_change_nothing_and_the_seed_only_the_split(built, inputs, tmp_path):
+    build(*inputs, out=tmp_path / "same", threads=1)
+    build(*inputs, out=tmp_path / "other", seed=18)
+    for name in ("train_clusters.parquet", "train.db", "valid_clusters.parquet", "validation.db"):
+        assert (tmp_path / "same" / name).read_bytes() == (built / name).read_bytes()
+        assert (tmp_path / "other" / name).read_bytes() != (built / name).read_bytes()
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (built, tmp_path / "other")]
+    for name in ("members_at_90", "clusters_at_50", "clusters_valid"):
+        assert reports[0]["counts"][name] == reports[1]["counts"][name]
+
+
+@pytest.fixture
+def failing_mmseqs(tmp_path, monkeypatch) -> Path:
+    """An `mmseqs` that knows its version and fails at all else, alone on PATH."""
+    script = tmp_path / "bin/mmseqs"
+    script.parent.mkdir()
+    script.write_text('#!/bin/sh\n[ "$1" = version ] && echo 14 && exit 0\necho "Error: no space"; exit 3\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (">a\nMKVLAAGIVGACDEF\n", "mmseqs easy-cluster failed with exit code 3: Error: no space"),
+        (">a\nMKV\n", "no sequence of 11 residues or more"),
+        (">a\nMKV\n>b\n", r"1 of 2 sequences rejected, more than 1.0%: empty sequence 1 \(such as 'b'\)"),
+        ("MKV\n", "not FASTA"),
+    ],
+)
+def test_a_mistake_is_a_user_error_and_leaves_nothing(failing_mmseqs, content, message):
+    (failing_mmseqs / "in.fasta").write_text(content)
+    (failing_mmseqs / ".out.partial").mkdir()  # of a run that was killed
+    (failing_mmseqs / ".out.partial/train.db").touch()
+    with pytest.raises(UserError, match=message):
+        build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
+    assert {path.name for path in failing_mmseqs.iterdir()} == {"bin", "in.fasta"}
+
+
+def test_an_output_that_exists_or_is_being_made_is_refused(failing_mmseqs):
+    (failing_mmseqs / "in.fasta").write_text(">a\nMKVLAAGIVGACDEF\n")
+    with (
+        clustering._locked(failing_mmseqs / ".out.partial"),
+        pytest.raises(UserError, match="another process is at work there"),
+    ):
+        build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
+    (failing_mmseqs / "out").mkdir()
+    with pytest.raises(UserError, match="out exists already"):
+        build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
+
+
+def test_without_mmseqs_the_tool_says_how_to_get_it(tmp_path):
+    (tmp_path / "in.fasta").write_text(">a\nMKVLAAGIVGACDEF\n")
+    done = python(
+        *(ROOT / "tools/build_clusters.py", "--fasta", tmp_path / "in.fasta", "--out", tmp_path / "out"),
+        PATH=os.devnull,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: there is no mmseqs on PATH: install MMseqs2 (Debian and Ubuntu: apt install mmseqs2)"
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]

@@ -1,0 +1,56 @@
+"""Cluster FASTA files with MMseqs2, as UniRef is built: python tools/build_clusters.py --fasta F... --out DIR
+
+DIR is new and then holds train_clusters.parquet and train.db, valid_clusters.parquet and validation.db, which
+tools/convert.py reads, and report.json. Members are the representatives of clusters at 90 % identity, clusters
+those of the members at 50 %; a share of the clusters is set aside for validation, and members for training that
+match one of them are removed. The same input, seed and MMseqs2 give the same clusters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from esm2_composer.errors import UserError, run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fasta", type=Path, nargs="+", required=True, help="FASTA: plain, gzip or zstd")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument(
+        "--valid-fraction", type=float, default=0.005, help="clusters for validation (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=17, help="of the choice of clusters for validation")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of MMseqs2 (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-reject-fraction", type=float, default=0.01, help="stop if more sequences are unusable"
+    )
+    args = parser.parse_args()
+    if not 0 < args.valid_fraction < 1:
+        raise UserError(f"--valid-fraction {args.valid_fraction} must lie between 0 and 1")
+    if not 0 <= args.max_reject_fraction <= 1:
+        raise UserError(f"--max-reject-fraction {args.max_reject_fraction} must lie between 0 and 1")
+    if args.threads < 1:
+        raise UserError(f"--threads {args.threads} must be at least 1")
+
+    from esm2_composer.clustering import build_clusters
+
+    report = build_clusters(
+        *(args.fasta, args.out, args.valid_fraction, args.seed, args.threads, args.max_reject_fraction),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    for name, count in report["counts"].items():
+        print(f"{name.replace('_', ' ')}: {count:,}", file=sys.stderr)
+    for reason, rejected in report["rejected"].items():
+        print(f"rejected, {reason}: {rejected['count']:,}", file=sys.stderr)
+    for change, count in report["changed"].items():
+        print(f"changed, {change}: {count:,}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_command(main)

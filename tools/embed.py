@@ -1,0 +1,100 @@
+"""Embed the proteins of a FASTA file: python tools/embed.py FASTA --model PATH --out FILE.parquet
+
+FASTA is plain, gzip or zstd; PATH a Composer checkpoint, a Hugging Face folder or a fair-esm file. A row of FILE
+is a protein, in the order of FASTA: its id, its length, the windows it was cut into, and as `embedding` the mean
+over its residues, <cls> and <eos> left out; with --per-residue also `residue_embeddings`, a vector a residue.
+Computed in bf16 on a GPU, in fp32 on a CPU. After a kill the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from esm2_composer.errors import UserError, run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fasta", type=Path)
+    parser.add_argument("--model", required=True, help="the weights")
+    parser.add_argument("--out", type=Path, required=True, help="a new parquet file")
+    parser.add_argument("--per-residue", action="store_true", help="a vector a residue, beside the mean")
+    parser.add_argument("--layer", type=int, help="0 is the embedding; default: the last, after the final norm")
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens the model sees of a protein at once")
+    parser.add_argument(
+        "--long",
+        choices=("window", "refuse"),
+        default="window",
+        help="proteins beyond --max-length: join overlapping windows (default), or stop before anything is done",
+    )
+    parser.add_argument("--batch-tokens", type=int, default=16384, help="tokens computed at a time")
+    parser.add_argument(
+        "--max-reject-fraction", type=float, default=0.01, help="stop if more sequences are unusable"
+    )
+    args = parser.parse_args()
+    if args.max_length < 8:
+        raise UserError(f"--max-length {args.max_length} must be at least 8")
+    if args.batch_tokens < args.max_length:
+        raise UserError(f"--batch-tokens {args.batch_tokens} must hold a window of {args.max_length}")
+    if not 0 <= args.max_reject_fraction <= 1:
+        raise UserError(f"--max-reject-fraction {args.max_reject_fraction} must lie between 0 and 1")
+    if args.out.exists():
+        raise UserError(f"{args.out} exists already; remove it, or choose another file")
+
+    import torch
+
+    from esm2_composer.embedding import Embedder, digest_weights, embed_file, survey
+    from esm2_composer.journal import Journal
+    from esm2_composer.model import ESM2
+
+    found = survey(args.fasta, args.max_length, args.max_reject_fraction)
+    print_survey(found, args.max_length)
+    if found.over_limit and args.long == "refuse":
+        raise UserError(
+            f"{args.fasta}: {found.over_limit:,} proteins are longer than {args.max_length - 2:,} residues, "
+            f"the longest {found.longest:,}; remove them, or embed them in windows with --long window"
+        )
+    model = ESM2.from_pretrained(args.model).eval()
+    layers = model.config.num_layers
+    layer = layers if args.layer is None else args.layer
+    if not 0 <= layer <= layers:
+        raise UserError(f"--layer {layer}: {args.model} has layers 0 to {layers}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    origin = {
+        "fasta": str(args.fasta),
+        "fasta_digest": found.digest,
+        "model": args.model,
+        "weights_digest": digest_weights(model),
+        "layer": layer,
+        "pooling": "mean over residues",
+        "per_residue": args.per_residue,
+        "max_length": args.max_length,
+        "precision": "bf16" if device.type == "cuda" else "fp32",
+        "rejected": dict(found.rejected),
+        "changed": dict(found.changed),
+    }
+    embedder = Embedder(model.to(device), layer, args.max_length, args.batch_tokens, args.per_residue)
+    journal = Journal(args.out, embedder.columns, origin)
+    if journal.rows:
+        print(f"going on after {journal.rows:,} proteins of an earlier run", file=sys.stderr)
+    with tqdm(total=found.residues, unit=" residues", unit_scale=True, desc="embed", disable=None) as bar:
+        embed_file(args.fasta, journal, embedder, bar.update)
+    print(f"{args.out}: {found.proteins:,} proteins", file=sys.stderr)
+
+
+def print_survey(found, max_length: int) -> None:
+    print(f"{found.proteins:,} proteins, {found.residues:,} residues", file=sys.stderr)
+    if found.over_limit:
+        print(f"longer than {max_length - 2:,} residues: {found.over_limit:,}", file=sys.stderr)
+    for reason, count in found.rejected.items():
+        print(f"rejected, {reason}: {count:,} (first: {found.examples[reason]!r})", file=sys.stderr)
+    for change, count in found.changed.items():
+        print(f"changed, {change}: {count:,}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_command(main)
