@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 import os
 import textwrap
 from collections import Counter
@@ -269,14 +270,14 @@ def draw(runs: list[Run], published: dict[str, dict[int, float]], levels: dict[s
         axes.set_xscale("log")  # a young run beside a whole one
     axes.set_yscale("log")
     axes.margins(y=0.06)
+    lines = [
+        (run.name, run.curve, {"color": colours[i % 5], "marker": markers[i % 5], "mec": "white", "mew": 0.6})
+        for i, run in enumerate(runs)
+    ]
+    lines += [(name, curve, {"color": ink, "marker": "o", "mfc": "white"}) for name, curve in published.items()]
     ends = []
-    styles = [
-        {"color": colours[i % 5], "marker": markers[i % 5], "mec": "white", "mew": 0.6} for i in range(len(runs))
-    ] + [{"color": ink, "marker": "o", "mfc": "white"}]
-    for (name, curve), style in zip(
-        {**{run.name: run.curve for run in runs}, **published}.items(), styles, strict=False
-    ):
-        points = [(update, value) for update, value in sorted(curve.items()) if update or not published]
+    for name, curve, style in lines:
+        points = [(x, y) for x, y in sorted(curve.items()) if math.isfinite(y) and (x or not published)]
         if points:  # a logarithmic axis has no place for update 0
             x, y = zip(*points, strict=True)
             marked = [*range(0, len(x) - 1, -(-len(x) // 16)), len(x) - 1]
@@ -291,8 +292,8 @@ def draw(runs: list[Run], published: dict[str, dict[int, float]], levels: dict[s
     axes.set_xlabel("update", color=ink)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     low, high = axes.get_ylim()
-    ticks = [t for t in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 25, 30, 40, 60, 80) if low < t < high]
-    axes.set_yticks(ticks, labels=[str(t) for t in ticks])
+    ticks = [t for t in (*range(1, 11), *range(12, 21, 2), 25, 30, 40, 60, 100, 1_000, 10_000) if low < t < high]
+    axes.set_yticks(ticks, labels=[f"{tick:,}" for tick in ticks])
     axes.yaxis.minorticks_off()
     axes.grid(axis="y", color="0.91", lw=0.7)
     axes.set_axisbelow(True)
@@ -334,7 +335,8 @@ def save(figure: Any, out: Path) -> None:
         figure.savefig(partial, format=out.suffix[1:], dpi=200, bbox_inches="tight")
         partial.rename(out)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
         raise UserError(f"{out}: cannot be written ({error.strerror})") from error
 
 
