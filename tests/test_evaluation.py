@@ -134,6 +134,13 @@ def test_every_format_of_the_same_weights_scores_the_same_every_time(shards, che
     assert others == [first] * 3
 
 
+def test_shards_may_come_through_a_cache(shards, checkpoints, tmp_path, call):
+    there = scores(call, checkpoints["composer.pt"], "--data", shards, "--floors")
+    here = scores(call, checkpoints["composer.pt"], "--data", shards, "--local", tmp_path / "cache", "--floors")
+    assert here == there
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["train", "valid"]
+
+
 def test_many_ranks_give_the_scores_of_one(shards, checkpoints, call):
     one = scores(call, checkpoints["composer.pt"], "--data", shards, "--floors")
     arguments = (checkpoints["composer.pt"], "--data", shards, "--floors", "--json")
