@@ -8,46 +8,108 @@ has learnt no context, only to copy, scores well below the residues' own entropy
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from esm2_composer import alphabet
+from esm2_composer.config import DataSection
+from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2
 
+LENGTH_EDGES = (2, 65, 129, 257, 513, 1025)  # tokens at which a bin begins; the last has no end
+LENGTH_BINS = (*(f"{low}-{high - 1}" for low, high in pairwise(LENGTH_EDGES)), f"{LENGTH_EDGES[-1]}-")
+FLOOR_CLUSTERS = 2**20  # of a split with more, so many are read for the floors: their error is then below 0.01
+
 
 @torch.no_grad()
-def evaluate(net: ESM2, microbatches: Iterable[dict[str, Any]], device: torch.device) -> dict[str, float]:
-    """Score `net`, on `device` already, on packed microbatches (see `pool.pack`).
+def evaluate(net: ESM2, microbatches: Iterable[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """Score `net`, on `device` already, on packed microbatches (see `pool.pack`); of all ranks, if there are any.
 
-    Returns loss (nats), perplexity and accuracy over the selected positions, and how many there were.
+    Returns loss (nats), perplexity, accuracy and number of the selected positions, and the same
+        at_mask      of those that show `<mask>`, where a model cannot copy
+        at_residue   of those that show a residue, the true one or another
+        by_length    by the tokens of the sequence, as shown: {"2-64": ..., ...}
+        by_residue   by the true residue: {"L": ..., ...}
+    as far as there are such positions.
     """
     net.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    masked = sequences = 0
+    # Sums of loss, of correct predictions, and of ones, by (shows <mask>, length bin, true id). In fp64 a sum over
+    # more than 1e9 positions is exact to 1e-7 in any order, so it does not matter which rank computes what.
+    sums = torch.zeros(3, 2, len(LENGTH_BINS), alphabet.VOCAB_SIZE, dtype=torch.float64, device=device)
+    sequences = torch.zeros((), dtype=torch.int64, device=device)
     for batch in microbatches:
+        lengths = batch["cu_seqlens"].diff()
+        bins = torch.bucketize(lengths, torch.tensor(LENGTH_EDGES), right=True) - 1
+        bins = bins.repeat_interleave(lengths)[batch["positions"]].to(device)
         tokens, cu_seqlens, positions, targets = (
             batch[key].to(device) for key in ("tokens", "cu_seqlens", "positions", "targets")
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):  # as in training
             logits = net(tokens, cu_seqlens, batch["max_seqlen"], positions).float()
-        loss += F.cross_entropy(logits, targets, reduction="sum").double()
-        correct += (logits.argmax(-1) == targets).sum()
-        masked += batch["num_masked"]
+        loss = F.cross_entropy(logits, targets, reduction="none").double()
+        values = torch.stack((loss, (logits.argmax(-1) == targets).double(), torch.ones_like(loss)))
+        shows_mask = (tokens[positions] == alphabet.MASK).long()
+        cell = (shows_mask * len(LENGTH_BINS) + bins) * alphabet.VOCAB_SIZE + targets
+        sums.view(3, -1).index_add_(1, cell, values)
         sequences += batch["num_sequences"]
-    mean = loss.item() / max(masked, 1)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+        dist.all_reduce(sequences)
+    sums = sums.cpu()
+    by_length = zip(LENGTH_BINS, sums.sum((1, 3)).T, strict=True)
+    by_residue = zip(alphabet.TOKENS, sums.sum((1, 2)).T, strict=True)
+    return {
+        **_scores(sums.sum((1, 2, 3))),
+        "sequences": int(sequences),
+        "at_mask": _scores(sums[:, 1].sum((1, 2))),
+        "at_residue": _scores(sums[:, 0].sum((1, 2))),
+        "by_length": {name: _scores(each) for name, each in by_length if each[2]},
+        "by_residue": {name: _scores(each) for name, each in by_residue if each[2]},
+    }
+
+
+def _scores(sums: torch.Tensor) -> dict[str, float]:
+    loss, correct, count = sums.tolist()
+    mean = loss / max(count, 1)
     return {
         "loss": mean,
         "perplexity": math.exp(mean),
-        "accuracy": correct.item() / max(masked, 1),
-        "masked_tokens": masked,
-        "sequences": sequences,
+        "accuracy": correct / max(count, 1),
+        "selected_tokens": int(count),
     }
+
+
+def data_floors(data: DataSection, rules: Iterable[MaskingRule]) -> list[dict[str, float]]:
+    """The floors (see `floors`) of the shards at `data` under each of `rules`.
+
+    Raises:
+        UserError: there are no such shards.
+    """
+    train, valid = (residue_frequencies(_clusters(*data.split(name))) for name in ("train", "valid"))
+    return [floors(train, valid, rule) for rule in rules]
+
+
+def _clusters(remote: str | None, local: str) -> Iterator[dict[str, Any]]:
+    """A split's clusters; of one with very many, `FLOOR_CLUSTERS` in blocks spread evenly over its shards."""
+    from streaming import StreamingDataset
+
+    try:
+        clusters = StreamingDataset(remote=remote, local=local, batch_size=1)
+    except Exception as error:  # each store raises its own types
+        raise UserError(f"{remote or local}: cannot be opened as MDS shards ({error})") from error
+    total = clusters.num_samples
+    blocks = 64 if total > FLOOR_CLUSTERS else 1
+    size = min(total, FLOOR_CLUSTERS) // blocks
+    for block in range(blocks):
+        start = block * total // blocks
+        yield from (clusters[i] for i in range(start, start + size))
 
 
 def residue_frequencies(clusters: Iterable[dict[str, Any]]) -> np.ndarray:

@@ -79,7 +79,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     else:
         callbacks.append(ProgressLines(recipe.updates, interval=max(1, min(100, recipe.updates // 20))))
 
-    return Trainer(
+    trainer = Trainer(
         model=model,
         optimizers=optimizer,
         schedulers=schedule,
@@ -109,6 +109,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
         progress_bar=False,
         dist_timeout=1800,
     )
+    trainer.logger.log_hyperparameters(_flat(dataclasses.asdict(recipe)))  # who reads the logs sees the conditions
+    return trainer
 
 
 def build_model(section: ModelSection) -> ESM2:
@@ -127,6 +129,14 @@ def cluster_draw(recipe: Recipe) -> ClusterDraw:
     d = recipe.data
     masking = MaskingRule(d.mask_fraction, d.mask_split, all_tokens=d.replacement == "all_tokens")
     return ClusterDraw(recipe.seed, d.max_length, d.min_length, masking)
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A recipe's values by full key, as overrides name them: {"data.replacement": "amino_acids", ...}."""
+    values: dict[str, Any] = {}
+    for key, value in section.items():
+        values |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return values
 
 
 def _precision(precision: str, on_gpu: bool) -> str:

@@ -196,6 +196,9 @@ def _from_hugging_face(folder: Path) -> tuple[dict, State]:
     for key, value in expected.items():
         if (hf.get(key) or False) != value:
             raise UserError(f"{folder}: not an ESM-2 ({key} is {hf.get(key)!r}, not {value!r})")
+    vocabulary = folder / "vocab.txt"
+    if vocabulary.exists() and tuple(vocabulary.read_text().split()) != alphabet.TOKENS:
+        raise UserError(f"{vocabulary}: not ESM-2's tokens in their order; its weights would mean others here")
     config = {
         "num_layers": hf["num_hidden_layers"],
         "hidden_size": hf["hidden_size"],

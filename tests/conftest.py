@@ -15,6 +15,8 @@ from streaming import MDSWriter
 
 from esm2_composer.records import COLUMNS
 
+from esm2_composer.errors import run_command
+
 ROOT = Path(__file__).parent.parent
 REAL_DATA = Path(os.environ.get("ESM2_REAL_DATA") or ROOT.parent / "shared" / "data")
 
@@ -46,6 +48,19 @@ def python(*command: str | Path, **options) -> subprocess.CompletedProcess:
 def composer(*command: str | Path, **options) -> subprocess.CompletedProcess:
     """Composer's launcher, on the project's train.py."""
     return run(Path(sys.executable).with_name("composer"), *command, **options)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys) -> Callable:
+    """Calls the `main` of a tool with arguments, in this process: (exit code, standard output, standard error)."""
+
+    def call(main: Callable, *arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            run_command(main)
+        return exit.value.code or 0, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="session")

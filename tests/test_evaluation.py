@@ -1,17 +1,32 @@
-"""Scores follow their definitions, and the floors are those published beside the real data."""
+"""Scores follow their definitions, equal those of transformers, and do not depend on format or ranks; the floors
+are those published beside the real data; what cannot be scored is refused."""
 
+import json
 import math
+import re
+import shutil
+from pathlib import Path
 
+import evaluate as tool
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from conftest import ROOT, composer
+from streaming import MDSWriter
+from test_model import CONFIGS, hugging_face, random_model
+from test_weights import save_fair_esm
+from torch.nn.utils.rnn import pad_sequence
+from transformers import EsmForMaskedLM
 
-from esm2_composer import alphabet
-from esm2_composer.evaluation import evaluate, floors, residue_frequencies
+from esm2_composer import alphabet, evaluation
+from esm2_composer.config import DataSection
+from esm2_composer.data import ClusterDraw, evaluation_loader
+from esm2_composer.evaluation import LENGTH_BINS, LENGTH_EDGES, data_floors, evaluate, floors, residue_frequencies
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, ESM2Config
 from esm2_composer.pool import pack
-from esm2_composer.records import BioNeMo, Report, build_record
+from esm2_composer.records import COLUMNS, BioNeMo, write_split
 
 
 def microbatch(lengths: list[int], seed: int) -> dict:
@@ -21,23 +36,238 @@ def microbatch(lengths: list[int], seed: int) -> dict:
     return pack(inputs, labels, np.array(lengths, np.int32))
 
 
-def test_scores_are_means_over_all_masked_tokens_whatever_the_microbatches():
+def test_scores_are_means_over_all_selected_tokens_whatever_the_microbatches():
     torch.manual_seed(0)
     net = ESM2(ESM2Config(1, 32, 2, 64))
-    batches = [microbatch([300, 20], 1), microbatch([7], 2)]
+    batches = [microbatch([300, 20], 1), microbatch([64, 65, 7], 2)]
     scores = evaluate(net, batches, torch.device("cpu"))
-    losses, hits = [], []
+    rows = []  # loss, hit, and the groups that the position counts in
     with torch.no_grad():
         for batch in batches:
             logits = net(batch["tokens"], batch["cu_seqlens"])[batch["positions"]]
-            for row, target in zip(logits.double(), batch["targets"], strict=True):
-                losses.append(-row.log_softmax(-1)[target].item())
-                hits.append(row.argmax() == target)
-    assert scores["masked_tokens"] == len(losses)
-    assert scores["sequences"] == 3
-    assert scores["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
-    assert scores["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-6)
-    assert scores["accuracy"] == pytest.approx(np.mean(hits))
+            for row, position, target in zip(
+                logits.double(), batch["positions"].tolist(), batch["targets"].tolist(), strict=True
+            ):
+                (sequence,) = [b for b, start in enumerate(batch["cu_seqlens"].tolist()) if start <= position][-1:]
+                length = int(batch["cu_seqlens"].diff()[sequence])
+                bin = "2-64" if length <= 64 else "65-128" if length <= 128 else "257-512"
+                shown = "at_mask" if batch["tokens"][position] == alphabet.MASK else "at_residue"
+                groups = {"all", bin, shown, alphabet.TOKENS[target]}
+                rows.append((-row.log_softmax(-1)[target].item(), bool(row.argmax() == target), groups))
+    found = {"all": scores, **{key: scores[key] for key in ("at_mask", "at_residue")}}
+    found |= scores["by_length"] | scores["by_residue"]
+    assert found.keys() == set.union(*(groups for *_, groups in rows))
+    for group, score in found.items():
+        losses, hits = zip(*((loss, hit) for loss, hit, groups in rows if group in groups), strict=True)
+        assert score["selected_tokens"] == len(losses)
+        assert score["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+        assert score["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-6)
+        assert score["accuracy"] == pytest.approx(np.mean(hits))
+    assert scores["sequences"] == 5
+
+
+def test_length_bins_join_without_a_gap():
+    assert LENGTH_BINS == ("2-64", "65-128", "129-256", "257-512", "513-1024", "1025-")
+    assert len(LENGTH_BINS) == len(LENGTH_EDGES)
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def model() -> ESM2:
+    return random_model(CONFIGS[16])
+
+
+@pytest.fixture(scope="module")
+def checkpoints(model, tmp_path_factory) -> dict[str, Path]:
+    """The same weights in every format."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    hugging_face(model).save_pretrained(folder / "hugging_face")
+    save_fair_esm(model, folder / "fair_esm.pt", "encoder.sentence_encoder.")
+    state = {"state": {"model": {f"net.{name}": tensor for name, tensor in model.state_dict().items()}}}
+    torch.save(state, folder / "composer.pt")
+    dcp.save(state, checkpoint_id=folder / "sharded", no_dist=True)
+    names = ("hugging_face", "fair_esm.pt", "composer.pt", "sharded")
+    return {name: folder / name for name in names}
+
+
+def scores(call, *arguments) -> dict:
+    code, out, err = call(tool.main, *arguments, "--json")
+    assert code == 0, err
+    assert len(out.splitlines()) == 1
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("replacement", ["amino_acids", "all_tokens"])
+def test_the_loss_is_that_of_transformers_on_the_same_masked_tokens(shards, checkpoints, call, replacement):
+    found = scores(
+        call, checkpoints["hugging_face"], "--data", shards, "--replacement", replacement, "--max-length", "500"
+    )
+    draw = ClusterDraw(17, 500, 1, MaskingRule(all_tokens=replacement == "all_tokens"))
+    reference = EsmForMaskedLM.from_pretrained(checkpoints["hugging_face"]).eval()
+    losses = at_mask = 0.0
+    selected = hidden = 0
+    for batch in evaluation_loader(draw, None, f"{shards}/valid", 4, 0):
+        lengths = batch["lengths"].tolist()
+        rows = (list(batch[key].long().split(lengths)) for key in ("tokens", "labels"))
+        inputs, labels = (pad_sequence(each, batch_first=True, padding_value=alphabet.PAD) for each in rows)
+        real = torch.arange(inputs.shape[1]) < batch["lengths"][:, None]  # one of the 33 ids is <pad>
+        with torch.no_grad():
+            logits = reference(inputs, attention_mask=real.long()).logits
+        each = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=alphabet.PAD, reduction="none"
+        ).double()
+        losses += each.sum().item()
+        at_mask += each[inputs.flatten() == alphabet.MASK].sum().item()
+        selected += int((labels != alphabet.PAD).sum())
+        hidden += int((inputs == alphabet.MASK).sum())
+    assert found["selected_tokens"] == selected
+    assert found["loss"] == pytest.approx(losses / selected, rel=1e-5)
+    assert found["at_mask"]["selected_tokens"] == hidden
+    assert found["at_mask"]["loss"] == pytest.approx(at_mask / hidden, rel=1e-5)
+    assert found["replacement"] == replacement
+
+
+def test_every_format_of_the_same_weights_scores_the_same_every_time(shards, checkpoints, call):
+    first, *others = (scores(call, path, "--data", shards) for path in checkpoints.values())
+    assert others == [first] * 3
+
+
+def test_shards_may_come_through_a_cache(shards, checkpoints, tmp_path, call):
+    there = scores(call, checkpoints["composer.pt"], "--data", shards, "--floors")
+    here = scores(call, checkpoints["composer.pt"], "--data", shards, "--local", tmp_path / "cache", "--floors")
+    assert here == there
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["train", "valid"]
+
+
+def test_many_ranks_give_the_scores_of_one(shards, checkpoints, call):
+    one = scores(call, checkpoints["composer.pt"], "--data", shards, "--floors")
+    arguments = (checkpoints["composer.pt"], "--data", shards, "--floors", "--json")
+    result = composer("-n", "2", ROOT / "tools/evaluate.py", *arguments, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert sum(line.startswith("all selected positions") for line in result.stderr.splitlines()) == 1
+    two = json.loads(result.stdout.splitlines()[-1])
+    assert flat(two) == pytest.approx(flat(one), rel=1e-6)
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    """{"by_length/2-64/loss": ..., ...}"""
+    found = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def test_the_table_shows_what_the_json_holds(shards, checkpoints, call):
+    code, out, err = call(tool.main, checkpoints["composer.pt"], "--data", shards, "--floors")
+    assert code == 0, err
+    assert out == ""
+    found = scores(call, checkpoints["composer.pt"], "--data", shards, "--floors")
+    rows = {line[:36].strip(): line[36:].split() for line in err.splitlines()}
+    for name, score in {"all selected positions": found, "that show <mask>": found["at_mask"]}.items():
+        assert rows[name][:1] == [f"{score['perplexity']:.4f}"]
+    for name, score in {**found["by_length"], **found["by_residue"]}.items():
+        assert rows[name] == [
+            *(f"{score['perplexity']:.4f}", f"{score['loss']:.5f}", f"{score['accuracy']:.4f}"),
+            f"{score['selected_tokens']:,}",
+        ]
+    assert rows["unigram, where <mask> shows"] == [f"{found['floors']['unigram']:.4f}"]
+    assert rows["copier, at all selected positions"] == [f"{found['floors']['copier']:.4f}"]
+
+
+def test_time_left_is_said_where_there_is_no_terminal(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(tool.time, "monotonic", lambda: next(clock))
+    assert list(tool.progress(iter("abcd"), 4)) == list("abcd")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["evaluated 50%, 0.7 min left", "evaluated 100%, 0.0 min left"]
+
+
+def half(folder: Path, checkpoint: Path) -> Path:
+    content = checkpoint.read_bytes()
+    (folder / "half.pt").write_bytes(content[: len(content) // 2])
+    return folder / "half.pt"
+
+
+def without_a_file(folder: Path, checkpoint: Path) -> Path:
+    shutil.copytree(checkpoint, folder / "sharded")
+    next((folder / "sharded").glob("*.distcp")).unlink()
+    return folder / "sharded"
+
+
+def unfinished(folder: Path, checkpoint: Path) -> Path:
+    """As a save leaves it that was killed: the table of contents comes last."""
+    shutil.copytree(checkpoint, folder / "sharded")
+    (folder / "sharded/.metadata").unlink()
+    return folder / "sharded"
+
+
+def other_alphabet(folder: Path, checkpoint: Path) -> Path:
+    content = torch.load(checkpoint)
+    model = content["state"]["model"]
+    model["net.embed.weight"] = torch.nn.functional.pad(model["net.embed.weight"], (0, 0, 0, 31))
+    torch.save(content, folder / "64.pt")
+    return folder / "64.pt"
+
+
+def other_vocabulary(folder: Path, checkpoint: Path) -> Path:
+    shutil.copytree(checkpoint, folder / "other")
+    tokens = list(alphabet.TOKENS)
+    tokens[4], tokens[5] = tokens[5], tokens[4]
+    (folder / "other/vocab.txt").write_text("\n".join(tokens))
+    return folder / "other"
+
+
+@pytest.mark.parametrize(
+    ("damage", "checkpoint", "words"),
+    [
+        (half, "composer.pt", ["half.pt", "cannot be read as weights"]),
+        (half, "fair_esm.pt", ["half.pt", "cannot be read as weights"]),
+        (without_a_file, "sharded", ["sharded", "cannot be read as a sharded checkpoint"]),
+        (unfinished, "sharded", ["sharded", "neither a Hugging Face folder"]),
+        (other_alphabet, "composer.pt", ["embed.weight", "(64, 64)", "not (33, 64)"]),
+        (other_vocabulary, "hugging_face", ["vocab.txt", "ESM-2"]),
+    ],
+)
+def test_a_checkpoint_that_is_damaged_or_does_not_fit_is_refused(
+    shards, checkpoints, tmp_path, call, damage, checkpoint, words
+):
+    code, out, err = call(tool.main, damage(tmp_path, checkpoints[checkpoint]), "--data", shards, "--json")
+    assert_user_error(code, out, err, *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "/nowhere"], ["/nowhere", "no valid shards"]),
+        (["--data", "SHARDS", "--split", "test"], ["no test shards"]),
+        (["--data", "s3://bucket/x"], ["needs --local"]),
+        (["--data", "SHARDS", "--max-length", "4"], ["--max-length 4", "at least 8"]),
+        (["--data", "SHARDS", "--microbatch-tokens", "512"], ["--microbatch-tokens 512", "1024"]),
+        (["--data", "SHARDS", "--seed", "-1"], ["--seed -1"]),
+    ],
+)
+def test_wrong_arguments_are_refused(shards, checkpoints, call, arguments, words):
+    arguments = [str(shards) if argument == "SHARDS" else argument for argument in arguments]
+    assert_user_error(*call(tool.main, checkpoints["composer.pt"], *arguments), *words)
+
+
+def test_shards_with_other_letters_are_refused(checkpoints, tmp_path, call):
+    with MDSWriter(out=str(tmp_path / "valid"), columns=COLUMNS) as writer:
+        writer.write({"cluster_id": "a", "lengths": np.array([9], np.int32), "residues": b"mktayiakq"})
+    assert_user_error(*call(tool.main, checkpoints["composer.pt"], "--data", tmp_path), "not of ESM-2's alphabet")
+
+
+def assert_user_error(code: int, out: str, err: str, *words: str) -> None:
+    assert code == 2
+    assert out == ""
+    (line,) = (line for line in err.splitlines() if not re.match(r"\s*$|evaluate:", line))
+    assert line.startswith("error: ")
+    assert all(word in line for word in words), line
+
+
+# ---- floors
 
 
 def test_frequencies_weigh_every_cluster_once():
@@ -71,14 +301,25 @@ def test_the_copier_is_the_best_guess_without_context(all_tokens):
     assert floors(frequencies, frequencies, rule)["copier"] == pytest.approx(math.exp(loss), rel=3e-3)
 
 
-def test_the_floors_of_real_data_are_those_in_its_readme(real_data):
-    def frequencies(clusters: str, sequences: str) -> np.ndarray:
-        source = BioNeMo(real_data / "full" / clusters, real_data / "full" / sequences)
-        return residue_frequencies(build_record(cluster, Report()) for cluster in source)
+def test_the_floors_of_real_data_are_those_in_its_readme(real_data, tmp_path):
+    full = real_data / "full"
+    for split, clusters, sequences in (
+        ("train", "train_clusters.parquet", "train.db"),
+        ("valid", "valid_clusters.parquet", "validation.db"),
+    ):
+        write_split(BioNeMo(full / clusters, full / sequences), tmp_path / split, {}, 0.0)
+    rules = [MaskingRule(), MaskingRule(all_tokens=True)]
+    amino_acids, all_tokens = data_floors(DataSection(str(tmp_path)), rules)
+    assert amino_acids["unigram"] == pytest.approx(18.22, abs=0.01)
+    assert amino_acids["copier"] == pytest.approx(15.27, abs=0.01)
+    assert all_tokens["copier"] == pytest.approx(14.90, abs=0.01)
 
-    train = frequencies("train_clusters.parquet", "train.db")
-    valid = frequencies("valid_clusters.parquet", "validation.db")
-    found = floors(train, valid, MaskingRule())
-    assert found["unigram"] == pytest.approx(18.22, abs=0.01)
-    assert found["copier"] == pytest.approx(15.27, abs=0.01)
-    assert floors(train, valid, MaskingRule(all_tokens=True))["copier"] == pytest.approx(14.90, abs=0.01)
+
+def test_of_a_huge_split_clusters_spread_over_all_of_it_are_read(shards, monkeypatch):
+    whole = [cluster["cluster_id"] for cluster in evaluation._clusters(None, f"{shards}/train")]
+    assert len(whole) == 96
+    monkeypatch.setattr(evaluation, "FLOOR_CLUSTERS", 64)
+    some = [cluster["cluster_id"] for cluster in evaluation._clusters(None, f"{shards}/train")]
+    where = [whole.index(name) for name in some]
+    assert len(where) == len(set(where)) == 64
+    assert np.diff(where).max() <= 2

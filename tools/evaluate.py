@@ -1,7 +1,8 @@
 """Perplexity of a checkpoint on a validation split: python tools/evaluate.py CHECKPOINT --data URI
 
-CHECKPOINT is a Composer checkpoint, a Hugging Face folder or a fair-esm file. The whole split is scored, with
-the same masked tokens every time; with the defaults, those of the recipes.
+CHECKPOINT is a Composer checkpoint (a file, or the folder of a sharded one), a Hugging Face folder or a fair-esm
+file. The whole split is scored, with the same masked tokens every time; with the defaults, those of the recipes.
+On many GPUs, with the same result: composer -n N tools/evaluate.py CHECKPOINT --data URI
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
-
+from esm2_composer.config import DataSection
 from esm2_composer.errors import UserError, run_command
+
+SEQUENCES_A_RANK = 64  # taken up at a time
 
 
 def main() -> None:
@@ -24,45 +29,127 @@ def main() -> None:
     parser.add_argument("--split", default="valid")
     parser.add_argument("--seed", type=int, default=17, help="the recipe's seed, which fixes the masks")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of a sequence")
-    parser.add_argument("--replacement", choices=("amino_acids", "all_tokens"), default="amino_acids")
+    parser.add_argument(
+        "--replacement",
+        choices=("amino_acids", "all_tokens"),
+        default="amino_acids",
+        help="what replaces a tenth of the selected: one of the 20, or of all 33 as in the published runs",
+    )
+    parser.add_argument("--floors", action="store_true", help="also what models reach that know no context")
     parser.add_argument("--microbatch-tokens", type=int, default=16384, help="tokens computed at a time")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_args()
-    if args.max_length < 8:
-        raise UserError(f"--max-length {args.max_length} must be at least 8")
-    if args.microbatch_tokens < args.max_length:
-        raise UserError(f"--microbatch-tokens {args.microbatch_tokens} must hold a sequence of {args.max_length}")
-    if "://" in args.data and not args.local:
-        raise UserError(f"--data {args.data} needs --local, a folder for its cache")
-    if "://" not in args.data and not (Path(args.data) / args.split / "index.json").is_file():
-        raise UserError(f"{args.data} holds no {args.split} shards ({args.split}/index.json)")
+    data = DataSection(remote=args.data, local=args.local, max_length=args.max_length)
+    check(args, data)
 
     import torch
+    from composer.utils import dist
 
-    from esm2_composer.config import DataSection
     from esm2_composer.data import ClusterDraw, evaluation_loader
-    from esm2_composer.evaluation import evaluate
+    from esm2_composer.evaluation import data_floors, evaluate
     from esm2_composer.masking import MaskingRule
     from esm2_composer.model import ESM2
     from esm2_composer.pool import Pool
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.cuda.is_available()
+    ranks, rank = dist.get_world_size(), dist.get_global_rank()
+    if ranks > 1:
+        dist.initialize_dist("gpu" if on_gpu else "cpu", timeout=1800)
+    device = torch.device("cuda", dist.get_local_rank()) if on_gpu else torch.device("cpu")
     net = ESM2.from_pretrained(args.checkpoint).to(device)
-    draw = ClusterDraw(args.seed, args.max_length, 1, MaskingRule(all_tokens=args.replacement == "all_tokens"))
-    remote, local = DataSection(remote=args.data, local=args.local).split(args.split)
-    loader = evaluation_loader(draw, remote, local, global_batch_size=64, num_workers=0)
+    rule = MaskingRule(all_tokens=args.replacement == "all_tokens")
+    draw = ClusterDraw(args.seed, args.max_length, data.min_length, rule)
+    loader = evaluation_loader(draw, *data.split(args.split), SEQUENCES_A_RANK * ranks, num_workers=0)
+    shares = checked(loader, args.data)
+    if rank == 0:
+        shares = progress(shares, len(loader))
     pool = Pool(args.microbatch_tokens)
-    batches = tqdm(loader, desc="evaluate", disable=None)
-    result = evaluate(net, (m for batch in batches for m in pool(batch)["microbatches"]), device)
+    result = evaluate(net, (m for share in shares for m in pool(share)["microbatches"]), device)
+    result |= {key: getattr(args, key) for key in ("data", "split", "seed", "max_length", "replacement")}
+    if args.floors:
+        (result["floors"],) = data_floors(data, [rule])
+    if rank == 0:
+        print(f"{args.checkpoint} on {args.data}/{args.split}", report(result), sep="\n", file=sys.stderr)
+        if args.json:
+            print(json.dumps(result))
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
 
-    print(
-        f"{args.checkpoint} on {args.data}/{args.split}: perplexity {result['perplexity']:.4f}, "
-        f"loss {result['loss']:.5f}, accuracy {result['accuracy']:.4f} "
-        f"over {result['masked_tokens']:,} masked tokens of {result['sequences']:,} sequences",
-        file=sys.stderr,
+
+def check(args: argparse.Namespace, data: DataSection) -> None:
+    """Raises UserError for what can be seen to be wrong before anything is loaded."""
+    if args.max_length < 8:
+        raise UserError(f"--max-length {args.max_length} must be at least 8")
+    if args.microbatch_tokens < args.max_length:
+        raise UserError(f"--microbatch-tokens {args.microbatch_tokens} must hold a sequence of {args.max_length}")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} must be at least 0")
+    if "://" in data.remote:
+        if not data.local:
+            raise UserError(f"--data {args.data} needs --local, a folder for its cache")
+        return
+    for split in (args.split, "train", "valid") if args.floors else (args.split,):
+        if not (Path(data.remote) / split / "index.json").is_file():
+            raise UserError(f"{data.remote} holds no {split} shards ({split}/index.json)")
+
+
+def checked(shares: Iterable[dict[str, Any]], data: str) -> Iterator[dict[str, Any]]:
+    """Raises UserError if a share holds what is no token of ESM-2: its scores would mean nothing."""
+    from esm2_composer.alphabet import UNK
+
+    for share in shares:
+        if (share["tokens"] == UNK).any():
+            raise UserError(
+                f"{data} holds letters that are not of ESM-2's alphabet; shards come from tools/convert.py"
+            )
+        yield share
+
+
+def progress(shares: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
+    """Shows how far it is and how long it takes yet: a bar on a terminal, else a line every half minute."""
+    from tqdm import tqdm
+
+    start = said = time.monotonic()
+    with tqdm(total=total, desc="evaluate", unit=" batches", disable=None) as bar:
+        for done, share in enumerate(shares, start=1):
+            yield share  # scored when the next is asked for
+            bar.update()
+            now = time.monotonic()
+            if bar.disable and now - said > 30:
+                left = (now - start) * (total / done - 1) / 60
+                print(f"evaluated {done / total:.0%}, {left:.1f} min left", file=sys.stderr)
+                said = now
+
+
+def report(result: dict[str, Any]) -> str:
+    """`result` as a table."""
+    rows = [
+        ("all selected positions", result),
+        ("  that show <mask>", result["at_mask"]),
+        ("  that show a residue", result["at_residue"]),
+        ("by tokens of the sequence, as shown", None),
+        *((f"  {name}", scores) for name, scores in result["by_length"].items()),
+        ("by true residue", None),
+        *((f"  {name}", scores) for name, scores in result["by_residue"].items()),
+    ]
+    lines = [f"{result['sequences']:,} sequences{'':20} perplexity     loss  accuracy     selected"]
+    for name, scores in rows:
+        if not scores:
+            lines.append(name)
+            continue
+        lines.append(
+            f"{name:36}{scores['perplexity']:11.4f} {scores['loss']:8.5f} {scores['accuracy']:9.4f}"
+            f" {scores['selected_tokens']:12,}"
+        )
+    if "floors" in result:
+        lines.append("without context, from the frequencies of train")
+        lines.append(f"{'  unigram, where <mask> shows':36}{result['floors']['unigram']:11.4f}")
+        lines.append(f"{'  copier, at all selected positions':36}{result['floors']['copier']:11.4f}")
+    lines.append(
+        f"selected: 15 %, of these 80/10/10, replaced by {result['replacement']}, seed {result['seed']}, windows "
+        f"of at most {result['max_length']} tokens; compare only with numbers made so, on the same split"
     )
-    if args.json:
-        print(json.dumps(result))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Export a checkpoint for transformers: python tools/export_hf.py CHECKPOINT OUT
 
 CHECKPOINT is a Composer checkpoint, a Hugging Face folder or a fair-esm file; OUT is a new folder that
-`AutoModelForMaskedLM` and `AutoTokenizer` load.
+`AutoModelForMaskedLM` and `AutoTokenizer` load. It appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 from pathlib import Path
 
 from esm2_composer.errors import UserError, run_command
@@ -17,12 +19,12 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"{args.out} exists already; choose a new folder")
+    if os.path.lexists(args.out):
+        raise UserError(f"{args.out} exists already; remove it, or choose another folder")
 
     from esm2_composer.model import ESM2
 
-    ESM2.from_pretrained(args.checkpoint).save_hf(args.out)
+    export(ESM2.from_pretrained(args.checkpoint), args.out)
     for file in sorted(args.out.iterdir()):
         print(f"{file}  {file.stat().st_size:,} bytes")
     print(
@@ -30,6 +32,21 @@ def main() -> None:
         f"model = AutoModelForMaskedLM.from_pretrained({str(args.out)!r})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({str(args.out)!r})"
     )
+
+
+def export(model, out: Path) -> None:
+    """Write the ESM2 `model` as the new folder `out`: under another name, and renamed at the end."""
+    from safetensors import SafetensorError
+
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        model.save_hf(partial)
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+        raise UserError(f"{out}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,196 @@
+"""The convergence figure shows what the logs hold, beside what was published, and says what does not compare."""
+
+import itertools
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import plot_convergence
+import pytest
+from composer.loggers.logger import format_log_data_value
+from conftest import ROOT, run
+from plot_convergence import PERPLEXITY, PUBLISHED, PUBLISHED_CONDITIONS, Run, compare, read_run, read_scalars
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from esm2_composer.config import DataSection
+from esm2_composer.evaluation import data_floors
+from esm2_composer.masking import MaskingRule
+
+CURVE = {0: 34.0, 50: 19.5, 100: 17.25}
+CONDITIONS = {**PUBLISHED_CONDITIONS, "global_train_batch_size": 2048, "data.remote": "data/uniref50"}
+
+
+def write_run(folder: Path, curve=CURVE, settings=CONDITIONS) -> Path:
+    """Logs as Composer writes them: a file of scalars, and in a folder below one of hyperparameters."""
+    with SummaryWriter(folder) as writer:
+        for update, value in curve.items():
+            writer.add_scalar(PERPLEXITY, value, update)
+            writer.add_scalar("loss/train/total", math.log(value), update)
+        logged = {key: format_log_data_value(value) for key, value in settings.items()}
+        writer.add_hparams(logged, {f"hparams/{PERPLEXITY}": 1.0}, run_name=folder.name)
+    return folder
+
+
+def test_a_run_is_read_from_any_folder_above_its_logs(tmp_path):
+    write_run(tmp_path / "runs/demo/tensorboard/demo")
+    for folder in ("runs/demo", "runs/demo/tensorboard", "runs/demo/tensorboard/demo"):
+        assert read_run(tmp_path / folder) == Run("demo", CURVE, CONDITIONS)
+
+
+def test_values_are_those_that_tensorboard_reads(tmp_path):
+    write_run(tmp_path, {step: 30 / (step + 1) for step in range(200)})
+    theirs = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    for tag in (PERPLEXITY, "loss/train/total"):
+        assert read_scalars(tmp_path, tag) == {event.step: event.value for event in theirs.Scalars(tag)}
+
+
+def test_of_an_update_done_twice_the_later_counts(tmp_path):
+    for start, value in ((100.0, 20.0), (300.0, 18.0), (200.0, 19.0)):  # in no order of files
+        with SummaryWriter(tmp_path, filename_suffix=str(value)) as writer:
+            writer.add_scalar(PERPLEXITY, value, 50, walltime=start)
+    assert read_scalars(tmp_path, PERPLEXITY) == {50: 18.0}
+
+
+def test_a_record_that_is_still_being_written_is_left_for_later(tmp_path):
+    write_run(tmp_path, settings={})
+    (file,) = tmp_path.glob("events*")
+    whole = file.read_bytes()
+    lengths = set()
+    for size in range(len(whole) - 120, len(whole)):
+        file.write_bytes(whole[:size])
+        lengths.add(len(read_scalars(tmp_path, PERPLEXITY)))
+    assert lengths == {2, 3}
+
+
+def test_the_published_curves_are_those_of_the_published_table():
+    assert {size: curve[500_000] for size, curve in PUBLISHED.items()} == {"8m": 10.26, "650m": 7.14, "3b": 6.42}
+    for curve in PUBLISHED.values():
+        assert all(a > b for a, b in itertools.pairwise(curve.values()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "validation", "words"),
+    [
+        ({}, 328_360, "is comparable with the published curve if validated on the same split"),
+        ({}, None, "is comparable with the published curve if validated on the same split"),
+        (
+            {"data.replacement": "amino_acids"},
+            None,
+            "not comparable .* data.replacement amino_acids, not all_tokens",
+        ),
+        ({"data.mask_split": [0.9, 0.1, 0]}, None, "not comparable .* data.mask_split"),
+        ({"data.max_length": 512}, None, "not comparable .* data.max_length 512, not 1024"),
+        ({}, 1946, "not comparable .* validated on 1,946 other clusters"),
+        ({"global_train_batch_size": 32}, None, "updates are of 32 sequences"),
+    ],
+)
+def test_it_says_where_a_run_differs_from_the_published_conditions(settings, validation, words):
+    run = Run("mine", CURVE, {**CONDITIONS, **settings})
+    (note,) = compare(run, run, "8m", validation)
+    assert re.search(words, note), note
+    assert not list(compare(run, run, None, validation))  # there is nothing to compare it with
+
+
+def test_it_says_where_runs_differ_and_where_nothing_is_known():
+    first = Run("first", CURVE, CONDITIONS)
+    (note,) = compare(Run("second", CURVE, {**CONDITIONS, "data.remote": "other"}), first, None, None)
+    assert note == "second is not comparable with first: data.remote other, not data/uniref50."
+    (note,) = compare(Run("old", CURVE, {"seed": 1}), first, "8m", None)
+    assert "its logs do not hold its recipe" in note
+
+
+def test_the_figure_and_the_table_show_runs_the_published_curve_and_floors(shards, tmp_path, call):
+    runs = [
+        write_run(tmp_path / "demo", settings={**CONDITIONS, "data.replacement": "amino_acids"}),
+        write_run(tmp_path / "other", {10: 21.0, 20: math.inf}),
+    ]
+    for suffix, magic in ((".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")):
+        figure = tmp_path / "figures" / f"curve{suffix}"
+        code, out, err = call(plot_convergence.main, *runs, "--reference", "8m", "--data", shards, "--out", figure)
+        assert code == 0, err
+        assert figure.read_bytes().startswith(magic)
+    lines = [line.split() for line in out.splitlines()]
+    assert ["update", "demo", "other", "published", "8M"] in lines
+    assert ["50", "19.500"] in lines
+    assert ["20", "inf"] in lines
+    assert ["500,000", "10.260"] in lines
+    rules = [MaskingRule(), MaskingRule(all_tokens=True)]
+    amino_acids, all_tokens = data_floors(DataSection(str(shards)), rules)
+    assert [f"{amino_acids['unigram']:.2f}", "unigram"] in lines
+    assert [f"{amino_acids['copier']:.2f}", "copier,", "amino_acids"] in lines
+    assert [f"{all_tokens['copier']:.2f}", "copier,", "all_tokens"] in lines
+    assert "validated on 10 other clusters" in " ".join(out.split())
+    assert sorted(path.name for path in figure.parent.iterdir()) == ["curve.pdf", "curve.png", "curve.svg"]
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path, call):
+    runs = [write_run(tmp_path / folder / "demo") for folder in "ab"]
+    code, out, _ = call(plot_convergence.main, *runs)
+    assert code == 0
+    assert all(str(run) in out for run in runs)
+
+
+def damaged(folder: Path) -> Path:
+    write_run(folder, settings={})
+    (file,) = folder.glob("events*")
+    content = bytearray(file.read_bytes())
+    at = content.index(PERPLEXITY.encode())
+    content[at - 12 : at] = b"\xff" * 12  # the lengths of what the record is made of
+    file.write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (lambda tmp: [tmp / "nowhere"], ["nowhere", "no such folder"]),
+        (lambda tmp: [tmp], ["no TensorBoard events", PERPLEXITY]),
+        (lambda tmp: [write_run(tmp / "a").parent, write_run(tmp / "b").parent], ["several runs", "/a", "/b"]),
+        (lambda tmp: [damaged(tmp / "run")], ["events.out", "damaged"]),
+        (lambda tmp: [write_run(tmp / "a"), "--out", tmp / "a.jpg"], ["a.jpg", ".png, .pdf or .svg"]),
+        (lambda tmp: [write_run(tmp / "a"), "--data", tmp], ["no train shards"]),
+        (lambda tmp: [write_run(tmp / "a"), "--data", "s3://bucket/x"], ["needs --local"]),
+        (
+            lambda tmp: [write_run(tmp / "a"), "--out", next(tmp.glob("a/events*")) / "y.png"],
+            ["cannot be written"],
+        ),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, call, arguments, words):
+    code, _, err = call(plot_convergence.main, *arguments(tmp_path))
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert all(word in err for word in words), err
+
+
+def test_a_figure_that_exists_stays(tmp_path, call):
+    run, figure = write_run(tmp_path / "a"), tmp_path / "figure.png"
+    figure.write_text("mine")
+    code, _, err = call(plot_convergence.main, run, "--out", figure)
+    assert code == 2
+    assert "exists already" in err
+    assert figure.read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["a", "figure.png"]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_figure_of_a_real_run(real_data, tmp_path):
+    """Those in docs/results.md, on fewer proteins and with fewer updates."""
+    (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/results.md").read_text(), flags=re.S)
+    settings, commands = block.split("\n", 1)
+    values = {"DATA": real_data / "tiny", "UPDATES": 6, "WARMUP": 2, "EVERY": 3}
+    assert [setting.split("=")[0] for setting in settings.split()] == list(values)
+    for name in ("tools", "yamls", "train.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {name: str(value) for name, value in values.items()}
+    result = run("bash", "-e", "-c", commands, cwd=tmp_path, PATH=path, **environment)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "runs/real/convergence.png").read_bytes().startswith(b"\x89PNG")
+    assert "real is not comparable with the published curve" in result.stdout
+    assert "validated on 40 other clusters" in " ".join(result.stdout.split())
+    assert sorted(read_run(tmp_path / "runs/real").curve) == [0, 3, 6]
