@@ -1,36 +1,59 @@
 """Train ESM-2 from a recipe: composer train.py yamls/NAME.yaml [key.subkey=value ...]
 
-Exit codes: 0 done, also when it was done before; 2 a mistake in the recipe or its data; 75 preempted and
-saved, to be launched again with the same command.
+Exit codes: 0 done, also when it was done before; 2 a mistake in the recipe or its data; 3 the loss diverged;
+75 told to leave, and saved: the same command goes on.
 """
 
 import argparse
+import sys
 
-from esm2_composer.config import load_recipe
+from esm2_composer import preemption
 from esm2_composer.errors import run_command
+
+EXIT_DIVERGED = 3
 
 
 def main() -> int:
+    preemption.watch_signals()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a YAML file, see yamls/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
-    args = parser.parse_args()
-    recipe = load_recipe(args.recipe, args.overrides)
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe, tell what it asks for, and end")
+    args = parser.parse_intermixed_args()
 
-    # Composer takes seconds to import; a wrong recipe is told at once.
-    from esm2_composer.callbacks import EXIT_PREEMPTED, Preemption
+    # What takes long to import comes last: signals and mistakes are answered at once.
+    from esm2_composer.config import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.dry_run:
+        from esm2_composer.plan import describe
+
+        print(describe(recipe))
+        return 0
+
+    from esm2_composer.callbacks import Diverged, Divergence, Preempted, advice
     from esm2_composer.runner import build_trainer
 
-    trainer = build_trainer(recipe)
-    if trainer.state.timestamp >= trainer.state.max_duration:
-        print(f"{recipe.run_name} is done: {recipe.updates} updates, nothing left to train")
-        return 0
-    if trainer.state.timestamp.batch == 0:
-        trainer.eval()  # where the curve starts, and a broken validation split shows before days are spent
-    trainer.fit()
-    preempted = any(isinstance(c, Preemption) and c.preempted for c in trainer.state.callbacks)
+    trainer, saver = build_trainer(recipe)
+    code = 0
+    try:
+        if saver.lacks_evaluation(trainer.state, recipe):
+            trainer.eval()
+        if trainer.state.timestamp >= trainer.state.max_duration:
+            print(f"{recipe.run_name} is done: {recipe.updates} updates, nothing left to train")
+        else:
+            trainer.fit()
+    except Preempted:
+        saver.save(trainer.state)
+        code = preemption.EXIT_PREEMPTED
+    except Diverged as reason:
+        saver.save(trainer.state, prefix="diverged-")  # to be looked at; resumed from it is not
+        update = trainer.state.timestamp.batch.value
+        good = saver.newest_before(update - Divergence.WINDOW)
+        print(f"error: update {update}: {reason}. {advice(recipe, good)}", file=sys.stderr)
+        code = EXIT_DIVERGED
     trainer.close()
-    return EXIT_PREEMPTED if preempted else 0
+    return code
 
 
 if __name__ == "__main__":

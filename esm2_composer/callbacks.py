@@ -1,44 +1,159 @@
-"""What happens around the steps of a run: preemption, and what people see of it."""
+"""What happens around the steps of a run: leaving early, clipping, and what people see of it."""
 
 from __future__ import annotations
 
-import signal
+import math
 import sys
 import time
+from collections import deque
 from typing import Any
 
 import torch
+import torch.distributed
 from composer.core import Callback, State
-from composer.loggers import Logger, ProgressBarLogger, WandBLogger
+from composer.loggers import Logger, ProgressBarLogger
 from composer.utils import dist
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: run me again
+from esm2_composer import preemption
+from esm2_composer.config import Recipe
+from esm2_composer.task import MaskedLanguageModel
+
+LOSS = "loss/train/total"
+EVERY = 10  # updates between two rounds of what costs a little
+
+
+class Preempted(Exception):
+    """Raised on all ranks at once, between two updates."""
+
+
+class Diverged(Exception):
+    """Raised on all ranks at once, after an update that went wrong."""
 
 
 class Preemption(Callback):
-    """On SIGTERM or SIGUSR1 to any rank: finish the step, save, stop.
-
-    Composer's own handler would leave at once, without a checkpoint.
-    """
+    """Raises `Preempted` on every rank, once one rank was told to leave (see `preemption`)."""
 
     def __init__(self) -> None:
-        self.preempted = False
-        self._signalled = False
+        preemption.watch_signals()  # again: Composer, imported since, has a handler that would leave at once
+        # Not the default group: on GPUs that is NCCL's, and asking it would make the GPU wait.
+        self._group = torch.distributed.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self._fitting = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        self._signalled = True
+        dist.barrier()
+        preemption.start_training()
+        self._fitting = True
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        flag = state.device.tensor_to_device(torch.tensor(int(self._signalled)))
-        dist.all_reduce(flag, reduce_operation="MAX")
-        if flag.item():
-            self.preempted = True
-            state.evaluators = []  # there is no time left for the evaluation at a run's end
-            state.stop_training()  # and Composer saves a run that ends
+        self._check()
+
+    def eval_batch_end(self, state: State, logger: Logger) -> None:
+        if self._fitting:
+            self._check()
+
+    def _check(self) -> None:
+        told = torch.tensor(int(preemption.received.is_set()))
+        if self._group is not None:
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=self._group)
+        if told:
+            raise Preempted
+
+
+class GradientClipping(Callback):
+    """Clips the norm of the whole gradient, and logs what it was. (Composer's algorithm keeps it to itself.)"""
+
+    def __init__(self, max_norm: float) -> None:
+        self._max_norm = max_norm
+        self._norm: torch.Tensor | None = None
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        roots = [m for m in state.model.modules() if isinstance(m, FullyShardedDataParallel) and m.check_is_root()]
+        if roots:
+            (root,) = roots
+            self._norm = root.clip_grad_norm_(self._max_norm)
+        else:
+            self._norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), self._max_norm)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch.value % EVERY == 0:
+            norm = self._norm.full_tensor() if hasattr(self._norm, "full_tensor") else self._norm
+            logger.log_metrics({"gradient_norm": norm.item()})
+
+
+class Divergence(Callback):
+    """Raises `Diverged` when the loss is no number, or has risen for good.
+
+    "For good": the mean of the last `WINDOW` losses exceeds the lowest such mean of this start by `max_rise`.
+    """
+
+    WINDOW = 20
+
+    def __init__(self, max_rise: float | None) -> None:
+        self._max_rise = math.inf if max_rise is None else max_rise
+        self._losses: deque[float] = deque(maxlen=self.WINDOW)
+        self._lowest = math.inf
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        loss = state.total_loss_dict[LOSS]  # on the host already, and the same on all ranks
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss}")
+        self._losses.append(loss)
+        if len(self._losses) < self.WINDOW:
+            return
+        mean = sum(self._losses) / self.WINDOW
+        self._lowest = min(self._lowest, mean)
+        if mean > self._lowest + self._max_rise:
+            raise Diverged(
+                f"the loss has risen from {self._lowest:.3f} to {mean:.3f}, means of {self.WINDOW} updates"
+            )
+
+
+def advice(recipe: Recipe, checkpoint: str | None) -> str:
+    """How to go on after a divergence, from the last checkpoint before it, if there is one."""
+    new_run = f"run_name={recipe.run_name}_2 optimizer.lr={recipe.optimizer.lr / 2:g}"
+    told = f"The state is kept in {recipe.save_folder} as diverged-*, not to be resumed from. "
+    if checkpoint is None:
+        return f"{told}Start again with a lower rate or a longer warmup, such as: {new_run}"
+    architecture = {"size": recipe.model.size, **recipe.model.dimensions}
+    unset = "".join(f"model.{key}=null " for key, value in architecture.items() if value is not None)
+    return f"{told}Go on from the last good weights as a new run: {new_run} {unset}model.init_from={checkpoint}"
+
+
+class TokenMonitor(Callback):
+    """Logs how good the batches are, and how well the model does on them.
+
+    `load/fill`: real tokens as a share of what microbatches may hold; `load/balance`: those of the mean rank as a
+    share of those of the fullest, which all others wait for; perplexity and masked accuracy in training.
+    """
+
+    def __init__(self, model: MaskedLanguageModel, microbatch_tokens: int) -> None:
+        self._model, self._microbatch_tokens = model, microbatch_tokens
+        self._group = torch.distributed.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self._counts = (0, 0)
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self._counts = (state.batch["num_tokens"], len(state.batch["microbatches"]))
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch.value % EVERY:
+            return
+        mine = torch.tensor([*self._counts, *self._model.take_accuracy()], dtype=torch.float64)
+        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        if self._group is None:
+            ranks = [mine]
+        else:
+            torch.distributed.all_gather(ranks, mine, group=self._group)
+        each = torch.stack(ranks)
+        tokens, microbatches, correct, predicted = each.sum(0).tolist()
+        logger.log_metrics(
+            {
+                "load/fill": tokens / (microbatches * self._microbatch_tokens),
+                "load/balance": (each[:, 0].mean() / each[:, 0].max()).item(),
+                "metrics/train/perplexity": math.exp(min(state.total_loss_dict[LOSS], 50)),
+                "metrics/train/masked_accuracy": correct / max(predicted, 1),
+            }
+        )
 
 
 class ProgressBar(ProgressBarLogger):
@@ -50,13 +165,6 @@ class ProgressBar(ProgressBarLogger):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
-
-
-class Wandb(WandBLogger):
-    """Composer's logger, which on resuming is asked for the checkpoint too, and without a network would fail."""
-
-    def download_file(self, remote_file_name: str, *args: Any, **kwargs: Any) -> None:
-        raise FileNotFoundError(remote_file_name)  # checkpoints are in the save folder
 
 
 class ProgressLines(Callback):
@@ -75,8 +183,7 @@ class ProgressLines(Callback):
         since, first = self._start
         speed = (update - first) / (time.monotonic() - since) if update > first else 0
         left = f", {(self._updates - update) / speed / 60:.1f} min left" if speed else ""
-        loss = float(state.total_loss_dict["loss/train/total"])
-        self._say(f"update {update}/{self._updates}: loss {loss:.4f}{left}")
+        self._say(f"update {update}/{self._updates}: loss {state.total_loss_dict[LOSS]:.4f}{left}")
 
     def eval_end(self, state: State, logger: Logger) -> None:
         if not dist.get_global_rank():

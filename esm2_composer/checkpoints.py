@@ -1,53 +1,272 @@
-"""The folder a run saves to and resumes from, where it is a local one."""
+"""The folder a run saves to and resumes from: local, or in an S3 store.
+
+A checkpoint is there whole or not at all. It is written elsewhere and then moved to its place; in a store the
+part that makes it whole, the file itself or a sharded one's `.metadata`, comes last. So the newest one listed is
+the one to resume from, whenever the run was killed, and no pointer to it is needed.
+
+Beside the checkpoints lie `recipe.yaml`, what they were trained with, and `checkpoints.json`: the validation
+losses, and which checkpoints are kept for theirs.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from esm2_composer.config import Recipe, changes, to_yaml
 from esm2_composer.errors import UserError
 
-LATEST = "latest-rank0.pt"  # Composer's link to the newest checkpoint, a file or, if sharded, a folder
+LATEST = "latest-rank0.pt"  # a link to the newest checkpoint, in local folders, for people and tools
+RECIPE = "recipe.yaml"
+INDEX = "checkpoints.json"
+
+_NAME = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # a file or, if sharded, a folder
+_STAGING = ".saving"
 
 
-def prepare_save_folder(folder: Path, resume: bool) -> None:
-    """Make the folder, and see to it that a run in it can be resumed.
-
-    Composer replaces its link to the newest checkpoint by removing it first. A run killed in between would
-    start anew, over its own checkpoints: so a missing link is set again, to the newest checkpoint that is whole.
-
-    Raises:
-        UserError: the folder cannot be written, or it holds another run's checkpoints and is not to be resumed.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"save_folder {folder} cannot be written ({error.strerror})") from error
-    whole = sorted((path for path in folder.glob("ep*-ba*") if _is_whole(path)), key=_updates)
-    if not whole:
-        return
-    if not resume:
-        raise UserError(
-            f"save_folder {folder} holds a run of {_updates(whole[-1])} updates; "
-            "set autoresume=true to go on with it, or take another run_name"
-        )
-    if not (folder / LATEST).exists():
-        link = folder / f".{LATEST}.new"
-        link.unlink(missing_ok=True)
-        link.symlink_to(whole[-1].name)
-        os.replace(link, folder / LATEST)
+def updates(name: str) -> int:
+    """The number of updates after which the checkpoint of this name was saved."""
+    match = _NAME.fullmatch(name)
+    assert match, name
+    return int(match[1])
 
 
-def _updates(checkpoint: Path) -> int:
-    """The update a checkpoint was saved after, from its name: ep1-ba200-rank0.pt or, sharded, ep1-ba200."""
-    match = re.match(r"ep\d+-ba(\d+)", checkpoint.name)
-    return int(match[1]) if match else -1
+def is_sharded(name: str) -> bool:
+    return not name.endswith(".pt")
+
+
+class LocalFolder:
+    """Checkpoints in a folder that all ranks see."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def prepare(self) -> None:
+        """Make the folder, and clear what a killed run left unfinished."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.path / _STAGING, ignore_errors=True)
+        for path in self.path.iterdir():
+            if _NAME.fullmatch(path.name) and path.is_dir() and not _is_whole(path):
+                shutil.rmtree(path)
+
+    def names(self) -> list[str]:
+        """The whole checkpoints, oldest first."""
+        found = [path.name for path in self.path.glob("ep*-ba*") if _NAME.fullmatch(path.name) and _is_whole(path)]
+        return sorted(found, key=updates)
+
+    def location(self, name: str) -> str:
+        return str(self.path / name)
+
+    def staging(self) -> Path:
+        """Where all ranks write a checkpoint before it is moved to its place."""
+        return self.path / _STAGING
+
+    def send(self, staged: Path, name: str, rank: int) -> None:
+        """Bring the rank's part of a sharded checkpoint to its place: here, nothing to do."""
+
+    def commit(self, staged: Path, name: str) -> None:
+        """Make a checkpoint whole, once every rank has sent its part."""
+        with (staged / ".metadata" if staged.is_dir() else staged).open("rb") as file:
+            os.fsync(file.fileno())
+        place = self.path / name
+        if place.is_dir():
+            shutil.rmtree(place)
+        os.replace(staged, place)
+        if _NAME.fullmatch(name):
+            link = self.path / f".{LATEST}.new"
+            link.unlink(missing_ok=True)
+            link.symlink_to(name)
+            os.replace(link, self.path / LATEST)
+
+    def remove(self, name: str) -> None:
+        path = self.path / name
+        if path.is_dir():
+            (path / ".metadata").unlink(missing_ok=True)  # no longer whole, should we be killed in between
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+    def read(self, name: str) -> str | None:
+        try:
+            return (self.path / name).read_text()
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, text: str) -> None:
+        temporary = self.path / f".{name}.new"
+        temporary.write_text(text)
+        os.replace(temporary, self.path / name)
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    # Each format writes its table of contents last.
+    # Each format writes its table of contents last: this also finds files that were copied in part.
     if checkpoint.is_dir():
         return (checkpoint / ".metadata").exists()
     return zipfile.is_zipfile(checkpoint)
+
+
+class S3Folder:
+    """Checkpoints in a store that speaks S3; `S3_ENDPOINT_URL` selects another one than Amazon's."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri.rstrip("/")
+        self._bucket, _, prefix = self._uri.removeprefix("s3://").partition("/")
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._client = boto3.client(
+            "s3",
+            endpoint_url=os.environ.get("S3_ENDPOINT_URL"),
+            config=Config(retries={"mode": "standard", "max_attempts": 5}),
+        )
+
+    def __str__(self) -> str:
+        return self._uri
+
+    def prepare(self) -> None:
+        """Clear what a killed run left unfinished."""
+        whole = set(self.names())
+        names = {key.split("/")[0] for key in self._keys("ep")}
+        for name in sorted(names - whole):
+            if _NAME.fullmatch(name):
+                self.remove(name)
+
+    def names(self) -> list[str]:
+        """The whole checkpoints, oldest first."""
+        keys = (key.removesuffix("/.metadata") for key in self._keys("ep"))
+        return sorted((key for key in keys if _NAME.fullmatch(key)), key=updates)
+
+    def location(self, name: str) -> str:
+        return f"{self._uri}/{name}"
+
+    def staging(self) -> None:
+        """None: every node stages in a temporary folder of its own."""
+
+    def send(self, staged: Path, name: str, rank: int) -> None:
+        """Upload the rank's part of a sharded checkpoint."""
+        for path in sorted(staged.glob(f"__{rank}_*")):
+            self._upload(path, f"{name}/{path.name}")
+
+    def commit(self, staged: Path, name: str) -> None:
+        """Make a checkpoint whole, once every rank has sent its part."""
+        if staged.is_dir():
+            self._upload(staged / ".metadata", f"{name}/.metadata")
+        else:
+            self._upload(staged, name)
+
+    def remove(self, name: str) -> None:
+        keys = [key for key in self._keys(name) if key == name or key.startswith(f"{name}/")]
+        for key in sorted(keys, key=lambda key: not key.endswith("/.metadata")):  # first what makes it whole
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
+
+    def read(self, name: str) -> str | None:
+        try:
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)
+        except self._client.exceptions.NoSuchKey:
+            return None
+        return answer["Body"].read().decode()
+
+    def write(self, name: str, text: str) -> None:
+        self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=text.encode())
+
+    def _upload(self, path: Path, key: str) -> None:
+        self._client.upload_file(str(path), self._bucket, self._prefix + key)
+
+    def _keys(self, start: str) -> list[str]:
+        """The objects whose names begin so, without the folder's own prefix."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=self._prefix + start
+        )
+        return [entry["Key"].removeprefix(self._prefix) for page in pages for entry in page.get("Contents", ())]
+
+
+Folder = LocalFolder | S3Folder
+
+
+def open_folder(uri: str) -> Folder:
+    return S3Folder(uri) if uri.startswith("s3://") else LocalFolder(uri)
+
+
+def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool) -> str | None:
+    """The name of the checkpoint to resume from, None if the run is new; leave the recipe in its folder.
+
+    `sharded` tells whether this run reads and writes sharded checkpoints.
+
+    Raises:
+        UserError: the folder cannot be written, or it holds a run that is not to be resumed or is another one.
+    """
+    try:
+        folder.prepare()
+        names = folder.names()
+        before = folder.read(RECIPE)
+        if names:
+            last = names[-1]
+            if not resume:
+                raise UserError(
+                    f"save_folder {folder} holds a run of {updates(last)} updates; "
+                    "set autoresume=true to go on with it, or take another run_name"
+                )
+            if before is None:
+                raise UserError(
+                    f"save_folder {folder} holds checkpoints, but not the {RECIPE} they were trained with; "
+                    "take another run_name, and their weights by model.init_from"
+                )
+            changed = changes(before, recipe)
+            if changed:
+                raise UserError(
+                    f"save_folder {folder} holds a run of another recipe: {'; '.join(changed)}; "
+                    "set that back, or take another run_name"
+                )
+            if is_sharded(last) != sharded:
+                kind = "sharded" if is_sharded(last) else "full"
+                raise UserError(
+                    f"save_folder {folder} holds {kind} checkpoints; resume them with fsdp.state_dict_type={kind}"
+                )
+        folder.write(RECIPE, to_yaml(recipe))
+    except OSError as error:
+        raise UserError(f"save_folder {folder} cannot be written ({error.strerror})") from error
+    except (BotoCoreError, ClientError) as error:
+        raise UserError(f"save_folder {folder} cannot be read and written ({error})") from error
+    return names[-1] if names else None
+
+
+@dataclass
+class Index:
+    """`checkpoints.json`: the data a run is on, and every validation loss by update."""
+
+    train_shards: str | None = None
+    losses: dict[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Folder) -> Index:
+        content = json.loads(folder.read(INDEX) or "{}")
+        losses = {int(update): loss for update, loss in content.get("validation_loss", {}).items()}
+        return cls(content.get("train_shards"), losses)
+
+    def write(self, folder: Folder, best: Sequence[str]) -> None:
+        losses = {str(update): self.losses[update] for update in sorted(self.losses)}
+        content = {"train_shards": self.train_shards, "validation_loss": losses, "best": list(best)}
+        folder.write(INDEX, json.dumps(content, indent=1) + "\n")
+
+
+def best(names: Sequence[str], losses: Mapping[int, float], keep: int) -> list[str]:
+    """The up to `keep` checkpoints with the lowest validation losses, the lowest first."""
+    scored = [name for name in names if updates(name) in losses]
+    return sorted(scored, key=lambda name: (losses[updates(name)], updates(name)))[:keep]
+
+
+def superseded(names: Sequence[str], losses: Mapping[int, float], keep_newest: int, keep_best: int) -> list[str]:
+    """The checkpoints, of `names` oldest first, that are neither among the newest nor among the best."""
+    kept = {*names[-keep_newest:], *best(names, losses, keep_best)}
+    return [name for name in names if name not in kept]

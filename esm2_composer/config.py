@@ -14,7 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +73,7 @@ class ScheduleSection:
     warmup: int
     decay_fraction: float = 0.9
     floor: float = 0.1
+    updates: int | None = None  # max_duration's, once the recipe is loaded
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class FSDPSection:
     data_parallel_replicate_degree: int | None = None
     mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
     activation_checkpointing: bool = False
+    sync_module_states: bool = False
     state_dict_type: Literal["full", "sharded"] = "full"
 
 
@@ -100,6 +102,12 @@ class WandbSection:
 @dataclass(frozen=True)
 class LoggersSection:
     wandb: WandbSection | None = None
+
+
+@dataclass(frozen=True)
+class CallbacksSection:
+    best_checkpoints: int = 0
+    max_loss_rise: float | None = 0.5
 
 
 @dataclass(frozen=True)
@@ -123,11 +131,45 @@ class Recipe:
     tensorboard_folder: str | None = None
     fsdp: FSDPSection | None = None
     loggers: LoggersSection = field(default_factory=LoggersSection)
+    callbacks: CallbacksSection = field(default_factory=CallbacksSection)
 
     @property
     def updates(self) -> int:
         """`max_duration` as a number of optimizer updates."""
-        return _batches(self.max_duration)
+        return batches(self.max_duration)
+
+
+# What may differ between a checkpoint and the run that resumes it; all else decides what is trained.
+_FREE = (
+    *("run_name", "max_duration", "eval_interval", "device_microbatch_tokens", "precision", "compile"),
+    *("save_folder", "save_interval", "save_num_checkpoints_to_keep", "autoresume", "tensorboard_folder"),
+    *("model.attention", "data.remote", "data.local", "data.num_workers", "fsdp", "loggers", "callbacks"),
+)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every key told, as a file that `load_recipe` reads."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))
+
+
+def changes(before: str, recipe: Recipe) -> list[str]:
+    """What the recipe would train otherwise than the one told by `to_yaml` before, as "key was 1, is 2"."""
+    old, new = (_flatten(OmegaConf.create(text)) for text in (before, to_yaml(recipe)))
+    return [
+        f"{key} was {old[key]}, is {new[key]}"
+        for key in new
+        if key in old and old[key] != new[key] and not any(key == f or key.startswith(f"{f}.") for f in _FREE)
+    ]
+
+
+def _flatten(config: DictConfig, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, DictConfig):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -152,6 +194,8 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: {error}") from error
     recipe = _build(Recipe, content, "", path)
+    if recipe.schedule.updates is None:
+        recipe = replace(recipe, schedule=replace(recipe.schedule, updates=recipe.updates))
     for problem in _problems(recipe):
         raise UserError(f"{path}: {problem}")
     return recipe
@@ -232,7 +276,8 @@ _TYPE_NAMES = {
 }
 
 
-def _batches(duration: str) -> int:
+def batches(duration: str) -> int:
+    """1000 for "1000ba"; 0 for what is no number of batches."""
     match = re.fullmatch(r"([1-9]\d*)ba", duration)
     return int(match[1]) if match else 0
 
@@ -240,13 +285,15 @@ def _batches(duration: str) -> int:
 def _problems(r: Recipe) -> typing.Iterator[str]:
     """What is wrong with values that are each of the right type."""
     for key in ("max_duration", "eval_interval", "save_interval"):
-        if not _batches(getattr(r, key)):
+        if not batches(getattr(r, key)):
             yield f"'{key}' is {getattr(r, key)!r}; write a number of updates such as 1000ba"
     at_least = {
         "global_train_batch_size": (r.global_train_batch_size, 1),
         "save_num_checkpoints_to_keep": (r.save_num_checkpoints_to_keep, 1),
         "seed": (r.seed, 0),
         "schedule.warmup": (r.schedule.warmup, 0),
+        "schedule.updates": (r.schedule.updates, 1),
+        "callbacks.best_checkpoints": (r.callbacks.best_checkpoints, 0),
         "data.num_workers": (r.data.num_workers, 0),
         "data.min_length": (r.data.min_length, 1),
         "data.max_length": (r.data.max_length, 8),
@@ -263,9 +310,10 @@ def _problems(r: Recipe) -> typing.Iterator[str]:
         "optimizer.clip_norm": r.optimizer.clip_norm,
         "schedule.decay_fraction": r.schedule.decay_fraction,
         "data.mask_fraction": r.data.mask_fraction,
+        "callbacks.max_loss_rise": r.callbacks.max_loss_rise,
     }
     for key, value in above_zero.items():
-        if not value > 0:
+        if value is not None and not value > 0:
             yield f"'{key}' is {value}; it must be above 0"
     at_most_one = {
         "data.mask_fraction": r.data.mask_fraction,
@@ -281,15 +329,35 @@ def _problems(r: Recipe) -> typing.Iterator[str]:
             yield f"'optimizer.betas[{i}]' is {beta}; it must be at least 0 and below 1"
     if abs(sum(r.data.mask_split) - 1) > 1e-6:
         yield f"'data.mask_split' adds up to {sum(r.data.mask_split):g}, not 1"
-    if r.schedule.warmup >= r.updates:
-        yield f"'schedule.warmup' is {r.schedule.warmup}; it must be below max_duration, {r.updates}"
+    if r.schedule.warmup >= r.schedule.updates:
+        yield (
+            f"'schedule.warmup' is {r.schedule.warmup}; it must be below schedule.updates "
+            f"(by default max_duration), {r.schedule.updates}"
+        )
     if r.device_microbatch_tokens < r.data.max_length:
         yield (
             f"'device_microbatch_tokens' is {r.device_microbatch_tokens}; "
             f"it must hold a sequence of data.max_length, {r.data.max_length}"
         )
+    if "://" in r.save_folder and not re.match(r"s3://[^/]+", r.save_folder):
+        yield f"'save_folder' is {r.save_folder}; write a folder or s3://bucket/prefix"
+    if r.fsdp is not None:
+        yield from _fsdp_problems(r.fsdp)
     yield from _model_problems(r.model)
     yield from _data_problems(r.data)
+
+
+def _fsdp_problems(fsdp: FSDPSection) -> typing.Iterator[str]:
+    replicate, shard = fsdp.data_parallel_replicate_degree, fsdp.data_parallel_shard_degree
+    for key, degree in (("data_parallel_replicate_degree", replicate), ("data_parallel_shard_degree", shard)):
+        if degree is not None and degree != -1 and degree < 1:
+            yield f"'fsdp.{key}' is {degree}; it must be at least 1, or -1 for what the other one leaves"
+    if replicate == shard == -1:
+        yield "'fsdp.data_parallel_replicate_degree' and 'fsdp.data_parallel_shard_degree' are both -1; set one"
+    if fsdp.version == 2 and (replicate, shard) != (None, -1):
+        yield "'fsdp.version' is 2, which cannot replicate shards; leave out the data_parallel degrees"
+    if fsdp.version == 2 and fsdp.sharding_strategy == "NO_SHARD":
+        yield "'fsdp.version' is 2, which always shards; write fsdp=null for DDP"
 
 
 def _model_problems(model: ModelSection) -> typing.Iterator[str]:

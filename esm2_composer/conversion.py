@@ -39,10 +39,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from esm2_composer.conversion_plan import Plan, make_plan, read_part
 from esm2_composer.errors import UserError
 from esm2_composer.layouts import Layout, Sequences
 from esm2_composer.mds import ShardWriter, write_durably
-from esm2_composer.conversion_plan import Plan, make_plan, read_part
 from esm2_composer.records import Report, build_record, choose_members
 from esm2_composer.storage import Store, UploadError, is_remote
 

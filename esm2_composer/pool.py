@@ -195,6 +195,7 @@ class PooledLoader(DataLoader):
             collate_fn=loader.collate_fn,
             num_workers=loader.num_workers,
             persistent_workers=loader.persistent_workers,
+            worker_init_fn=loader.worker_init_fn,
         )
         self._pool = Pool(microbatch_tokens)
 

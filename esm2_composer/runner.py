@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import math
 import os
 import sys
 import warnings
@@ -11,16 +14,22 @@ from typing import Any
 
 import torch
 from composer import Evaluator, Trainer
-from composer.algorithms import GradientClipping
-from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
+from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator, SpeedMonitor
 from composer.core import Callback
-from composer.loggers import LoggerDestination, TensorboardLogger
+from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 from composer.utils import dist, get_device
 
 from esm2_composer.attention import select_attention
-from esm2_composer.callbacks import Preemption, ProgressBar, ProgressLines, Wandb
-from esm2_composer.checkpoints import prepare_save_folder
-from esm2_composer.config import FSDPSection, ModelSection, Recipe
+from esm2_composer.callbacks import (
+    Divergence,
+    GradientClipping,
+    Preemption,
+    ProgressBar,
+    ProgressLines,
+    TokenMonitor,
+)
+from esm2_composer.checkpoints import RECIPE, find_checkpoint, open_folder
+from esm2_composer.config import FSDPSection, ModelSection, Recipe, batches
 from esm2_composer.data import ClusterDraw, evaluation_loader, train_loader
 from esm2_composer.errors import UserError
 from esm2_composer.gradients import DivideByRanks, means_are_sums
@@ -28,27 +37,41 @@ from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, SIZES, ESM2Config
 from esm2_composer.optim import build_adamw, build_schedule
 from esm2_composer.pool import data_spec
+from esm2_composer.preemption import shelter_worker
+from esm2_composer.saving import CheckpointSaver, on_rank_zero
 from esm2_composer.task import MaskedLanguageModel
 
 
-def build_trainer(recipe: Recipe) -> Trainer:
+def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     """The Trainer of a checked recipe, ready to `fit()`; resumed already, if there is something to resume.
 
     Raises:
-        UserError: what the recipe names cannot be had on this machine.
+        UserError: what the recipe names cannot be had on this machine, or its save folder holds another run.
     """
     device = get_device(None)
     on_gpu = device.name == "gpu"
     if not dist.is_initialized():
         dist.initialize_dist(device, timeout=1800)  # before any dataset: Streaming asks which rank it is
 
-    if "://" not in recipe.save_folder:
-        if not dist.get_local_rank():
-            prepare_save_folder(Path(recipe.save_folder), recipe.autoresume)
-        dist.barrier()
+    parallelism = _parallelism(recipe.fsdp, on_gpu)
+    sharded = parallelism is not None and recipe.fsdp.state_dict_type == "sharded"
+    folder = open_folder(recipe.save_folder)
+    checkpoint = on_rank_zero(lambda: find_checkpoint(folder, recipe.autoresume, recipe, sharded))
+    if not all(dist.all_gather_object(folder.read(RECIPE) is not None)):
+        raise UserError(
+            f"save_folder {folder} is not the same on all nodes; take a shared one, or s3://bucket/prefix"
+        )
+    saver = CheckpointSaver(
+        folder,
+        interval=batches(recipe.save_interval),
+        keep_newest=recipe.save_num_checkpoints_to_keep,
+        keep_best=recipe.callbacks.best_checkpoints,
+    )
 
     torch.manual_seed(recipe.seed)  # the same on every rank: sharded ranks must agree on the weights
-    net = build_model(recipe.model)
+    elsewhere = parallelism is not None and recipe.fsdp.sync_module_states and dist.get_global_rank() > 0
+    with torch.device("meta") if elsewhere else contextlib.nullcontext():
+        net = build_model(recipe.model)
     try:
         select_attention(net.config.attention, "cuda" if on_gpu else "cpu")
     except ValueError as error:
@@ -58,33 +81,41 @@ def build_trainer(recipe: Recipe) -> Trainer:
     model = MaskedLanguageModel(net)
     o = recipe.optimizer
     optimizer = build_adamw(net, o.lr, o.betas, o.eps, o.weight_decay)
-    schedule = build_schedule(optimizer, updates=recipe.updates, **dataclasses.asdict(recipe.schedule))
+    schedule = build_schedule(optimizer, **dataclasses.asdict(recipe.schedule))
 
     draw = cluster_draw(recipe)
     batch, workers = recipe.global_train_batch_size, recipe.data.num_workers
     train = train_loader(draw, *recipe.data.split("train"), batch, workers)
     valid = evaluation_loader(draw, *recipe.data.split("valid"), batch, workers)
+    train.worker_init_fn = valid.worker_init_fn = shelter_worker
+    saver.pin_data(on_rank_zero(lambda: _digest(recipe.data.split("train")[1])))
 
     sharded_on_cpu = recipe.fsdp is not None and recipe.fsdp.version == 2 and not on_gpu
     correction = [DivideByRanks()] if sharded_on_cpu and means_are_sums() else []
 
-    on_terminal = sys.stderr.isatty()
-    callbacks: list[Callback] = [SpeedMonitor(window_size=10), LRMonitor(), Preemption()]
-    if on_gpu:
-        callbacks.append(MemoryMonitor())
+    callbacks: list[Callback] = [
+        SpeedMonitor(window_size=10),
+        LRMonitor(),
+        RuntimeEstimator(),
+        *([MemoryMonitor()] if on_gpu else []),
+        GradientClipping(o.clip_norm),
+        TokenMonitor(model, recipe.device_microbatch_tokens),
+        saver,
+    ]
     loggers = _loggers(recipe)
-    if on_terminal:
+    if sys.stderr.isatty():
         warnings.filterwarnings("ignore", "Specifying the ProgressBarLogger")  # ours differs on purpose
         loggers.append(ProgressBar())
     else:
         callbacks.append(ProgressLines(recipe.updates, interval=max(1, min(100, recipe.updates // 20))))
+    callbacks += [Divergence(recipe.callbacks.max_loss_rise), Preemption()]  # these may end the run
 
     trainer = Trainer(
         model=model,
         optimizers=optimizer,
         schedulers=schedule,
         step_schedulers_every_batch=True,
-        algorithms=[*correction, GradientClipping("norm", recipe.optimizer.clip_norm)],
+        algorithms=correction,
         train_dataloader=data_spec(train, recipe.device_microbatch_tokens),
         accumulate_train_batch_on_tokens=True,
         eval_dataloader=Evaluator(
@@ -96,21 +127,23 @@ def build_trainer(recipe: Recipe) -> Trainer:
         max_duration=recipe.max_duration,
         eval_interval=recipe.eval_interval,
         precision=_precision(recipe.precision, on_gpu),
-        parallelism_config=_parallelism(recipe.fsdp, on_gpu),
+        parallelism_config=parallelism,
         seed=recipe.seed,
         run_name=recipe.run_name,
-        save_folder=recipe.save_folder,
-        save_interval=recipe.save_interval,
-        save_num_checkpoints_to_keep=recipe.save_num_checkpoints_to_keep,
-        save_overwrite=True,  # a step saved just before a crash is saved again after it
-        autoresume=recipe.autoresume,
+        load_path=checkpoint and folder.location(checkpoint),
+        load_progress_bar=False,
         callbacks=callbacks,
         loggers=loggers,
         progress_bar=False,
         dist_timeout=1800,
     )
     trainer.logger.log_hyperparameters(_flat(dataclasses.asdict(recipe)))  # who reads the logs sees the conditions
-    return trainer
+    return trainer, saver
+
+
+def _digest(local: str) -> str:
+    """Of the index of a split's shards, which holds the digest of each."""
+    return hashlib.sha256(Path(local, "index.json").read_bytes()).hexdigest()
 
 
 def build_model(section: ModelSection) -> ESM2:
@@ -152,11 +185,31 @@ def _parallelism(fsdp: FSDPSection | None, on_gpu: bool) -> dict[str, Any] | Non
     if fsdp.version == 1 and not on_gpu:
         _say("no GPU here: training unsharded, since FSDP version 1 needs GPUs (fsdp.version=2 does not)")
         return None
+    _check_degrees(fsdp, dist.get_world_size())
     os.environ["FSDP_VERSION"] = str(fsdp.version)  # Composer's only switch
+    return {"fsdp": fsdp_options(fsdp)}
+
+
+def fsdp_options(fsdp: FSDPSection) -> dict[str, Any]:
+    """The section in the terms of Composer's configuration of that version."""
     options = {key: value for key, value in dataclasses.asdict(fsdp).items() if key != "version"}
     if fsdp.version == 1:
         options["activation_checkpointing_reentrant"] = False  # the reentrant form is torch's old one
-    return {"fsdp": options}
+        return options
+    options["reshard_after_forward"] = options.pop("sharding_strategy") == "FULL_SHARD"
+    for key in ("data_parallel_shard_degree", "data_parallel_replicate_degree", "sync_module_states"):
+        del options[key]  # found out by itself, or not to be had
+    return options
+
+
+def _check_degrees(fsdp: FSDPSection, ranks: int) -> None:
+    replicate, shard = fsdp.data_parallel_replicate_degree, fsdp.data_parallel_shard_degree
+    known = math.prod(degree for degree in (replicate, shard) if degree not in (None, -1))
+    if ranks % known if -1 in (replicate, shard) else ranks != known:
+        raise UserError(
+            f"fsdp.data_parallel_replicate_degree {replicate} times data_parallel_shard_degree {shard} "
+            f"does not make the {ranks} ranks"
+        )
 
 
 def _loggers(recipe: Recipe) -> list[LoggerDestination]:
@@ -164,7 +217,9 @@ def _loggers(recipe: Recipe) -> list[LoggerDestination]:
     if recipe.tensorboard_folder is not None:
         loggers.append(TensorboardLogger(log_dir=recipe.tensorboard_folder, flush_interval=10))
     if recipe.loggers.wandb is not None:
-        loggers.append(Wandb(**dataclasses.asdict(recipe.loggers.wandb)))
+        # Every launch is a run of its own to W&B; the group holds them together.
+        settings = dataclasses.asdict(recipe.loggers.wandb)
+        loggers.append(WandBLogger(**{**settings, "group": settings["group"] or recipe.run_name}))
     return loggers
 
 

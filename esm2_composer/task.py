@@ -25,6 +25,8 @@ class MaskedLanguageModel(ComposerModel):
             "perplexity": LanguagePerplexity(),
             "masked_accuracy": MaskedAccuracy(),
         }
+        self._correct: torch.Tensor | int = 0
+        self._predicted = 0
 
     def forward(self, batch: Microbatch) -> torch.Tensor:
         """Logits (M, 33)."""
@@ -33,8 +35,17 @@ class MaskedLanguageModel(ComposerModel):
     def loss(self, outputs: torch.Tensor, batch: Microbatch) -> torch.Tensor:
         """The mean over the microbatch's selected tokens. Composer weights it by their number, so that the
         gradient is the mean over all selected tokens of the global batch."""
+        self._correct += (outputs.detach().argmax(dim=-1) == batch["targets"]).sum()
+        self._predicted += batch["num_masked"]
         total = F.cross_entropy(outputs.float(), batch["targets"], reduction="sum")
         return total / max(batch["num_masked"], 1)
+
+    def take_accuracy(self) -> tuple[int, int]:
+        """How many selected tokens this rank predicted right, and of how many, in training since the last call.
+        A GPU has to be waited for."""
+        taken = int(self._correct), self._predicted
+        self._correct, self._predicted = 0, 0
+        return taken
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
         return {} if is_train else self._metrics  # in training they would cost a second forward pass

@@ -5,17 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from streaming import MDSWriter
 
-from esm2_composer.records import COLUMNS
-
 from esm2_composer.errors import run_command
+from esm2_composer.records import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 REAL_DATA = Path(os.environ.get("ESM2_REAL_DATA") or ROOT.parent / "shared" / "data")
@@ -61,6 +63,71 @@ def call(monkeypatch, capsys) -> Callable:
         return exit.value.code or 0, *capsys.readouterr()
 
     return call
+
+
+class Run:
+    """Composer's launcher on train.py, watched while it runs. Use as a context: nothing of it outlives that."""
+
+    def __init__(self, *command: str | Path, cwd: Path, **environment: str) -> None:
+        self._process = subprocess.Popen(
+            [Path(sys.executable).with_name("composer"), *(str(part) for part in command)],
+            cwd=cwd,
+            env={**os.environ, **environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.launcher = psutil.Process(self._process.pid)
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self._process.stderr), daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def wait_until(self, condition: Callable[[], object], seconds: float = 240) -> None:
+        """Wait for `condition`, but not longer than the run lives."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self._process.poll() is None, "".join(self.lines)
+            assert time.monotonic() < deadline, "".join(self.lines)
+            time.sleep(0.01)
+
+    def wait_for(self, start: str) -> None:
+        """Wait for a line of the log that starts so."""
+        self.wait_until(lambda: any(line.startswith(start) for line in self.lines))
+
+    def ranks(self) -> list[psutil.Process]:
+        """The ranks' processes, in order; fewer while the launcher is starting them."""
+        found = {}
+        for child in self.launcher.children():
+            try:
+                if "train.py" in " ".join(child.cmdline()[:3]):
+                    found[int(child.environ()["RANK"])] = child
+            except psutil.Error:  # a short-lived helper
+                continue
+        return [found[rank] for rank in sorted(found)]
+
+    def end(self) -> tuple[int, float]:
+        """The launcher's exit code, and the seconds it took from now until no rank was left."""
+        start = time.monotonic()
+        code = self._process.wait(timeout=240)
+        self._reader.join()
+        return code, time.monotonic() - start
+
+    def kill(self) -> None:
+        """SIGKILL to everything, at once."""
+        family = [self.launcher, *self.launcher.children(recursive=True)] if self.launcher.is_running() else []
+        for process in family:
+            try:
+                process.kill()
+            except psutil.Error:
+                continue
+        self._process.wait()
+        psutil.wait_procs(family, timeout=30)
 
 
 @pytest.fixture(scope="session")

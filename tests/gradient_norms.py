@@ -21,7 +21,7 @@ class Record(Callback):
         self.norms: list[float] = []
         self.losses: list[float] = []
 
-    def after_train_batch(self, state, logger) -> None:  # after the algorithms, clipping at a norm never reached
+    def after_train_batch(self, state, logger) -> None:  # after clipping, at a norm never reached
         gradients = [whole(p.grad) for p in state.model.parameters() if p.grad is not None]
         self.norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
 
@@ -31,7 +31,7 @@ class Record(Callback):
 
 if __name__ == "__main__":
     out, recipe, *overrides = sys.argv[1:]
-    trainer = build_trainer(load_recipe(recipe, overrides))
+    trainer, _ = build_trainer(load_recipe(recipe, overrides))
     record = Record()
     trainer.state.callbacks.append(record)
     trainer.fit()

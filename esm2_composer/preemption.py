@@ -1,0 +1,117 @@
+"""Leaving when told to, without losing work: SIGTERM, and SIGUSR1, the early warning of batch systems.
+
+One signal to any rank, or a SIGTERM to the launcher, makes the whole run leave with exit code 75:
+
+- before the first update nothing is lost: a rank tells the others of its node, and leaves at once;
+- in training the ranks agree, after an update or a batch of an evaluation, to stop, save and leave together;
+- whatever hangs then, a rank leaves `GRACE` seconds after a SIGTERM. The launcher would kill it soon after, and
+  checkpoints are there whole or not at all.
+
+Python calls a signal's handler between two instructions of its main thread, which may be waiting in a collective
+for another rank. So a thread of our own waits for signals; the interpreter writes their numbers to its pipe.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+import psutil
+
+EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: run me again
+EXIT_TERMINATED = 128 + signal.SIGTERM
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+GRACE = 22.0  # Composer's launcher kills its ranks 30 seconds after it told them to leave
+
+received = threading.Event()
+_in_training = threading.Event()
+_watching = threading.Event()
+
+
+def watch_signals() -> None:
+    """Start to watch: before slow imports, and again after Composer's, which takes SIGTERM over."""
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)  # without a handler nothing is written to the pipe
+    if _watching.is_set():
+        return
+    _watching.set()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+    atexit.register(_leave_if_told_before_training)
+    os.register_at_fork(after_in_child=_forget)
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: the launcher's death is a SIGTERM to us
+
+
+def start_training() -> None:
+    """From now on there is something to save."""
+    _in_training.set()
+
+
+def shelter_worker(worker: int) -> None:
+    """For loader workers: a signal to the whole process group of a rank must not end them before their rank."""
+    os.setpgrp()
+
+
+def _watch(reader: int) -> None:
+    while True:
+        for number in os.read(reader, 64):
+            if number in SIGNALS:
+                _on_signal(number)
+
+
+def _on_signal(number: int) -> None:
+    first = not received.is_set()
+    received.set()
+    others = _other_ranks() if first else []
+    if first and number == signal.SIGTERM and len(others) < int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1:
+        os._exit(EXIT_TERMINATED)  # a rank has failed, and the launcher clears up
+    for pid in others:
+        os.kill(pid, number)
+    if not _in_training.is_set():
+        time.sleep(2 if others else 0)  # no rank may find another one gone before it is told why
+        _leave("told to leave before the first update; there is nothing to save")
+    if number == signal.SIGTERM:
+        timer = threading.Timer(GRACE, _leave, [f"not done {GRACE:.0f} s after SIGTERM; leaving as it is"])
+        timer.daemon = True
+        timer.start()
+
+
+def _other_ranks() -> list[int]:
+    """This node's other ranks: the launcher's other children with the same command."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
+        return []
+    me = psutil.Process()
+    launcher = me.parent()
+    others = []
+    for process in launcher.children() if launcher else []:
+        try:
+            if process.pid != me.pid and process.cmdline() == me.cmdline():
+                others.append(process.pid)
+        except psutil.Error:  # it has just gone
+            continue
+    return others
+
+
+def _leave(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+    os._exit(EXIT_PREEMPTED)
+
+
+def _leave_if_told_before_training() -> None:
+    if received.is_set() and not _in_training.is_set():  # Composer's handler may have been the faster one
+        os._exit(EXIT_PREEMPTED)
+
+
+def _forget() -> None:
+    """A forked process is no rank."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -1,0 +1,178 @@
+"""Saves checkpoints, keeps the newest and the best of them, and outlives a full disk or a store that fails.
+
+Composer's own saver writes to the final name, counts what it keeps from each start anew, and in a store leaves all
+it ever wrote behind a pointer that lags. Its files are ours too: what it loads is what this writes.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from composer.utils.checkpoint import save_checkpoint
+
+from esm2_composer.checkpoints import Folder, Index, best, superseded, updates
+from esm2_composer.config import Recipe, batches
+from esm2_composer.errors import UserError
+
+WAITS = (2, 4, 8, 16)  # seconds before trying to save again
+
+T = TypeVar("T")
+
+
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """What `action` gives on rank 0, on every rank; its UserError too."""
+    outcome: list = [None, None]
+    if not dist.get_global_rank():
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+class CheckpointSaver(Callback):
+    """Every `interval` updates, at the end, and after an evaluation among the best: save, then forget the rest.
+
+    A save that fails is tried again for half a minute, and then left to the next one: the checkpoint before it
+    stays, and training goes on.
+    """
+
+    def __init__(self, folder: Folder, interval: int, keep_newest: int, keep_best: int) -> None:
+        self._folder = folder
+        self._interval, self._keep_newest, self._keep_best = interval, keep_newest, keep_best
+        self._index = on_rank_zero(lambda: Index.read(folder))
+        self._saved: int | None = None
+        self._staging = folder.staging() or self._make_staging()
+
+    def _make_staging(self) -> Path:
+        mine = None if dist.get_local_rank() else tempfile.mkdtemp(prefix="checkpoints-")
+        return Path(dist.all_gather_object(mine)[dist.get_global_rank() - dist.get_local_rank()])
+
+    def pin_data(self, train_shards: str) -> None:
+        """Remember what the run is trained on, or refuse to go on with other data.
+
+        Raises:
+            UserError: `train_shards`, a digest of their index, is not that of the run so far.
+        """
+        if self._index.train_shards not in (None, train_shards):
+            raise UserError(
+                f"save_folder {self._folder} holds a run on other training shards than data.remote now has; "
+                "give it those, or take another run_name"
+            )
+        self._index.train_shards = train_shards
+
+    def lacks_evaluation(self, state: State, recipe: Recipe) -> bool:
+        """Whether an evaluation is due now that never ended: a run's first, or one that was cut short."""
+        update = state.timestamp.batch.value
+        due = update % batches(recipe.eval_interval) == 0 or update == recipe.updates
+        return due and update not in self._index.losses
+
+    def newest_before(self, update: int) -> str | None:
+        """Where the newest checkpoint is that was saved after at most so many updates."""
+        names = [name for name in self._folder.names() if updates(name) <= update]
+        return self._folder.location(names[-1]) if names else None
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        update = state.timestamp.batch.value
+        loss = float(state.eval_metric_values["loss"])
+        if math.isfinite(loss):
+            self._index.losses[update] = loss
+            self._tidy()
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        update = state.timestamp.batch.value
+        last = state.timestamp >= state.max_duration
+        if update % self._interval == 0 or last or self._is_among_the_best(update):
+            self.save(state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        update = state.timestamp.batch.value
+        if self._saved != update and not self.save(state):
+            raise RuntimeError(f"the run has ended, but its last checkpoint, of update {update}, is not saved")
+
+    def close(self, state: State, logger: Logger) -> None:
+        if not dist.get_local_rank():
+            shutil.rmtree(self._staging, ignore_errors=True)
+
+    def _is_among_the_best(self, update: int) -> bool:
+        losses = self._index.losses
+        if update not in losses or not self._keep_best:
+            return False
+        return sum(loss < losses[update] for loss in losses.values()) < self._keep_best
+
+    def save(self, state: State, prefix: str = "") -> bool:
+        """Save a checkpoint, to be resumed from unless its name gets a prefix; tell whether that succeeded."""
+        update = state.timestamp.batch.value
+        sharded = state.fsdp_sharded_state_dict_enabled
+        staged = f"ep{state.timestamp.epoch.value}-ba{update}" + ("" if sharded else "-rank0.pt")
+        for wait in (*WAITS, None):
+            failure = self._try_to_save(state, self._staging / staged, prefix + staged)
+            if failure is None:
+                break
+            then = "leaving it to the next one" if wait is None else f"trying again in {wait} s"
+            _say(f"checkpoint of update {update} not saved: {failure}; {then}")
+            if wait is None:
+                return False
+            time.sleep(wait)
+        self._saved = update
+        self._tidy()
+        return True
+
+    def _try_to_save(self, state: State, staged: Path, name: str) -> str | None:
+        """Save, or tell why not. Every rank returns the same."""
+        failure = self._everywhere(lambda: self._write(state))
+        if failure is None:
+            failure = self._everywhere(lambda: self._folder.send(staged, name, dist.get_global_rank()))
+        if failure is None:
+            failure = self._everywhere(lambda: dist.get_global_rank() or self._folder.commit(staged, name))
+        if not dist.get_local_rank():
+            shutil.rmtree(self._staging, ignore_errors=True)
+        dist.barrier()
+        return failure
+
+    def _write(self, state: State) -> None:
+        try:
+            save_checkpoint(state, str(self._staging / "ep{epoch}-ba{batch}-rank{rank}.pt"))
+        except Exception:
+            dist.barrier()  # the one at its end, at which the ranks that did not fail are waiting
+            raise
+
+    def _everywhere(self, action: Callable[[], object]) -> str | None:
+        """Run `action`, and tell why the first rank failed, if one did."""
+        try:
+            action()
+            failure = None
+        except Exception as error:  # disks, file systems and stores each have their own
+            failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        return next((f for f in dist.all_gather_object(failure) if f is not None), None)
+
+    def _tidy(self) -> None:
+        """Forget superseded checkpoints, and write the index."""
+        if dist.get_global_rank():
+            return
+        try:
+            names = self._folder.names()
+            for name in superseded(names, self._index.losses, self._keep_newest, self._keep_best):
+                self._folder.remove(name)
+                names.remove(name)
+            self._index.write(self._folder, best(names, self._index.losses, self._keep_best))
+        except Exception as error:  # none of that is worth a run; the next save does it
+            _say(f"save_folder not tidied: {type(error).__name__}: {error}")
+
+
+def _say(line: str) -> None:
+    if not dist.get_global_rank():
+        print(line, file=sys.stderr, flush=True)

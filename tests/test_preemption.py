@@ -1,0 +1,166 @@
+"""A run told to leave, by any signal, to any process, at any time: it saves, leaves in time with 75, and goes on."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Run, composer, python
+from test_train import command, losses
+
+GRACE = 25  # seconds, by which every rank has left
+
+
+@pytest.fixture(scope="module")
+def long_validation(tmp_path_factory) -> Path:
+    """96 training clusters, and validation clusters for a second or two."""
+    folder = tmp_path_factory.mktemp("long_validation")
+    clusters = ("--clusters", "96", "--valid-clusters", "1500")
+    assert python(ROOT / "tools/sample_data.py", folder / "raw", *clusters).returncode == 0
+    for split, sequences in (("train", "train.db"), ("valid", "validation.db")):
+        inputs = (
+            "--clusters",
+            folder / "raw" / f"{split}_clusters.parquet",
+            "--sequences",
+            folder / "raw" / sequences,
+        )
+        converted = python(ROOT / "tools/convert.py", *inputs, "--out", folder / "shards", "--split", split)
+        assert converted.returncode == 0, converted.stderr
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(long_validation, tmp_path_factory) -> dict[int, float]:
+    """The losses of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    result = composer(*command(long_validation), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return losses(folder)
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "runs/demo/checkpoints").glob("ep*"))
+
+
+def index(folder: Path) -> dict:
+    return json.loads((folder / "runs/demo/checkpoints/checkpoints.json").read_text())
+
+
+NO_SAVES = "save_interval=100ba"  # but what a signal brings about
+
+
+def test_sigusr1_to_one_of_two_ranks_makes_both_save_and_leave(shards, tmp_path):
+    with Run("-n", "2", *command(shards, NO_SAVES), cwd=tmp_path) as run:
+        run.wait_for("update 3/")
+        run.ranks()[1].send_signal(signal.SIGUSR1)
+        code, seconds = run.end()
+    assert code == 75, "".join(run.lines)
+    assert seconds < GRACE
+    (saved,) = checkpoints(tmp_path)
+    assert 3 <= int(saved.split("-")[1].removeprefix("ba")) < 14
+
+
+def test_sigterm_to_one_of_two_ranks_that_are_starting_makes_both_leave_at_once(shards, tmp_path):
+    with Run("-n", "2", *command(shards), cwd=tmp_path) as run:
+        run.wait_until(lambda: len(run.ranks()) == 2)
+        time.sleep(2)  # they import
+        run.ranks()[1].terminate()
+        code, seconds = run.end()
+    assert code == 75, "".join(run.lines)
+    assert seconds < GRACE
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("moment", ["step", "evaluation"])
+@pytest.mark.parametrize(
+    ("receiver", "number"),
+    [("launcher", signal.SIGTERM), ("last rank", signal.SIGTERM), ("last rank", signal.SIGUSR1)],
+)
+def test_a_signal_in_training(long_validation, undisturbed, tmp_path, ranks, moment, receiver, number):
+    arguments = command(long_validation, NO_SAVES)
+    with Run("-n", str(ranks), *arguments, cwd=tmp_path) as run:
+        if moment == "step":
+            run.wait_for("update 3/")
+        else:
+            run.wait_for("update 7/14: loss")
+            time.sleep(0.5)
+        (run.launcher if receiver == "launcher" else run.ranks()[-1]).send_signal(number)
+        code, seconds = run.end()
+    print(f"{ranks} ranks, {receiver}, {number.name}, {moment}: code {code} in {seconds:.1f} s")
+    assert code == 75, "".join(run.lines)
+    assert seconds < GRACE
+    (saved,) = checkpoints(tmp_path)
+    if moment == "evaluation":
+        assert "ba7" in saved
+        assert "7" not in index(tmp_path)["validation_loss"], "the evaluation was cut short"
+    again = composer(*arguments, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert sorted(index(tmp_path)["validation_loss"], key=int) == ["0", "7", "14"]
+    assert losses(tmp_path) == pytest.approx(undisturbed, rel=0 if ranks == 1 else 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("receiver", ["launcher", "last rank"])
+@pytest.mark.parametrize("delay", [0.3, 3, 9])
+def test_a_signal_while_starting(long_validation, tmp_path, ranks, receiver, delay):
+    with Run("-n", str(ranks), *command(long_validation, NO_SAVES), cwd=tmp_path) as run:
+        run.wait_until(lambda: len(run.ranks()) == ranks)
+        time.sleep(delay)
+        assert not any(line.startswith("update 1/") for line in run.lines), "the machine is too fast for this test"
+        (run.launcher if receiver == "launcher" else run.ranks()[-1]).terminate()
+        code, seconds = run.end()
+    print(f"{ranks} ranks, {receiver}, {delay} s after they started: code {code} in {seconds:.1f} s")
+    assert code == 75, "".join(run.lines)
+    assert seconds < GRACE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_signal_while_data_do_not_come(shards, tmp_path, goes_on):
+    with Run(*command(shards, "save_interval=2ba"), cwd=tmp_path) as run:
+        run.wait_for("update 3/")
+        workers = [child for child in run.ranks()[0].children() if "train.py" in " ".join(child.cmdline())]
+        for worker in workers:
+            worker.suspend()
+        time.sleep(1)
+        before = checkpoints(tmp_path)
+        run.launcher.terminate()
+        time.sleep(2)
+        if goes_on:
+            for worker in workers:
+                worker.resume()
+        code, seconds = run.end()
+    print(f"loader stopped, {'then resumed' if goes_on else 'for good'}: code {code} in {seconds + 2:.1f} s")
+    assert code == 75, "".join(run.lines)
+    assert seconds + 2 < GRACE
+    assert (checkpoints(tmp_path) == before) == (not goes_on)
+    assert composer(*command(shards), cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.slow
+def test_ranks_do_not_outlive_their_launcher(shards, tmp_path):
+    with Run("-n", "2", *command(shards, NO_SAVES), cwd=tmp_path) as run:
+        run.wait_for("update 3/")
+        ranks = run.ranks()
+        run.launcher.send_signal(signal.SIGUSR1)  # of which it dies
+        code, _ = run.end()
+        assert code != 0
+        deadline = time.monotonic() + GRACE
+        while any(rank.is_running() for rank in ranks) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(rank.is_running() for rank in ranks)
+    assert len(checkpoints(tmp_path)) == 1
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_is_no_preemption(shards, tmp_path):
+    with Run("-n", "2", *command(shards, NO_SAVES), cwd=tmp_path) as run:
+        run.wait_for("update 3/")
+        run.ranks()[1].kill()
+        code, seconds = run.end()
+    print(f"rank 1 killed: code {code} in {seconds:.1f} s")
+    assert code not in (0, 75)
