@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esm2_composer.errors import UserError
+from esm2_composer.fasta import UNIPROT, read_fasta
 from esm2_composer.records import Report
 
-READ_BYTES = 4 * 2**20
 ROWS_AT_ONCE = 20_000
 IDS_A_QUERY = 5000  # SQLite takes some 32,000 parameters
 
@@ -167,40 +167,9 @@ class Fasta:
             ids.project("id AS cluster_id, [id] AS member_ids").create_view("named")
 
 
-_UNIPROT = re.compile(r"^(?:sp|tr)\|([^|]+)\|")
-
-
 def _accession(column: str) -> str:
     """SQL for what `read_fasta` makes of an id."""
-    return f"coalesce(nullif(regexp_extract({column}, '{_UNIPROT.pattern}', 1), ''), {column})"
-
-
-def read_fasta(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(id, sequence without its line ends) of every record; the id is "" if the header has none.
-
-    Raises UserError if the file is not FASTA, or damaged.
-    """
-    with path.open("rb") as file:
-        compression = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(file.read(2))
-    with reading(path), pa.input_stream(str(path), compression=compression) as stream:
-        text = stream.read(READ_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
-        if not text:
-            return
-        if not text.startswith(b">"):
-            raise UserError(f"{path}: not FASTA; it begins with {text[:20]!r} instead of a header '>...'")
-        left = text[1:]
-        for text in chain([b""], iter(lambda: stream.read(READ_BYTES), b"")):
-            *records, left = (left + text).split(b"\n>")
-            yield from map(_parse_record, records)
-        yield _parse_record(left)
-
-
-def _parse_record(record: bytes) -> tuple[str, bytes]:
-    header, _, lines = record.partition(b"\n")
-    words = header.split(None, 1)
-    name = words[0].decode(errors="replace") if words else ""
-    uniprot = _UNIPROT.match(name)
-    return uniprot[1] if uniprot else name, lines.translate(None, b"\r\n")
+    return f"coalesce(nullif(regexp_extract({column}, '{UNIPROT.pattern}', 1), ''), {column})"
 
 
 def _store(

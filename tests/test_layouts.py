@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,10 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstd
 
-from esm2_composer import layouts
 from esm2_composer.errors import UserError
-from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout, Sequences, read_fasta
+from esm2_composer.fasta import read_fasta
+from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout, Sequences
 from esm2_composer.records import Report
 
 
@@ -117,34 +115,7 @@ def test_flat_rows_come_from_every_file_of_a_folder(tmp_path: Path, text: pa.Dat
 
 # --- FASTA ---
 
-RECORDS = [("a", b"MKV"), ("b", b"MK"), ("c", b""), ("", b"ML"), ("d", b"M K*")]
 FASTA = b">a first protein\nMK\nV\n\n>b\nMK\n>c no sequence\n>\nML\n>d\tx>y\nM K*"
-
-
-@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd.compress], ids=["plain", "gzip", "zstd"])
-@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"], ids=["unix", "windows"])
-@pytest.mark.parametrize("at_once", [20, 4096])
-def test_fasta_of_every_kind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Callable, line_end: bytes, at_once: int
-) -> None:
-    monkeypatch.setattr(layouts, "READ_BYTES", at_once)
-    path = tmp_path / "any.name"
-    path.write_bytes(pack(FASTA.replace(b"\n", line_end)))
-    assert list(read_fasta(path)) == RECORDS
-
-
-@pytest.mark.parametrize("at_once", range(5, 12))
-def test_fasta_is_read_alike_in_pieces_of_any_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
-) -> None:
-    monkeypatch.setattr(layouts, "READ_BYTES", at_once)
-    (tmp_path / "f").write_bytes(FASTA)
-    assert list(read_fasta(tmp_path / "f")) == RECORDS
-
-
-def test_gzip_members_one_after_another_are_one_file(tmp_path: Path) -> None:
-    (tmp_path / "f.gz").write_bytes(gzip.compress(b">a\nMK\n") + gzip.compress(b">b\nMV\n"))
-    assert list(read_fasta(tmp_path / "f.gz")) == [("a", b"MK"), ("b", b"MV")]
 
 
 def test_headers_of_uniprot_go_by_their_accession(tmp_path: Path) -> None:
@@ -207,34 +178,12 @@ PARQUET = {"ur50_id": ["c"], "ur90_id": ["a"], "sequence": ["M"]}
         ),
         (lambda f: Fasta([f / "gone"]), "gone: no such file"),
         (lambda f: Fasta([write_proteins(f / "x", {})], f / "gone"), "gone: no such file"),
-        (
-            lambda f: list(read_fasta(write_proteins(f / "x", {}))),
-            "x: not FASTA; it begins with b'SQLite format 3",
-        ),
-        (lambda f: list(read_fasta(fasta(f, b"MKV\n>a\nMK\n"))), "not FASTA; it begins with b'MKV"),
-        (lambda f: list(read_fasta(fasta(f, broken(gzip.compress(noise()), 0.5)))), "f: damaged (Truncated"),
-        (lambda f: list(read_fasta(fasta(f, broken(zstd.compress(noise()), 0.5)))), "f: damaged (Truncated"),
-        (lambda f: list(read_fasta(fasta(f, b"\x1f\x8bno gzip at all, this"))), "f: damaged ("),
     ],
 )
 def test_wrong_files_are_refused(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
     with pytest.raises(UserError) as caught:
         make(tmp_path)
     assert message in str(caught.value)
-
-
-def fasta(folder: Path, content: bytes) -> Path:
-    (folder / "f").write_bytes(content)
-    return folder / "f"
-
-
-def noise() -> bytes:
-    return b"".join(b">p%d\n%s\n" % (n, hex(n**9).upper().encode()) for n in range(2000))
-
-
-def test_an_empty_fasta_has_no_records(tmp_path: Path) -> None:
-    for content in (b"", b"\n \n", b"\xef\xbb\xbf", gzip.compress(b"")):
-        assert list(read_fasta(fasta(tmp_path, content))) == []
 
 
 def test_a_table_without_index_is_refused(tmp_path: Path) -> None:
