@@ -45,6 +45,7 @@ class ModelSection:
 class DataSection:
     remote: str
     local: str | None = None
+    cache_limit: str | None = None
     num_workers: int = 4
     max_length: int = 1024
     min_length: int = 1
@@ -302,6 +303,13 @@ def _problems(r: Recipe) -> typing.Iterator[str]:
     for key, (value, minimum) in at_least.items():
         if value < minimum:
             yield f"'{key}' is {value}; it must be at least {minimum}"
+    if r.data.min_length > r.data.max_length - 2:
+        yield f"'data.min_length' is {r.data.min_length}; with <cls> and <eos> that exceeds data.max_length"
+    if r.data.cache_limit is not None:
+        if not re.fullmatch(r"\d+(\.\d+)?(kb|mb|gb|tb)", r.data.cache_limit):
+            yield f"'data.cache_limit' is {r.data.cache_limit!r}; write a size such as 200gb"
+        if r.data.local is None:
+            yield "'data.cache_limit' is the limit of data.local, which is not set"
     if r.seed >= 2**31:  # ranks add theirs
         yield f"'seed' is {r.seed}; it must be below {2**31}"
     above_zero = {

@@ -7,16 +7,20 @@ Ranks and workers only decide where a sequence is computed.
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from streaming import StreamingDataset
+from streaming.base.storage.download import CloudDownloader
 from torch.utils.data import DataLoader, IterableDataset
 
 from esm2_composer import alphabet
@@ -132,6 +136,22 @@ class EvaluationBatches(IterableDataset):
             yield self._clusters.draw.collate(
                 [self._clusters[i] for i in range(start + self._rank, stop, self._ranks)]
             )
+
+
+def count_short_clusters(place: str, min_length: int) -> int | None:
+    """How many clusters of a split have no member of `min_length` residues; None if its conversion does not say.
+
+    Args:
+        place: folder or URI of the split.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "conversion.json")
+        try:
+            CloudDownloader.get(place).download(f"{place}/{path.name}", str(path), 60)
+            longest = json.loads(path.read_text())["longest_members"]
+        except Exception:  # no such file; each store raises its own types
+            return None
+    return sum(count for length, count in longest.items() if int(length) < min_length)
 
 
 def train_loader(

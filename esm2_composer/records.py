@@ -26,6 +26,7 @@ import numpy as np
 COLUMNS = {"cluster_id": "str", "lengths": "ndarray:int32", "residues": "bytes"}
 EXAMPLES_KEPT = 20
 LENGTH_EDGES = (1, 51, 101, 201, 301, 401, 501, 751, 1023, 1501, 2001, 5001)
+LONGEST_COUNTED = 1022  # more than any data.min_length asks for
 LENGTH_LABELS = [f"{low}-{high - 1}" for low, high in pairwise(LENGTH_EDGES)] + [f"{LENGTH_EDGES[-1]}-"]
 
 RESIDUES = b"ACDEFGHIKLMNPQRSTVWYXBUZO"
@@ -77,6 +78,7 @@ class Report:
     changed: dict[str, dict[str, Any]] = field(default_factory=dict)
     rejected: dict[str, dict[str, Any]] = field(default_factory=dict)
     member_lengths: list[int] = field(default_factory=lambda: [0] * len(LENGTH_EDGES))
+    longest_members: Counter = field(default_factory=Counter)  # clusters by their longest, up to LONGEST_COUNTED
 
     def change(self, what: str, name: str) -> None:
         _tally(self.changed, what, 1, [name])
@@ -99,6 +101,7 @@ class Report:
                 _tally(mine, reason, told["count"], told["examples"])
         pairs = zip(self.member_lengths, other.member_lengths, strict=True)
         self.member_lengths = [mine + theirs for mine, theirs in pairs]
+        self.longest_members.update(other.longest_members)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -106,12 +109,15 @@ class Report:
             "changed": self.changed,
             "rejected": self.rejected,
             "member_lengths": dict(zip(LENGTH_LABELS, self.member_lengths, strict=True)),
+            "longest_members": {str(length): count for length, count in sorted(self.longest_members.items())},
         }
 
     @classmethod
     def from_dict(cls, told: dict[str, Any]) -> Report:
         counts = {name: count for name, count in told.items() if isinstance(count, int)}
-        return cls(Counter(counts), told["changed"], told["rejected"], list(told["member_lengths"].values()))
+        longest = Counter({int(length): count for length, count in told["longest_members"].items()})
+        lengths = list(told["member_lengths"].values())
+        return cls(Counter(counts), told["changed"], told["rejected"], lengths, longest)
 
 
 def _tally(table: dict[str, dict[str, Any]], reason: str, count: int, examples: Sequence[str]) -> None:
@@ -188,6 +194,7 @@ def build_record(cluster_id: str, members: Sequence[Member], report: Report) -> 
     report.counts["clusters_written"] += 1
     report.counts["members_written"] += len(lengths)
     report.counts["residues_written"] += len(residues)
+    report.longest_members[min(max(lengths), LONGEST_COUNTED)] += 1
     for length in lengths:
         report.member_lengths[bisect_right(LENGTH_EDGES, length) - 1] += 1
     return {"cluster_id": cluster_id, "lengths": np.array(lengths, dtype=np.int32), "residues": residues}

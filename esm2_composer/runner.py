@@ -29,8 +29,8 @@ from esm2_composer.callbacks import (
     TokenMonitor,
 )
 from esm2_composer.checkpoints import RECIPE, find_checkpoint, open_folder
-from esm2_composer.config import FSDPSection, ModelSection, Recipe, batches
-from esm2_composer.data import ClusterDraw, evaluation_loader, train_loader
+from esm2_composer.config import DataSection, FSDPSection, ModelSection, Recipe, batches
+from esm2_composer.data import ClusterDraw, count_short_clusters, evaluation_loader, train_loader
 from esm2_composer.errors import UserError
 from esm2_composer.gradients import DivideByRanks, means_are_sums
 from esm2_composer.masking import MaskingRule
@@ -85,10 +85,13 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
 
     draw = cluster_draw(recipe)
     batch, workers = recipe.global_train_batch_size, recipe.data.num_workers
-    train = train_loader(draw, *recipe.data.split("train"), batch, workers)
+    train = train_loader(draw, *recipe.data.split("train"), batch, workers, recipe.data.cache_limit)
     valid = evaluation_loader(draw, *recipe.data.split("valid"), batch, workers)
     train.worker_init_fn = valid.worker_init_fn = shelter_worker
     saver.pin_data(on_rank_zero(lambda: _digest(recipe.data.split("train")[1])))
+
+    if recipe.data.min_length > 1:
+        _say(_short_clusters(recipe.data))
 
     sharded_on_cpu = recipe.fsdp is not None and recipe.fsdp.version == 2 and not on_gpu
     correction = [DivideByRanks()] if sharded_on_cpu and means_are_sums() else []
@@ -144,6 +147,14 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
 def _digest(local: str) -> str:
     """Of the index of a split's shards, which holds the digest of each."""
     return hashlib.sha256(Path(local, "index.json").read_bytes()).hexdigest()
+
+
+def _short_clusters(data: DataSection) -> str:
+    count = count_short_clusters(f"{data.remote}/train", data.min_length)
+    return (
+        f"data.min_length {data.min_length}: {'an unknown number of' if count is None else f'{count:,}'} clusters "
+        "have no member that long, and show those they have"
+    )
 
 
 def build_model(section: ModelSection) -> ESM2:

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import cluster
+from streaming import StreamingDataset
 from streaming.base.batching import generate_work
 from streaming.base.world import World
 from torch.utils.data import DataLoader
 
 from esm2_composer import alphabet
-from esm2_composer.data import ClusterDraw, Sequences, evaluation_loader, train_loader
+from esm2_composer.data import ClusterDraw, Sequences, count_short_clusters, evaluation_loader, train_loader
 from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule
 
@@ -296,3 +297,12 @@ def test_the_last_evaluation_batch_is_short_but_never_empty(
     loader = evaluation_loader(DRAW, None, fresh(), batch, num_workers=0)
     assert [len(sequences(each)) for each in loader] == sizes
     assert len(loader) == len(sizes)
+
+
+def test_clusters_that_are_all_short_are_counted(shards: Path, tmp_path: Path) -> None:
+    dataset = train_loader(DRAW, str(shards / "train"), str(tmp_path), BATCH, num_workers=0).dataset
+    longest = [max(StreamingDataset.get_item(dataset, i)["lengths"]) for i in range(dataset.num_samples)]
+    for min_length in (1, min(longest), min(longest) + 1, int(np.median(longest)), 1022):
+        short = sum(length < min_length for length in longest)
+        assert count_short_clusters(str(shards / "train"), min_length) == short
+    assert count_short_clusters(str(shards), 5) is None
