@@ -22,6 +22,7 @@ from transformers import EsmForMaskedLM
 from esm2_composer import alphabet, evaluation
 from esm2_composer.config import DataSection
 from esm2_composer.data import ClusterDraw, evaluation_loader
+from esm2_composer.errors import UserError
 from esm2_composer.evaluation import LENGTH_BINS, LENGTH_EDGES, data_floors, evaluate, floors, residue_frequencies
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, ESM2Config
@@ -257,6 +258,14 @@ def test_shards_with_other_letters_are_refused(checkpoints, tmp_path, call):
     with MDSWriter(out=str(tmp_path / "valid"), columns=COLUMNS) as writer:
         writer.write({"cluster_id": "a", "lengths": np.array([9], np.int32), "residues": b"mktayiakq"})
     assert_user_error(*call(tool.main, checkpoints["composer.pt"], "--data", tmp_path), "not of ESM-2's alphabet")
+
+
+def test_an_unknown_token_that_a_mask_put_there_is_none_of_the_data():
+    tokens = torch.tensor([alphabet.CLS, alphabet.UNK, 7, alphabet.EOS], dtype=torch.uint8)
+    replaced = {"tokens": tokens, "labels": torch.tensor([alphabet.PAD, 5, alphabet.PAD, alphabet.PAD])}
+    assert list(tool.checked([replaced], "data")) == [replaced]
+    with pytest.raises(UserError, match="alphabet"):
+        list(tool.checked([{**replaced, "labels": torch.full((4,), alphabet.PAD)}], "data"))
 
 
 def assert_user_error(code: int, out: str, err: str, *words: str) -> None:
