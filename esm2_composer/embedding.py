@@ -157,7 +157,7 @@ class Embedder:
         """The output's rows of a chunk, in its order."""
         names, proteins = zip(*chunk, strict=True)
         lengths = np.array([len(residues) for residues in proteins])
-        ends = lengths.cumsum()
+        starts = np.concatenate(([0], lengths.cumsum()))
         cut = [windows(length + 2, self.max_length) for length in lengths]
         shown = [(window, i) for i, of_one in enumerate(cut) for window in of_one]
         shown.sort(key=lambda pair: pair[0].start - pair[0].stop)
@@ -165,31 +165,26 @@ class Embedder:
 
         size, device = self.model.config.hidden_size, self.model.embed.weight.device
         sums = torch.zeros((len(proteins), size), dtype=torch.float64, device=device)
-        residues = np.empty((ends[-1], size), np.float32) if self.per_residue else None
+        residues = np.empty((starts[-1], size), np.float32) if self.per_residue else None
         for batch in self._batches(shown):
             x = self._represent([tokens[i][window.start : window.stop] for window, i in batch], device)
-            stops = np.cumsum([window.stop - window.start for window, _ in batch])
-            taken = [
-                np.arange(window.first, window.last) - window.stop + stop
-                for (window, _), stop in zip(batch, stops, strict=True)
-            ]
-            owners = np.repeat([i for _, i in batch], [len(places) for places in taken])
-            x = x[torch.from_numpy(np.concatenate(taken)).to(device)]
+            spans = [np.arange(window.first, window.last) for window, _ in batch]
+            first = np.cumsum([0, *(window.stop - window.start for window, _ in batch[:-1])])
+            taken = np.concatenate(
+                [span - window.start + at for span, (window, _), at in zip(spans, batch, first, strict=True)]
+            )
+            owners = np.repeat([i for _, i in batch], [len(span) for span in spans])
+            x = x[torch.from_numpy(taken).to(device)]
             sums.index_add_(0, torch.from_numpy(owners).to(device), x.double())
             if residues is not None:
-                first = [ends[i] - lengths[i] - 1 for _, i in batch]
-                places = [
-                    np.arange(window.first, window.last) + start
-                    for (window, _), start in zip(batch, first, strict=True)
-                ]
+                places = [starts[i] + span - 1 for span, (_, i) in zip(spans, batch, strict=True)]
                 residues[np.concatenate(places)] = x.cpu().numpy()
 
         means = (sums.cpu().numpy() / lengths[:, None]).astype(np.float32)
         columns = [pa.array(names), pa.array(lengths, pa.int32()), pa.array(map(len, cut), pa.int32())]
         columns.append(_vectors(means))
         if residues is not None:
-            starts = np.concatenate(([0], ends)).astype(np.int32)
-            columns.append(pa.ListArray.from_arrays(starts, _vectors(residues)))
+            columns.append(pa.ListArray.from_arrays(starts.astype(np.int32), _vectors(residues)))
         return pa.RecordBatch.from_arrays(columns, schema=self.columns)
 
     def _batches(self, shown: list[tuple[Window, int]]) -> Iterator[list[tuple[Window, int]]]:

@@ -57,8 +57,26 @@ def embedder(weights: Path, **changes) -> Embedder:
     return Embedder(ESM2.from_pretrained(weights).eval(), **wanted)
 
 
-def run(weights: Path, fasta: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
-    return python(TOOL, fasta, "--model", weights, "--out", out, *options)
+@pytest.fixture
+def tool(monkeypatch, capfd):
+    """Run the tool within this process, which spares its imports; gives the exit code and stderr."""
+
+    def run(*arguments: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        out, err = capfd.readouterr()
+        assert not out
+        return stop.value.code or 0, err
+
+    return run
+
+
+def assert_refused(result: tuple[int, str], words: list[str]) -> None:
+    code, stderr = result
+    assert code == 2
+    (line,) = (line for line in stderr.splitlines() if line.startswith("error:"))
+    assert all(word in line for word in words), line
 
 
 def matrices(table: pa.Table | pa.RecordBatch) -> list[np.ndarray]:
@@ -130,12 +148,11 @@ def test_a_long_protein_is_joined_from_windows_and_its_mean_is_over_all_residues
     np.testing.assert_allclose(rows["embedding"][0].as_py(), expected.mean(0), atol=1e-5)
 
 
-def test_the_tool_writes_rows_in_the_order_of_the_input(weights, real_data, tmp_path):
-    fasta = real_data / "tiny/fasta/uniref50.fasta.gz"
-    result = run(weights, fasta, tmp_path / "new/out.parquet", "--batch-tokens", "2048", "--layer", "1")
-    assert result.returncode == 0, result.stderr
-    assert "352 proteins" in result.stderr
-    assert not result.stdout
+def test_the_tool_writes_rows_in_the_order_of_the_input(tool, weights, real_data, tmp_path):
+    fasta, out = real_data / "tiny/fasta/uniref50.fasta.gz", tmp_path / "new/out.parquet"
+    code, stderr = tool(fasta, "--model", weights, "--out", out, "--batch-tokens", "2048", "--layer", "1")
+    assert code == 0
+    assert "352 proteins" in stderr
     table = pq.read_table(tmp_path / "new/out.parquet")
     lines = gzip.decompress(fasta.read_bytes()).decode().splitlines()
     assert table["id"].to_pylist() == [line.split()[0][1:] for line in lines if line.startswith(">")]
@@ -160,7 +177,7 @@ def test_a_killed_run_goes_on_where_it_was(weights, tmp_path):
         os.kill(process.pid, signal.SIGKILL)
     assert not (tmp_path / "out.parquet").exists()
     os.truncate(journal, journal.stat().st_size - 100)  # a row half-written
-    again = run(weights, fasta, tmp_path / "out.parquet", *options)
+    again = python(*command[1:])
     assert again.returncode == 0, again.stderr
     assert "proteins of an earlier run" in again.stderr
     one = embedder(weights, max_length=256, batch_tokens=256)
@@ -238,21 +255,6 @@ def test_faults_are_treated_as_in_conversion_and_repeated_ids_keep_their_rows(tm
         survey(path, 1024, 0.3)
 
 
-@pytest.fixture
-def refuse(monkeypatch, capfd):
-    """Run the tool within this process, which spares its imports: it has to end with one line of `words`."""
-
-    def run(words: list[str], *arguments: str | Path) -> None:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        assert stop.value.code == 2
-        (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("error:"))
-        assert all(word in line for word in words), line
-
-    return run
-
-
 @pytest.mark.parametrize(
     ("content", "options", "words"),
     [
@@ -266,9 +268,10 @@ def refuse(monkeypatch, capfd):
     ],
     ids=["empty", "no sequences", "not FASTA", "truncated", "long", "layer", "model"],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(refuse, weights, tmp_path, content, options, words):
+def test_a_mistake_is_one_line_and_leaves_nothing(tool, weights, tmp_path, content, options, words):
     (tmp_path / "in.fasta").write_bytes(content)
-    refuse(words, tmp_path / "in.fasta", "--model", weights, "--out", tmp_path / "out.parquet", *options)
+    fasta, out = tmp_path / "in.fasta", tmp_path / "out.parquet"
+    assert_refused(tool(fasta, "--model", weights, "--out", out, *options), words)
     assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
 
 
@@ -285,7 +288,8 @@ def test_wrong_options_and_an_output_that_exists_are_told_before_anything_is_rea
     refuse, tmp_path, options, words
 ):
     (tmp_path / "out.parquet").touch()
-    refuse(words, "nothing.fasta", "--model", "nothing", "--out", tmp_path / "out.parquet", *options)
+    out = tmp_path / "out.parquet"
+    assert_refused(tool("nothing.fasta", "--model", "nothing", "--out", out, *options), words)
 
 
 @pytest.mark.slow

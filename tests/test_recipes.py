@@ -44,6 +44,13 @@ def test_the_published_settings(size, shards):
     assert (draw.max_length, draw.masking.fraction, draw.masking.split) == (1024, 0.15, (0.8, 0.1, 0.1))
 
 
+def test_the_recipe_that_continues_begins_where_the_published_schedule_ended(shards):
+    recipe, published = load("continue", shards), load("8m", shards)
+    assert recipe.model.init_from
+    assert recipe.optimizer.lr == pytest.approx(published.optimizer.lr * published.schedule.floor)
+    assert cluster_draw(recipe) == cluster_draw(published)
+
+
 def start(recipe: str, shards: Path, folder: Path, *overrides: str, ranks: int = 1):
     """A few updates of a recipe, its model and batch made small."""
     small = (
