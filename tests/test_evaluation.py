@@ -3,15 +3,17 @@
 import math
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from esm2_composer import alphabet
 from esm2_composer.evaluation import evaluate, floors, residue_frequencies
+from esm2_composer.layouts import Sequences
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, ESM2Config
 from esm2_composer.pool import pack
-from esm2_composer.records import BioNeMo, Report, build_record
+from esm2_composer.records import Report, build_record
 
 
 def microbatch(lengths: list[int], seed: int) -> dict:
@@ -73,8 +75,13 @@ def test_the_copier_is_the_best_guess_without_context(all_tokens):
 
 def test_the_floors_of_real_data_are_those_in_its_readme(real_data):
     def frequencies(clusters: str, sequences: str) -> np.ndarray:
-        source = BioNeMo(real_data / "full" / clusters, real_data / "full" / sequences)
-        return residue_frequencies(build_record(cluster, Report()) for cluster in source)
+        database = Sequences(real_data / "full" / sequences)
+        records = []
+        for row in pq.read_table(real_data / "full" / clusters).to_pylist():
+            ids = row.get("ur90_id") or [row["ur50_id"]]
+            found = database.look_up(ids)
+            records.append(build_record(row["ur50_id"], [(name, found[name.encode()]) for name in ids], Report()))
+        return residue_frequencies(records)
 
     train = frequencies("train_clusters.parquet", "train.db")
     valid = frequencies("valid_clusters.parquet", "validation.db")
