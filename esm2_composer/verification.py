@@ -74,15 +74,18 @@ def _verify_split(
             progress("shards", number, len(shards))
     finally:
         pool.shutdown(cancel_futures=True)
-    statistics = {"shards": len(shards), "clusters": clusters, **_statistics(lengths, draws)}
-    if conversion:
-        for name in ("clusters", "members", "residues"):
-            if statistics[name] != conversion[f"{name}_written"]:
-                raise UserError(
-                    f"{place}: {statistics[name]:,} {name}, but conversion.json says "
-                    f"{conversion[f'{name}_written']:,}; a shard is missing from index.json, or another split's"
-                )
-    return statistics
+    if not conversion and not clusters:
+        raise UserError(f"{place}: its shards hold no cluster")
+    residues = int(lengths @ np.arange(len(lengths)))
+    counts = {"clusters": clusters, "members": int(lengths.sum()), "residues": residues}
+    for name, count in counts.items():
+        expected = conversion[f"{name}_written"] if conversion else count
+        if count != expected:
+            raise UserError(
+                f"{place}: {count:,} {name}, but conversion.json says {expected:,}; "
+                "a shard is missing from index.json, or another split's"
+            )
+    return {"shards": len(shards), **counts, **_statistics(lengths, draws)}
 
 
 def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:
@@ -129,14 +132,11 @@ def _add(counts: np.ndarray, more: np.ndarray) -> np.ndarray:
 
 def _statistics(lengths: np.ndarray, draws: np.ndarray) -> dict[str, Any]:
     """Of members by length, and of members as training draws them: one of each cluster."""
-    values = np.arange(len(lengths))
-    members = int(lengths.sum())
+    members = lengths.sum()
     ranks = [max(int(np.ceil(members * percent / 100)), 1) for percent in PERCENTILES]
     percentiles = np.searchsorted(np.cumsum(lengths), ranks)
-    tokens = np.minimum(values + 2, MAX_LENGTH)
+    tokens = np.minimum(np.arange(len(lengths)) + 2, MAX_LENGTH)
     return {
-        "members": members,
-        "residues": int((lengths * values).sum()),
         "length_percentiles": {f"{p} %": int(v) for p, v in zip(PERCENTILES, percentiles, strict=True)},
         "share_over_1022": float(lengths[MAX_LENGTH - 1 :].sum() / members),
         "padding_at_1024": float(1 - (draws * tokens).sum() / (draws.sum() * MAX_LENGTH)),

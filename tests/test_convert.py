@@ -13,7 +13,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_records import write_layout
+from test_conversion import hashes
+from test_layouts import write_layout
 
 TOOL = Path(__file__).parents[1] / "tools" / "convert.py"
 COLUMNS = {"ur50_id": ["c1", "c2"], "ur90_id": [["a", "b"], ["d"]]}
@@ -155,8 +156,12 @@ WRONG_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "proteins.db: no table 'protein' with columns 'id' and 'sequence'",
     ),
     "database of other proteins": (
+        lambda data: replace_database(data, "CREATE TABLE protein (id TEXT PRIMARY KEY, sequence TEXT)"),
+        "100.0% of 3 members rejected, more than 1.0%: member without sequence 3 (such as '",
+    ),
+    "database without an index": (
         lambda data: replace_database(data, "CREATE TABLE protein (id TEXT, sequence TEXT)"),
-        "100.0% of 3 members rejected, more than 1.0%: member without sequence 3 (such as 'a')",
+        "proteins.db: table 'protein' has no index on 'id'",
     ),
     "too many bad sequences": (
         lambda data: store_clusters(data, {"ur90_id": [["a", "b", "gone"]]}),
@@ -176,9 +181,50 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
 
 
 def test_wrong_database_is_one_line_in_a_process_of_its_own(data: Path, tmp_path: Path) -> None:
-    replace_database(data, "CREATE TABLE protein (id TEXT, sequence TEXT)")
-    assert_refused(run_tool(*options(data, tmp_path / "shards")), "member without sequence 3 (such as 'a')")
+    replace_database(data, "CREATE TABLE protein (id TEXT PRIMARY KEY, sequence TEXT)")
+    assert_refused(run_tool(*options(data, tmp_path / "shards")), "member without sequence 3 (such as '")
     assert not list(tmp_path.glob("shards/*"))
+
+
+WRONG_OPTIONS = {
+    "give one of: --clusters with --sequences, --flat, --fasta, --verify": ["--out", "x"],
+    "give one of": ["--out", "x", "--flat", "f", "--fasta", "g"],
+    "--clusters and --sequences go together": ["--out", "x", "--clusters", "c"],
+    "--cluster-tsv goes with --fasta": ["--out", "x", "--flat", "f", "--cluster-tsv", "t"],
+    "--out is missing": ["--flat", "f"],
+    "--workers 0 must be at least 1": ["--out", "x", "--flat", "f", "--workers", "0"],
+    "--max-members-per-cluster 0 must": ["--out", "x", "--flat", "f", "--max-members-per-cluster", "0"],
+    "gone.parquet: no such file": ["--out", "x", "--flat", "gone.parquet"],
+    "gone.fasta: no such file": ["--out", "x", "--fasta", "gone.fasta"],
+    "x: no index.json there, nor in train/ or valid/": ["--verify", "x"],
+}
+
+
+@pytest.mark.parametrize("message", WRONG_OPTIONS)
+def test_wrong_options_are_one_line(
+    convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(convert(*WRONG_OPTIONS[message]), message)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a\tb\nc\n", "t.tsv: damaged (Invalid Input Error: CSV Error on Line: 2"),
+        (b"a\tb\tc\n", "t.tsv: damaged (Invalid Input Error: CSV Error on Line: 1"),
+        (b"a\tb\n\xff\tb\n", "This file is not utf-8 encoded"),
+        (b"", "no cluster to write: the input is empty"),
+        (b"a\tb\n", "100.0% of 1 members rejected, more than 1.0%: member without sequence 1 (such as 'b')"),
+    ],
+)
+def test_a_wrong_cluster_tsv_is_one_line(convert: Convert, tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "f.fasta").write_text(">a\nMK\n")
+    (tmp_path / "t.tsv").write_bytes(content)
+    arguments = ["--fasta", str(tmp_path / "f.fasta"), "--cluster-tsv", str(tmp_path / "t.tsv")]
+    assert_refused(convert(*arguments, "--out", str(tmp_path / "out")), message)
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_existing_split_is_refused_and_left_alone(convert: Convert, data: Path, tmp_path: Path) -> None:
@@ -190,13 +236,44 @@ def test_existing_split_is_refused_and_left_alone(convert: Convert, data: Path, 
     assert kept.read_text() == "mine"
 
 
-def test_object_storage_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = sorted(tmp_path.rglob("*"))
-    monkeypatch.chdir(tmp_path)
-    assert_refused(
-        run_tool(*options(data, "s3://bucket/shards")), "--out s3://bucket/shards: write to a local folder"
-    )
-    assert sorted(tmp_path.rglob("*")) == before
+def test_every_layout_has_its_options(convert: Convert, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "f.fasta").write_text("".join(f">{name}\n{sequence}\n" for name, sequence in PROTEINS.items()))
+    (tmp_path / "t.tsv").write_text("c1\ta\nc1\tb\nc2\td\n")
+    columns = {"ur50_id": ["c2", "c1", "c1"], "ur90_id": ["d", "a", "b"], "sequence": ["MKVLA", "MKV", "MK"]}
+    pq.write_table(pa.table(columns), tmp_path / "flat.parquet")
+    for out, arguments in {
+        "bionemo": options(data, tmp_path / "bionemo")[:4],
+        "flat": ["--flat", str(tmp_path / "flat.parquet")],
+        "fasta": ["--fasta", str(tmp_path / "f.fasta"), "--cluster-tsv", str(tmp_path / "t.tsv")],
+    }.items():
+        code, stderr = convert(*arguments, "--out", str(tmp_path / out))
+        assert code == 0, stderr
+        assert hashes(tmp_path / out / "train") == hashes(tmp_path / "bionemo" / "train")
+    code, stderr = convert("--fasta", str(tmp_path / "f.fasta"), "--out", str(tmp_path / "alone"))
+    assert stderr.startswith("train: 3 clusters, 3 members, 10 residues in ")
+
+
+def test_a_finished_split_is_told_and_verified(convert: Convert, data: Path, tmp_path: Path) -> None:
+    for expected in (" s\n", ", converted before; nothing to do\n"):
+        code, stderr = convert(*options(data, tmp_path / "shards"), "--workers", "1")
+        assert code == 0
+        assert stderr.endswith(expected)
+    code, stderr = convert("--verify", str(tmp_path / "shards"), "--workers", "1")
+    assert code == 0
+    assert "train: 1 shards hold what index.json says\ntrain: 2 clusters, 3 members, 10 residues\n" in stderr
+
+
+def test_a_line_now_and_then_without_a_terminal(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    progress = runpy.run_path(str(TOOL))["Progress"]("train")
+    clock = iter([0.0, *range(5, 100, 5)])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    for done in (0, 1000, 1000, 2000, 2000, 4000):
+        progress("clusters", done, 10_000)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines
+    assert all(line.startswith("train: ") and "min left clusters" in line for line in lines)
 
 
 @pytest.mark.parametrize("fraction", ["-1", "2", "nan"])
@@ -225,10 +302,8 @@ def test_both_splits_are_written_and_their_counts_printed(convert: Convert, data
         index = json.loads((out / split / "index.json").read_text())
         assert sum(shard["samples"] for shard in index["shards"]) == samples
         conversion = json.loads((out / split / "conversion.json").read_text())
-        assert conversion["inputs"] == {
-            "clusters": str(data / "clusters.parquet"),
-            "sequences": str(data / "proteins.db"),
-        }
+        inputs = {role: paths[0]["path"] for role, paths in conversion["state"]["inputs"].items()}
+        assert inputs == {"clusters": str(data / "clusters.parquet"), "sequences": str(data / "proteins.db")}
 
 
 def test_rejected_and_changed_members_are_printed(convert: Convert, data: Path, tmp_path: Path) -> None:

@@ -12,22 +12,25 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from benchmarks.parity import hugging_face, random_model
 from conftest import ROOT, composer
 from streaming import MDSWriter
-from test_model import CONFIGS, hugging_face, random_model
+from test_model import CONFIGS
 from test_weights import save_fair_esm
 from torch.nn.utils.rnn import pad_sequence
 from transformers import EsmForMaskedLM
 
 from esm2_composer import alphabet, evaluation
 from esm2_composer.config import DataSection
+from esm2_composer.conversion import Options, convert
 from esm2_composer.data import ClusterDraw, evaluation_loader
 from esm2_composer.errors import UserError
 from esm2_composer.evaluation import LENGTH_BINS, LENGTH_EDGES, data_floors, evaluate, floors, residue_frequencies
+from esm2_composer.layouts import BioNeMo
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, ESM2Config
 from esm2_composer.pool import pack
-from esm2_composer.records import COLUMNS, BioNeMo, write_split
+from esm2_composer.records import COLUMNS
 
 
 def microbatch(lengths: list[int], seed: int) -> dict:
@@ -316,7 +319,7 @@ def test_the_floors_of_real_data_are_those_in_its_readme(real_data, tmp_path):
         ("train", "train_clusters.parquet", "train.db"),
         ("valid", "valid_clusters.parquet", "validation.db"),
     ):
-        write_split(BioNeMo(full / clusters, full / sequences), tmp_path / split, {}, 0.0)
+        convert(BioNeMo(full / clusters, full / sequences), str(tmp_path), Options(split), 0.0)
     rules = [MaskingRule(), MaskingRule(all_tokens=True)]
     amino_acids, all_tokens = data_floors(DataSection(str(tmp_path)), rules)
     assert amino_acids["unigram"] == pytest.approx(18.22, abs=0.01)

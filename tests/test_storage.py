@@ -1,0 +1,206 @@
+"""storage.py and conversion to object storage, against a real S3 endpoint behind a proxy that can fail."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+from streaming import StreamingDataset
+from test_conversion import bionemo, hashes, random_data
+
+from esm2_composer import plan, storage
+from esm2_composer.conversion import Interrupted, Options, convert
+from esm2_composer.errors import UserError
+from esm2_composer.layouts import BioNeMo
+from esm2_composer.storage import Store, UploadError
+from esm2_composer.verification import verify
+
+# What becomes of a request: (method, path, body) -> the body to pass on, or a status to answer with.
+Fault = Callable[[str, str, bytes], "bytes | int"]
+
+
+class Bucket:
+    """A bucket on a server of its own; `fault` is asked about every request."""
+
+    def __init__(self) -> None:
+        self.fault: Fault = lambda method, path, body: body
+        self.stored: list[str] = []  # objects in the order of their uploads
+        self._moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        self._moto.start()
+        self._upstream = self._moto.get_host_and_port()
+        self._proxy = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        threading.Thread(target=self._proxy.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._proxy.server_port}"
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        bucket = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def forward(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                passed = bucket.fault(self.command, self.path, body)
+                if isinstance(passed, int):
+                    self.send_response(passed)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                if self.command == "PUT":
+                    bucket.stored.append(self.path.removeprefix("/bucket/"))
+                upstream = http.client.HTTPConnection(*bucket._upstream)
+                upstream.request(self.command, self.path, passed, dict(self.headers))
+                answer = upstream.getresponse()
+                content = answer.read()
+                self.send_response(answer.status)
+                for name, value in answer.getheaders():
+                    if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                        self.send_header(name, value)
+                length = answer.getheader("Content-Length") if self.command == "HEAD" else len(content)
+                self.send_header("Content-Length", str(length))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = forward
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        return Handler
+
+    def close(self) -> None:
+        self._proxy.shutdown()
+        self._moto.stop()
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    server = Bucket()
+    monkeypatch.setenv("S3_ENDPOINT_URL", server.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # boto3's own retries out of the way of ours
+    monkeypatch.setattr("streaming.base.util.sleep", lambda seconds: None)
+    boto3.client("s3", endpoint_url=server.url).create_bucket(Bucket="bucket")
+    server.stored.clear()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BioNeMo:
+    monkeypatch.setattr(plan, "PART_CLUSTERS", 16)
+    named, proteins = random_data(100)
+    return bionemo(tmp_path, {"ur50_id": list(named), "ur90_id": list(named.values())}, proteins)
+
+
+def fail(times: int, answer: int | Callable[[bytes], bytes], part: str) -> Fault:
+    """The first so many uploads of objects with `part` in their name get `answer`."""
+    left = [times]
+
+    def fault(method: str, path: str, body: bytes) -> bytes | int:
+        if method == "PUT" and part in path and left[0]:
+            left[0] -= 1
+            return answer if isinstance(answer, int) else answer(body)
+        return body
+
+    return fault
+
+
+def test_a_split_on_object_storage_is_the_one_on_disk(bucket: Bucket, layout: BioNeMo, tmp_path: Path) -> None:
+    told = convert(layout, "s3://bucket/some/where", Options(), workers=1, scratch=tmp_path / "scratch")
+    convert(layout, str(tmp_path / "local"), Options())
+    assert bucket.stored[-1] == "some/where/train/index.json"
+    expected = {*hashes(tmp_path / "local/train"), "conversion.json"}
+    assert set(bucket.stored) == {f"some/where/train/{name}" for name in expected}
+    assert not list((tmp_path / "scratch").iterdir())
+    dataset = StreamingDataset(
+        remote="s3://bucket/some/where/train", local=str(tmp_path / "cache"), batch_size=1, validate_hash="xxh64"
+    )
+    assert len(dataset) == 100
+    local = StreamingDataset(local=str(tmp_path / "local/train"), batch_size=1)
+    for number in range(100):
+        assert dataset[number]["residues"] == local[number]["residues"]
+        assert dataset[number]["cluster_id"] == local[number]["cluster_id"]
+    assert verify("s3://bucket/some/where")["train"] == verify(str(tmp_path / "local"))["train"]
+    uploads = len(bucket.stored)
+    assert convert(layout, "s3://bucket/some/where/", Options(), scratch=tmp_path / "scratch") == {
+        **told,
+        "already_done": True,
+    }
+    assert len(bucket.stored) == uploads
+    with pytest.raises(UserError, match=r"options\.seed was 0, is 1"):
+        convert(layout, "s3://bucket/some/where", Options(seed=1), scratch=tmp_path / "scratch")
+
+
+def test_clusters_of_the_other_split_are_found_on_object_storage(bucket: Bucket, tmp_path: Path) -> None:
+    one = bionemo(tmp_path / "one", {"ur50_id": ["a", "b"]}, {"a": "MK", "b": "MV"})
+    two = bionemo(tmp_path / "two", {"ur50_id": ["b", "c"]}, {"b": "MV", "c": "ML"})
+    convert(one, "s3://bucket/x", Options("train"), scratch=tmp_path)
+    with pytest.raises(UserError, match="cluster of the other split 1"):
+        convert(two, "s3://bucket/x", Options("valid"), scratch=tmp_path)
+
+
+@pytest.mark.parametrize("answer", [500, lambda body: body[:-1] + b"!"], ids=["refused", "corrupted"])
+def test_an_upload_that_fails_or_arrives_damaged_is_tried_again(
+    bucket: Bucket, layout: BioNeMo, tmp_path: Path, answer: int | Callable
+) -> None:
+    bucket.fault = fail(3, answer, "shard.00001")
+    convert(layout, "s3://bucket/x", Options(), scratch=tmp_path)
+    assert verify("s3://bucket/x")["train"]["clusters"] == 100
+
+
+def test_a_lost_store_keeps_the_work_and_the_same_command_goes_on(
+    bucket: Bucket, layout: BioNeMo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.fault = fail(10**9, 500, "shard.00003")
+    scratch = tmp_path / "scratch"
+    with pytest.raises(Interrupted, match=r"shard\.00003.*the work is kept"):
+        convert(layout, "s3://bucket/x", Options(), scratch=scratch)
+    before = set(bucket.stored)
+    assert not any("index.json" in name for name in before)
+    bucket.stored.clear()
+    bucket.fault = lambda method, path, body: body
+    convert(layout, "s3://bucket/x", Options(), scratch=scratch)
+    assert before.isdisjoint(bucket.stored)
+    assert verify("s3://bucket/x")["train"]["clusters"] == 100
+
+
+def test_no_bucket_is_one_clear_line(bucket: Bucket, layout: BioNeMo, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^s3://none/x/train: cannot be opened"):
+        convert(layout, "s3://none/x", Options(), scratch=tmp_path / "scratch")
+    with pytest.raises(UserError, match=r"^what://b/x/train: cannot be opened \(Invalid Cloud provider prefix"):
+        convert(layout, "what://b/x", Options(), scratch=tmp_path / "scratch")
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_verification_of_object_storage_finds_damage(bucket: Bucket, layout: BioNeMo, tmp_path: Path) -> None:
+    convert(layout, "s3://bucket/x", Options(), scratch=tmp_path)
+    client = boto3.client("s3", endpoint_url=bucket.url)
+    client.put_object(Bucket="bucket", Key="x/train/shard.00002.00.mds.zstd", Body=b"other")
+    with pytest.raises(UserError, match=r"shard\.00002.*the shard is damaged"):
+        verify("s3://bucket/x/train")
+    client.delete_object(Bucket="bucket", Key="x/train/shard.00002.00.mds.zstd")
+    with pytest.raises(UserError, match=r"shard\.00002.*cannot be read"):
+        verify("s3://bucket/x/train")
+
+
+def test_an_object_counts_only_when_it_comes_back_alike(bucket: Bucket, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    store = Store("s3://bucket/x", tmp_path)
+    bucket.fault = fail(storage.ATTEMPTS, lambda body: body.replace(b"content", b"CONTENT"), "file")
+    with pytest.raises(UploadError, match=r"s3://bucket/x/file differs from what was sent"):
+        store.upload("file")
+    store.upload("file")
+    assert store.exists("file")
+    assert not store.exists("fil")
+    (tmp_path / "there").mkdir()
+    assert store.download("file", tmp_path / "there").read_bytes() == b"content"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]

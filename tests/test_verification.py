@@ -1,0 +1,93 @@
+"""verification.py: its statistics follow their definitions, and no damage passes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstd
+from test_conversion import SPLIT_FILES, bionemo
+
+from esm2_composer import mds
+from esm2_composer.conversion import Options, convert
+from esm2_composer.errors import UserError
+from esm2_composer.layouts import BioNeMo
+from esm2_composer.mds import ShardWriter
+from esm2_composer.verification import verify
+
+
+def test_statistics_of_members_and_of_draws(tmp_path: Path) -> None:
+    proteins = {"a": "M" * 8, "b": "M" * 1022, "d": "M" * 1023, "e": "M" * 3000}
+    layout = bionemo(tmp_path, {"ur50_id": ["c1", "c2"], "ur90_id": [["a"], ["b", "d", "e"]]}, proteins)
+    convert(layout, str(tmp_path / "out"), Options())
+    (told,) = verify(str(tmp_path / "out")).values()
+    assert verify(str(tmp_path / "out" / "train"))["train"] == told
+    assert (told["shards"], told["clusters"], told["members"], told["residues"]) == (1, 2, 4, 5053)
+    assert list(told["length_percentiles"].values()) == [8, 8, 8, 1022, 1023, 3000, 3000]
+    assert told["share_over_1022"] == 0.5
+    assert told["padding_at_1024"] == pytest.approx((1014 / 1024) / 2)  # c1 shows 10 tokens, c2 always 1,024
+
+
+@pytest.mark.parametrize(("split", "over", "padding"), [("train", 0.0195, 0.725), ("valid", 0.05, 0.743)])
+def test_statistics_of_real_data_are_those_in_its_readme(
+    real_data: Path, tmp_path: Path, split: str, over: float, padding: float
+) -> None:
+    layout = BioNeMo(*(real_data / "tiny" / file for file in SPLIT_FILES[split]))
+    convert(layout, str(tmp_path), Options(split))
+    told = verify(str(tmp_path), workers=2)[split]
+    assert told["share_over_1022"] == pytest.approx(over, abs=5e-5)
+    assert told["padding_at_1024"] == pytest.approx(padding, abs=5e-4)
+
+
+def edit_index(split: Path, change: Callable[[dict], object]) -> None:
+    index = json.loads((split / "index.json").read_text())
+    change(index)
+    (split / "index.json").write_text(json.dumps(index))
+
+
+def rewrite(split: Path, old: bytes, new: bytes) -> None:
+    """Put other content into the shard, with hashes that fit."""
+    path = split / "shard.00000.00.mds.zstd"
+    raw = zstd.decompress(path.read_bytes())
+    assert raw.count(old) == 1
+    raw = raw.replace(old, new)
+    path.write_bytes(zstd.compress(raw))
+    name = "shard.00000.00.mds"
+    files = {"raw_data": mds._file(name, raw), "zip_data": mds._file(f"{name}.zstd", path.read_bytes())}
+    edit_index(split, lambda index: index["shards"][0].update(files))
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cannot be read": lambda split: (split / "shard.00000.00.mds.zstd").unlink(),
+    "its xxh64 is not that of index.json": lambda split: (split / "shard.00000.00.mds.zstd").write_bytes(b"x"),
+    "lengths of c1 do not add up to its residues": lambda split: rewrite(
+        split, b"\x05\0\0\0MKVLA", b"\x04\0\0\0MKVLA"
+    ),
+    "c1 holds letters that are no residues": lambda split: rewrite(split, b"MKVLA", b"MK-LA"),
+    "0 clusters, but conversion.json says 2": lambda split: edit_index(
+        split, lambda index: index["shards"].clear()
+    ),
+    "index.json: damaged": lambda split: (split / "index.json").write_text("{"),
+    "no finished shards": lambda split: (split / "index.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_damage_is_found(tmp_path: Path, message: str) -> None:
+    layout = bionemo(tmp_path, {"ur50_id": ["c1", "c2"]}, {"c1": "MKVLA", "c2": "MKQ"})
+    convert(layout, str(tmp_path / "out"), Options())
+    assert verify(str(tmp_path / "out"))["train"]["members"] == 2
+    DAMAGE[message](tmp_path / "out" / "train")
+    with pytest.raises(UserError) as caught:
+        verify(str(tmp_path / "out"))
+    assert message in str(caught.value)
+
+
+def test_shards_of_others_are_verified_without_a_conversion_json(tmp_path: Path) -> None:
+    layout = bionemo(tmp_path, {"ur50_id": ["c1"]}, {"c1": "MKVLA"})
+    convert(layout, str(tmp_path / "out"), Options())
+    (tmp_path / "out/train/conversion.json").unlink()
+    assert verify(str(tmp_path / "out"))["train"]["residues"] == 5
+    assert ShardWriter(tmp_path, "x").finish() == []

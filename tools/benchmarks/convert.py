@@ -1,0 +1,150 @@
+"""Conversion of synthetic clusters in BioNeMo's layout: clusters a second, peak memory, bytes a residue.
+
+Every measurement runs tools/convert.py as a user does, on input made for it: lengths as in UniRef50, 2.9 members a
+cluster, sequences in the database in another order than the clusters. The input has been written a moment before,
+so it lies in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from esm2_composer.errors import UserError
+
+UNIREF_CLUSTERS, UNIREF_RESIDUES = 65.18e6, 63e9
+CLUSTER_TAIL, MAX_CLUSTER = 1.3, 50  # P(size >= k) = k ** -1.3: mean 2.9
+CONVERT = Path(__file__).parents[1] / "convert.py"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--clusters", type=int, nargs="+", default=[10_000, 100_000], help="sizes (%(default)s)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes (%(default)s)")
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Convert inputs of every size with every number of workers."""
+    if min(*args.clusters, *args.workers) < 1:
+        raise UserError("--clusters and --workers must be at least 1")
+    rows = []
+    for clusters in args.clusters:
+        with tempfile.TemporaryDirectory(prefix="convert-") as folder:
+            print(f"making {clusters:,} clusters", file=sys.stderr, flush=True)
+            make_input(Path(folder), clusters)
+            for workers in args.workers:
+                print(f"converting them with {workers} workers", file=sys.stderr, flush=True)
+                rows.append({"clusters": clusters, "workers": workers, **convert(Path(folder), workers)})
+    return {"load_average": os.getloadavg()[0], "cpus": len(os.sched_getaffinity(0)), "rows": rows}
+
+
+def make_input(folder: Path, clusters: int) -> None:
+    """clusters.parquet and proteins.db."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    generator = np.random.default_rng(clusters)
+    sizes = np.minimum(generator.random(clusters) ** (-1 / CLUSTER_TAIL), MAX_CLUSTER).astype(int)
+    members = int(sizes.sum())
+    ids = generator.permutation(members)
+    names = pa.array([f"UniRef90_A0A{number:09X}" for number in ids.tolist()])
+    offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
+    columns = {
+        "ur50_id": [f"UniRef50_A0A{number:09X}" for number in range(clusters)],
+        "ur90_id": pa.ListArray.from_arrays(offsets, names),
+    }
+    pq.write_table(pa.table(columns), folder / "clusters.parquet")
+    letters = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", np.uint8)
+    with contextlib.closing(sqlite3.connect(folder / "proteins.db")) as database, database:
+        database.execute("PRAGMA synchronous = OFF")
+        database.execute("CREATE TABLE protein (id TEXT PRIMARY KEY, sequence TEXT)")
+        for start in range(0, members, 50_000):
+            numbers = range(start, min(start + 50_000, members))
+            lengths = np.maximum(generator.lognormal(np.log(277.5), 0.63, len(numbers)).astype(int), 20)
+            ends = np.cumsum(lengths).tolist()
+            text = generator.choice(letters, ends[-1]).tobytes().decode()
+            sequences = (text[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True))
+            named = (f"UniRef90_A0A{number:09X}" for number in numbers)
+            database.executemany("INSERT INTO protein VALUES (?, ?)", zip(named, sequences, strict=True))
+
+
+def convert(folder: Path, workers: int) -> dict:
+    """Seconds, clusters a second, peak memory of the parent and of the largest worker, bytes a residue."""
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        command = [sys.executable, CONVERT, "--clusters", folder / "clusters.parquet"]
+        command += ["--sequences", folder / "proteins.db", "--out", out, "--workers", workers]
+        start = time.perf_counter()
+        process = subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
+        peaks = watch(process)
+        elapsed = time.perf_counter() - start
+        if process.returncode:
+            raise RuntimeError(f"conversion ended with exit code {process.returncode}")
+        told = json.loads((Path(out) / "train" / "conversion.json").read_text())
+        size = sum(path.stat().st_size for path in (Path(out) / "train").glob("*.zstd"))
+    rate = told["clusters_written"] / told["elapsed_seconds"]
+    return {
+        "members": told["members_written"],
+        "residues": told["residues_written"],
+        "seconds": elapsed,
+        "clusters_per_second": rate,
+        "cpu_seconds": peaks["cpu_seconds"],
+        "clusters_per_cpu_second": told["clusters_written"] / peaks["cpu_seconds"],
+        "uniref_hours": UNIREF_RESIDUES / (told["residues_written"] / told["elapsed_seconds"]) / 3600,
+        "parent_mib": peaks["parent"] / 2**10,
+        "worker_mib": peaks["worker"] / 2**10,
+        "bytes_per_residue": size / told["residues_written"],
+    }
+
+
+def watch(process: subprocess.Popen) -> dict[str, float]:
+    """Wait for the end; peak resident memory (KiB) of it and of its largest child, and CPU seconds of all."""
+    peaks = {"parent": 0, "worker": 0}
+    while True:
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return {**peaks, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+        for child in children(process.pid):
+            peaks["worker"] = max(peaks["worker"], peak_memory(child))
+        peaks["parent"] = max(peaks["parent"], peak_memory(process.pid))
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it may have ended
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+    return found
+
+
+def peak_memory(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1])
+    return 0
+
+
+def table(result: dict) -> str:
+    lines = [
+        f"{result['cpus']} cores, load average {result['load_average']:.1f} at the end",
+        f"{'clusters':>10} {'workers':>8} {'members':>10} {'seconds':>8} {'clusters/s':>11} {'per CPU s':>10} "
+        f"{'UniRef, h':>10} {'parent MiB':>11} {'worker MiB':>11} {'bytes/residue':>14}",
+    ]
+    lines += [
+        f"{row['clusters']:10,} {row['workers']:8} {row['members']:10,} {row['seconds']:8.1f} "
+        f"{row['clusters_per_second']:11,.0f} {row['clusters_per_cpu_second']:10,.0f} {row['uniref_hours']:10.1f} "
+        f"{row['parent_mib']:11,.0f} {row['worker_mib']:11,.0f} {row['bytes_per_residue']:14.3f}"
+        for row in result["rows"]
+    ]
+    return "\n".join(lines)
