@@ -71,7 +71,8 @@ class Run:
         """Wait for `condition`, but not longer than the run lives."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert self._process.poll() is None and time.monotonic() < deadline, "".join(self.lines)
+            assert self._process.poll() is None, "".join(self.lines)
+            assert time.monotonic() < deadline, "".join(self.lines)
             time.sleep(0.01)
 
     def wait_for(self, start: str) -> None:

@@ -1,4 +1,4 @@
-"""A run told to leave, by whatever signal, to whom and when: it saves, leaves in time with code 75, and goes on."""
+"""A run told to leave, by whatever signal, to whom and when: it saves, leaves with code 75 and goes on."""
 
 import json
 import signal
@@ -19,7 +19,12 @@ def long_validation(tmp_path_factory) -> Path:
     clusters = ("--clusters", "96", "--valid-clusters", "1500")
     assert python(ROOT / "tools/sample_data.py", folder / "raw", *clusters).returncode == 0
     for split, sequences in (("train", "train.db"), ("valid", "validation.db")):
-        inputs = ("--clusters", folder / "raw" / f"{split}_clusters.parquet", "--sequences", folder / "raw" / sequences)
+        inputs = (
+            "--clusters",
+            folder / "raw" / f"{split}_clusters.parquet",
+            "--sequences",
+            folder / "raw" / sequences,
+        )
         converted = python(ROOT / "tools/convert.py", *inputs, "--out", folder / "shards", "--split", split)
         assert converted.returncode == 0, converted.stderr
     return folder / "shards"
