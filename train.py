@@ -5,6 +5,7 @@ Exit codes: 0 done, also when it was done before; 2 a mistake in the recipe or i
 """
 
 import argparse
+import os
 import sys
 
 from esm2_composer import preemption
@@ -28,7 +29,7 @@ def main() -> int:
     if args.dry_run:
         from esm2_composer.plan import describe
 
-        print(describe(recipe))
+        print(describe(recipe, ranks=int(os.environ.get("WORLD_SIZE", 1))))
         return 0
 
     from esm2_composer.callbacks import Diverged, Divergence, Preempted, advice

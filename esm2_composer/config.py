@@ -173,10 +173,10 @@ def _flatten(config: DictConfig, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str, overrides: Sequence[str] = (), data_is_here: bool = True) -> Recipe:
     """Read the recipe at `path`, apply `key.subkey=value` overrides, check it.
 
-    `${other.key}` and `${oc.env:VARIABLE}` are resolved.
+    `${other.key}` and `${oc.env:VARIABLE}` are resolved. That the data are there is checked if `data_is_here`.
 
     Raises:
         UserError: the file, a key or a value is wrong.
@@ -197,7 +197,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     recipe = _build(Recipe, content, "", path)
     if recipe.schedule.updates is None:
         recipe = replace(recipe, schedule=replace(recipe.schedule, updates=recipe.updates))
-    for problem in _problems(recipe):
+    for problem in _problems(recipe, data_is_here):
         raise UserError(f"{path}: {problem}")
     return recipe
 
@@ -283,7 +283,7 @@ def batches(duration: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _problems(r: Recipe) -> typing.Iterator[str]:
+def _problems(r: Recipe, data_is_here: bool) -> typing.Iterator[str]:
     """What is wrong with values that are each of the right type."""
     for key in ("max_duration", "eval_interval", "save_interval"):
         if not batches(getattr(r, key)):
@@ -352,7 +352,8 @@ def _problems(r: Recipe) -> typing.Iterator[str]:
     if r.fsdp is not None:
         yield from _fsdp_problems(r.fsdp)
     yield from _model_problems(r.model)
-    yield from _data_problems(r.data)
+    if data_is_here:
+        yield from _data_problems(r.data)
 
 
 def _fsdp_problems(fsdp: FSDPSection) -> typing.Iterator[str]:

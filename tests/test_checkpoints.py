@@ -1,66 +1,219 @@
-"""A save folder whose link to the newest checkpoint was lost is mended; another run's is not overwritten."""
+"""Both kinds of folder list whole checkpoints only; the newest and the best are kept; another run is refused."""
 
+import os
 from pathlib import Path
 
+import boto3
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 
-from esm2_composer.checkpoints import LATEST, prepare_save_folder
+from esm2_composer.checkpoints import (
+    LATEST,
+    RECIPE,
+    Folder,
+    Index,
+    LocalFolder,
+    best,
+    find_checkpoint,
+    open_folder,
+    superseded,
+)
+from esm2_composer.config import Recipe, load_recipe
 from esm2_composer.errors import UserError
 
 
-def save(folder: Path, name: str, whole: bool = True) -> None:
-    torch.save({"state": torch.ones(100)}, folder / name)
-    if not whole:
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[:-100])
+@pytest.fixture(scope="module")
+def store():
+    """A bucket on a loopback S3 endpoint, told to boto3 by the environment."""
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "S3_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        boto3.client("s3", endpoint_url=settings["S3_ENDPOINT_URL"]).create_bucket(Bucket="bucket")
+        yield
+    server.stop()
 
 
-def save_sharded(folder: Path, name: str, whole: bool = True) -> None:
-    (folder / name).mkdir()
-    (folder / name / "__0_0.distcp").write_bytes(b"x")
+@pytest.fixture(params=["local", "s3"])
+def folder(request, store, tmp_path) -> Folder:
+    folder = open_folder(str(tmp_path / "run") if request.param == "local" else f"s3://bucket/{tmp_path.name}/run")
+    folder.prepare()
+    return folder
+
+
+def stage(tmp_path: Path, name: str) -> Path:
+    """A checkpoint as it is before it is moved to its place."""
+    staged = tmp_path / "staged" / name
+    if name.endswith(".pt"):
+        staged.parent.mkdir(exist_ok=True)
+        torch.save({"state": torch.ones(100)}, staged)
+    else:
+        staged.mkdir(parents=True)
+        for part in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
+            (staged / part).write_bytes(part.encode())
+    return staged
+
+
+def save(folder: Folder, tmp_path: Path, name: str, whole: bool = True) -> None:
+    staged = stage(tmp_path, name)
+    for rank in (0, 1):
+        folder.send(staged, name, rank)
     if whole:
-        (folder / name / ".metadata").write_bytes(b"x")
+        folder.commit(staged, name)
 
 
-@pytest.mark.parametrize("save_one", [save, save_sharded])
-def test_a_lost_link_is_set_to_the_newest_whole_checkpoint(tmp_path, save_one):
-    end = "-rank0.pt" if save_one is save else ""
-    for updates in (90, 100):  # by number, not by name
-        save_one(tmp_path, f"ep0-ba{updates}{end}")
-    save_one(tmp_path, f"ep0-ba110{end}", whole=False)
-    prepare_save_folder(tmp_path, resume=True)
-    assert (tmp_path / LATEST).readlink() == Path(f"ep0-ba100{end}")
+@pytest.mark.parametrize("end", ["-rank0.pt", ""])
+def test_checkpoints_are_listed_by_their_updates_and_removed_alone(folder, tmp_path, end):
+    for update in (10, 9, 100, 1):
+        save(folder, tmp_path, f"ep0-ba{update}{end}")
+    assert folder.names() == [f"ep0-ba{update}{end}" for update in (1, 9, 10, 100)]
+    folder.remove(f"ep0-ba1{end}")
+    assert folder.names() == [f"ep0-ba{update}{end}" for update in (9, 10, 100)]
 
 
-def test_a_dangling_link_is_replaced(tmp_path):
-    save(tmp_path, "ep0-ba10-rank0.pt")
-    (tmp_path / LATEST).symlink_to("ep0-ba20-rank0.pt")
-    prepare_save_folder(tmp_path, resume=True)
-    assert (tmp_path / LATEST).resolve() == (tmp_path / "ep0-ba10-rank0.pt").resolve()
+def test_a_sharded_checkpoint_is_there_when_the_last_part_is(folder, tmp_path):
+    save(folder, tmp_path, "ep0-ba10")
+    save(folder, tmp_path, "ep0-ba20", whole=False)
+    assert folder.names() == ["ep0-ba10"]
+    folder.prepare()  # the next start clears up
+    assert not any("ba20" in name for name in listing(folder))
 
 
-def test_a_good_link_is_left_alone(tmp_path):
-    save(tmp_path, "ep0-ba10-rank0.pt")
-    save(tmp_path, "ep0-ba20-rank0.pt")
-    (tmp_path / LATEST).symlink_to("ep0-ba10-rank0.pt")
-    prepare_save_folder(tmp_path, resume=True)
-    assert (tmp_path / LATEST).readlink() == Path("ep0-ba10-rank0.pt")
+def listing(folder: Folder) -> list[str]:
+    return os.listdir(folder.path) if isinstance(folder, LocalFolder) else folder._keys("")
 
 
-@pytest.mark.parametrize("resume", [True, False])
-def test_a_new_folder_is_made_and_left_empty(tmp_path, resume):
-    prepare_save_folder(tmp_path / "runs" / "new", resume)
-    assert not list((tmp_path / "runs" / "new").iterdir())
+def test_a_checkpoint_cut_short_in_a_copy_is_none(tmp_path):
+    folder = LocalFolder(str(tmp_path))
+    save(folder, tmp_path, "ep0-ba10-rank0.pt")
+    (tmp_path / "ep0-ba20-rank0.pt").write_bytes((tmp_path / "ep0-ba10-rank0.pt").read_bytes()[:-100])
+    assert folder.names() == ["ep0-ba10-rank0.pt"]
 
 
-def test_a_run_is_not_overwritten_by_one_that_does_not_resume_it(tmp_path):
-    save(tmp_path, "ep0-ba10-rank0.pt")
-    with pytest.raises(UserError, match="holds a run of 10 updates"):
-        prepare_save_folder(tmp_path, resume=False)
+def test_the_link_leads_to_the_newest_and_never_to_a_diverged_state(tmp_path):
+    folder = LocalFolder(str(tmp_path))
+    for name in ("ep0-ba10-rank0.pt", "ep0-ba20-rank0.pt"):
+        save(folder, tmp_path, name)
+    folder.commit(stage(tmp_path, "ep0-ba30-rank0.pt"), "diverged-ep0-ba30-rank0.pt")
+    assert (tmp_path / LATEST).readlink() == Path("ep0-ba20-rank0.pt")
+    assert folder.names()[-1] == "ep0-ba20-rank0.pt"
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+def test_small_files_are_read_back(folder):
+    assert folder.read("a.json") is None
+    folder.write("a.json", "ä")
+    assert folder.read("a.json") == "ä"
+
+
+def test_the_index_is_read_back(folder):
+    Index("digest", {7: 2.5, 14: 2.25}).write(folder, ["ep0-ba14"])
+    assert Index.read(folder) == Index("digest", {7: 2.5, 14: 2.25})
+
+
+NAMES = [f"ep0-ba{update}-rank0.pt" for update in (10, 20, 30, 40, 50)]
+LOSSES = {10: 2.0, 20: 3.0, 30: 1.0, 40: 4.0}
+
+
+def test_the_best_are_those_of_lowest_loss():
+    assert best(NAMES, LOSSES, 2) == [NAMES[2], NAMES[0]]
+    assert best(NAMES, LOSSES, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("newest", "best_kept", "gone"),
+    [(1, 0, (10, 20, 30, 40)), (2, 1, (10, 20)), (1, 2, (20, 40)), (5, 0, ()), (1, 10, ())],
+)
+def test_the_newest_is_never_superseded(newest, best_kept, gone):
+    assert superseded(NAMES, LOSSES, newest, best_kept) == [f"ep0-ba{update}-rank0.pt" for update in gone]
+
+
+# Whether to resume
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Recipe:
+    return load("seed=17", folder=tmp_path)
+
+
+def load(*overrides: str, folder: Path) -> Recipe:
+    path = Path(__file__).parents[1] / "yamls/8m.yaml"
+    return load_recipe(str(path), [f"save_folder={folder}/run", *overrides], data_is_here=False)
+
+
+def test_a_new_run_leaves_its_recipe(folder, recipe):
+    assert find_checkpoint(folder, True, recipe, False) is None
+    assert "hidden_size" in folder.read(RECIPE)
+
+
+def test_the_newest_checkpoint_is_found_by_a_recipe_that_trains_the_same(folder, recipe, tmp_path):
+    find_checkpoint(folder, True, recipe, False)
+    for update in (9, 10):
+        save(folder, tmp_path, f"ep0-ba{update}-rank0.pt")
+    free = (
+        *("run_name=x", "max_duration=7000ba", "eval_interval=1ba", "device_microbatch_tokens=2048"),
+        *("save_interval=5ba", "save_num_checkpoints_to_keep=1", "precision=fp32", "compile=true"),
+        *("model.attention=torch", "data.remote=/b", "data.local=/c", "data.num_workers=0"),
+        *("tensorboard_folder=null", "callbacks.best_checkpoints=1", "loggers.wandb.project=p"),
+    )
+    assert find_checkpoint(folder, True, load(*free, folder=tmp_path), False) == "ep0-ba10-rank0.pt"
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("model.size=35m", "model.size was 8m, is 35m"),
+        ("seed=3", "seed was 17, is 3"),
+        ("optimizer.lr=1e-3", "optimizer.lr was 0.0004, is 0.001"),
+        ("schedule.updates=10000", "schedule.updates was 500000, is 10000"),
+        ("global_train_batch_size=1024", "global_train_batch_size was 2048, is 1024"),
+        ("data.mask_split=[0.7,0.2,0.1]", "data.mask_split was [0.8, 0.1, 0.1], is [0.7, 0.2, 0.1]"),
+    ],
+)
+def test_another_recipe_is_refused_with_the_difference(folder, recipe, tmp_path, override, difference):
+    find_checkpoint(folder, True, recipe, False)
+    save(folder, tmp_path, "ep0-ba10-rank0.pt")
+    before = folder.read(RECIPE)
+    with pytest.raises(UserError) as caught:
+        find_checkpoint(folder, True, load(override, folder=tmp_path), False)
+    assert f"another recipe: {difference}; set that back" in str(caught.value)
+    assert folder.read(RECIPE) == before
+
+
+def test_a_run_is_not_overwritten_by_one_that_does_not_resume_it(folder, recipe, tmp_path):
+    find_checkpoint(folder, True, recipe, False)
+    save(folder, tmp_path, "ep0-ba10-rank0.pt")
+    with pytest.raises(UserError, match="holds a run of 10 updates; set autoresume=true"):
+        find_checkpoint(folder, False, recipe, False)
+
+
+def test_full_and_sharded_checkpoints_are_told_apart(folder, recipe, tmp_path):
+    find_checkpoint(folder, True, recipe, True)
+    save(folder, tmp_path, "ep0-ba10")
+    with pytest.raises(UserError, match="holds sharded checkpoints; .* fsdp.state_dict_type=sharded"):
+        find_checkpoint(folder, True, recipe, False)
+
+
+def test_checkpoints_of_nobody_knows_what_are_refused(folder, recipe, tmp_path):
+    save(folder, tmp_path, "ep0-ba10-rank0.pt")
+    with pytest.raises(UserError, match=f"but not the {RECIPE}"):
+        find_checkpoint(folder, True, recipe, False)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(recipe, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="cannot be written"):
-        prepare_save_folder(tmp_path / "file" / "checkpoints", resume=True)
+        find_checkpoint(LocalFolder(str(tmp_path / "file" / "checkpoints")), True, recipe, False)
+
+
+def test_a_bucket_that_is_not_there_is_refused(store, recipe):
+    with pytest.raises(UserError, match="s3://nowhere/run cannot be read and written"):
+        find_checkpoint(open_folder("s3://nowhere/run"), True, recipe, False)

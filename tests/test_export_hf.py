@@ -8,7 +8,8 @@ import sys
 import export_hf
 import pytest
 import torch
-from test_model import CONFIGS, hugging_face, random_model
+from benchmarks.parity import hugging_face, random_model
+from test_model import CONFIGS
 from transformers import AutoModelForMaskedLM
 
 from esm2_composer import weights

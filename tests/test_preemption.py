@@ -1,4 +1,4 @@
-"""A run told to leave, by any signal, to any process, at any time: it saves, exits with 75, and goes on."""
+"""A run told to leave, by whatever signal, to whom and when: it saves, leaves with code 75 and goes on."""
 
 import json
 import signal

@@ -1,0 +1,260 @@
+"""What a recipe will ask of GPUs and of time, by arithmetic: before anything is paid for.
+
+Counted, not assumed: parameters and operations of the model, bytes of weights, optimizer state and of what the
+backward pass needs of a token. Assumed, and told with every result: the mean protein, the share of the peak that
+the GPUs reach (MFU), link speeds, and what a step costs besides.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+
+from esm2_composer.config import FSDPSection, Recipe, to_yaml
+from esm2_composer.errors import UserError
+from esm2_composer.model import ESM2, SIZES, ESM2Config, count_parameters
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Peak dense bf16 operations a second; memory, bytes; and bytes a second that a GPU sends to others in its
+    node, and that it sends to other nodes, with a network port for each GPU."""
+
+    flops: float
+    memory: float
+    node_link: float
+    network: float
+
+
+GPUS = {
+    "a100": GPU(312e12, 80e9, 300e9, 25e9),
+    "h100": GPU(989e12, 80e9, 450e9, 50e9),
+    "h200": GPU(989e12, 141e9, 450e9, 50e9),
+    "b200": GPU(2250e12, 180e9, 900e9, 50e9),
+}
+NODE = 8  # GPUs in a node
+# A cautious share of the peak: small heads leave most of a tensor core idle, small layers wait to be launched.
+MFU = {16: 0.15, 24: 0.20, 32: 0.28}  # by head size
+MFU_OTHERWISE = 0.40
+LINK_SHARE = 0.7  # of a link's speed that collectives reach
+HOP = 5e-6  # seconds of a collective's ring from one GPU to the next
+STEP_OVERHEAD = 0.03  # seconds of a step on the host: pooling, counters, logging
+RESERVED = 4e9  # bytes a GPU holds besides: context, communication buffers, fragmentation
+
+# UniRef50, cropped to 1,024 tokens: the mean, and the mean length that a token sees (of 10,000 sequences).
+MEAN_TOKENS, ATTENDED = 319, 456
+
+# Bytes that the backward pass keeps of a token and layer, in units of the hidden size, under bf16 autocast; with
+# activation checkpointing only the layer's input, and all of one layer at a time.
+ACTIVATION, CHECKPOINT = 44, 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    gpus: int
+    parameters: int
+    real_tokens: int  # a step, over all GPUs
+    flops: float  # a step, over all GPUs
+    state_bytes: float  # a GPU's weights, gradients and optimizer state
+    unsharded_bytes: float  # a GPU's gathered or cast copies of weights and gradients
+    activation_bytes: float  # of a full microbatch
+    compute_seconds: float  # a step
+    communication_seconds: float  # a step; hidden behind computing as far as that lasts
+    step_seconds: float
+    updates: int
+
+    @property
+    def memory(self) -> float:
+        return self.state_bytes + self.unsharded_bytes + self.activation_bytes + RESERVED
+
+    @property
+    def days(self) -> float:
+        return self.updates * self.step_seconds / 86400
+
+
+@functools.cache
+def skeleton(config: ESM2Config) -> ESM2:
+    """The model without memory for its weights, to count on."""
+    with torch.device("meta"):
+        return ESM2(config)
+
+
+def usual_mfu(recipe: Recipe) -> float:
+    return MFU.get(architecture(recipe).head_size, MFU_OTHERWISE)
+
+
+def architecture(recipe: Recipe) -> ESM2Config:
+    m = recipe.model
+    if m.init_from is not None:
+        return ESM2.from_pretrained(m.init_from).config
+    try:
+        return SIZES[m.size] if m.size else ESM2Config(**m.dimensions)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
+
+
+def make_plan(
+    recipe: Recipe, gpus: int, gpu: GPU, mfu: float, mean_tokens: int = MEAN_TOKENS, attended: int = ATTENDED
+) -> Plan:
+    """The plan of a recipe on so many GPUs, whether it fits them or not."""
+    config = architecture(recipe)
+    model = skeleton(config)
+    parameters = count_parameters(model)
+    layer = count_parameters(model.layers[0])
+    tokens = recipe.global_train_batch_size * mean_tokens
+    per_sequence = model.flops([attended], 0) * mean_tokens / attended  # every token sees `attended` others
+    head = model.flops([], round(recipe.data.mask_fraction * tokens))
+    flops = recipe.global_train_batch_size * per_sequence + head
+    checkpointing = recipe.fsdp is not None and recipe.fsdp.activation_checkpointing
+    repeated = 4 / 3 if checkpointing else 1  # the forward pass twice, which MFU does not count
+
+    held, kept = CHECKPOINT if checkpointing else ACTIVATION, recipe.device_microbatch_tokens * config.hidden_size
+    activations = kept * (config.num_layers * held + (ACTIVATION if checkpointing else 0))
+    share = min(1.0, tokens / gpus / recipe.device_microbatch_tokens)  # of a microbatch that a GPU's tokens fill
+    rounds = max(1, math.ceil(tokens / gpus / recipe.device_microbatch_tokens))
+    compute = repeated * flops / gpus / (mfu * gpu.flops)
+    shards, state, unsharded = _memory(recipe.fsdp, parameters, layer, gpus)
+    communication = _communication(recipe.fsdp, parameters, config.num_layers, gpus, shards, rounds, gpu)
+    return Plan(
+        gpus=gpus,
+        parameters=parameters,
+        real_tokens=tokens,
+        flops=flops,
+        state_bytes=state,
+        unsharded_bytes=unsharded,
+        activation_bytes=activations * share,
+        compute_seconds=compute,
+        communication_seconds=communication,
+        step_seconds=max(compute, communication) + STEP_OVERHEAD,
+        updates=recipe.updates,
+    )
+
+
+def _memory(fsdp: FSDPSection | None, parameters: int, layer: int, gpus: int) -> tuple[int, float, float]:
+    """(GPUs a copy is sharded over, bytes of the shard's state, bytes of what lies there unsharded)."""
+    if fsdp is None or fsdp.sharding_strategy == "NO_SHARD":
+        # fp32 weights, gradients and two moments; bf16 casts, and DDP's buckets for gradients
+        return 1, 16 * parameters, (2 + (4 if gpus > 1 else 0)) * parameters
+    replicas = fsdp.data_parallel_replicate_degree
+    shards = fsdp.data_parallel_shard_degree
+    if shards == -1:
+        shards = gpus // (replicas or 1)
+    two_layers = 2 * layer * (2 + 4)  # the next one is gathered in bf16 while one computes; fp32 gradients
+    whole = 2 * parameters if fsdp.sharding_strategy == "SHARD_GRAD_OP" else 0  # bf16, kept for the backward pass
+    return shards, 16 * parameters / shards, whole + two_layers
+
+
+def _communication(
+    fsdp: FSDPSection | None, parameters: int, layers: int, gpus: int, shards: int, rounds: int, gpu: GPU
+) -> float:
+    """Seconds of a step's collectives, one after the other."""
+    if gpus == 1:
+        return 0.0
+    if shards == 1:  # all gradients, once a step
+        return _ring(8 * parameters, gpus, gpu) + 2 * layers * gpus * HOP
+    gathers = 1 if fsdp.sharding_strategy == "SHARD_GRAD_OP" else 2
+    a_round = _ring((2 * gathers + 4) * parameters, shards, gpu) + (gathers + 1) * layers * shards * HOP
+    between = _ring(8 * parameters / shards, gpus // shards, gpu, across=True) if gpus > shards else 0
+    return rounds * (a_round + between)
+
+
+def _ring(volume: float, members: int, gpu: GPU, across: bool = False) -> float:
+    """Seconds in which every member receives `volume` bytes, less its own part, from the others.
+
+    Within a node over its links; between nodes over all network ports of a node at once, each GPU its own, so
+    that a node receives the whole once.
+    """
+    if across:
+        speed = gpu.network
+    elif members <= NODE:
+        speed = gpu.node_link
+    else:
+        speed = min(gpu.node_link, NODE * gpu.network)
+    return volume * (members - 1) / members / (speed * LINK_SHARE)
+
+
+def useful_gpus(recipe: Recipe, gpu: GPU, mfu: float) -> int:
+    """The number of GPUs from which on twice as many would not make the run half as long again as fast."""
+    gpus = 1
+    while recipe.global_train_batch_size % (2 * gpus) == 0:
+        now, twice = (make_plan(recipe, n, gpu, mfu).step_seconds for n in (gpus, 2 * gpus))
+        if now / twice < 1.5:
+            break
+        gpus *= 2
+    return gpus
+
+
+def remedy(recipe: Recipe, plan: Plan, gpu: GPU) -> str | None:
+    """What to change where a plan does not fit; None where it does."""
+    if plan.memory <= gpu.memory:
+        return None
+    fixed = plan.memory - plan.activation_bytes
+    if fixed < 0.8 * gpu.memory:
+        per_token = plan.activation_bytes / min(recipe.device_microbatch_tokens, plan.real_tokens / plan.gpus)
+        fitting = int((gpu.memory - fixed) / per_token) // 1024 * 1024
+        if fitting >= recipe.data.max_length:
+            return f"device_microbatch_tokens={fitting}"
+    if recipe.fsdp is None:
+        return "shard it: fsdp.sharding_strategy=SHARD_GRAD_OP, then FULL_SHARD"
+    if recipe.fsdp.sharding_strategy != "FULL_SHARD":
+        return "fsdp.sharding_strategy=FULL_SHARD"
+    if not recipe.fsdp.activation_checkpointing and plan.activation_bytes > fixed:
+        return "fsdp.activation_checkpointing=true"
+    return "more GPUs, or ones with more memory"
+
+
+def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -> tuple[str, dict]:
+    """A plan for people, and the same as plain data."""
+    gpu = GPUS[gpu_name]
+    if recipe.global_train_batch_size % gpus:
+        raise UserError(
+            f"{gpus} GPUs cannot share global_train_batch_size {recipe.global_train_batch_size} equally"
+        )
+    mfu = mfu or usual_mfu(recipe)
+    plan = make_plan(recipe, gpus, gpu, mfu)
+    change, useful = remedy(recipe, plan, gpu), useful_gpus(recipe, gpu, mfu)
+    hours = plan.days * 24 * gpus
+    waits = " (it waits for the network)" if plan.communication_seconds > plan.compute_seconds else ""
+    rows = {
+        "assuming": f"{mfu:.0%} MFU, {MEAN_TOKENS} tokens a protein; a GPU sends {gpu.node_link / 1e9:.0f} GB/s "
+        f"within a node of {NODE}, {gpu.network / 1e9:.0f} GB/s to others",
+        "parameters": f"{plan.parameters:,}",
+        "tokens a step": f"{plan.real_tokens:,} real ones, {plan.real_tokens // gpus:,} a GPU",
+        "memory a GPU": f"{_memory_text(plan)} of {gpu.memory / 1e9:.0f}: "
+        + (f"does NOT fit; change: {change}" if change else "fits"),
+        "a step": f"{plan.step_seconds:.3f} s: computing {plan.compute_seconds:.3f}, communicating meanwhile "
+        f"{plan.communication_seconds:.3f}{waits}, besides {STEP_OVERHEAD}",
+        "speed": f"{plan.real_tokens / plan.step_seconds / gpus:,.0f} real tokens a second and GPU",
+        "whole recipe": f"{plan.days:.2f} days, {hours:,.0f} GPU-hours for {plan.updates:,} updates",
+        "more GPUs": f"help up to about {useful}: twice as many would be less than 1.5 times as fast",
+    }
+    text = "\n".join([f"{recipe.run_name} on {gpus} x {gpu_name}", *(f"  {k:<15}{v}" for k, v in rows.items())])
+    data = {**asdict(plan), "gpu": gpu_name, "mfu": mfu, "memory_bytes": plan.memory, "days": plan.days}
+    data |= {"gpu_hours": hours, "fits": change is None, "change": change, "useful_gpus": useful}
+    return text, data
+
+
+def _memory_text(plan: Plan) -> str:
+    parts = {
+        "state": plan.state_bytes,
+        "copies": plan.unsharded_bytes,
+        "activations": plan.activation_bytes,
+        "reserved": RESERVED,
+    }
+    return f"{plan.memory / 1e9:.1f} GB ({', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items())})"
+
+
+def describe(recipe: Recipe, ranks: int) -> str:
+    """What `--dry-run` prints: the resolved recipe, its parameters, tokens a step and memory on so many GPUs."""
+    plan = make_plan(recipe, ranks, GPUS["h100"], usual_mfu(recipe))
+    sequences = recipe.global_train_batch_size
+    return (
+        f"{to_yaml(recipe)}\n"
+        f"parameters: {plan.parameters:,}\n"
+        f"tokens a step: at most {sequences * recipe.data.max_length:,}, in {sequences:,} sequences; "
+        f"of UniRef50 about {plan.real_tokens:,}\n"
+        f"memory a GPU, of {ranks}: about {_memory_text(plan)}"
+    )

@@ -1,0 +1,42 @@
+"""Memory, time and cost of a recipe on GPUs, before paying: python tools/plan.py RECIPE --gpus N [--gpu h100]
+
+By arithmetic on stated assumptions (see esm2_composer/plan.py); measure MFU on one node and give it as --mfu.
+Needs neither GPUs nor the recipe's data. Any key can be overridden as key.subkey=value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from esm2_composer.errors import UserError, run_command
+
+GPU_NAMES = ("a100", "h100", "h200", "b200")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a YAML file, see yamls/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
+    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--gpu", choices=GPU_NAMES, default="h100")
+    parser.add_argument("--mfu", type=float, help="share of the GPUs' peak that computing reaches")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    args = parser.parse_intermixed_args()
+    if args.gpus < 1:
+        raise UserError("--gpus must be at least 1")
+    if args.mfu is not None and not 0 < args.mfu <= 1:
+        raise UserError(f"--mfu {args.mfu} must lie between 0 and 1")
+
+    from esm2_composer.config import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides, data_is_here=False)
+
+    from esm2_composer.plan import report
+
+    text, data = report(recipe, args.gpus, args.gpu, args.mfu)
+    print(json.dumps(data) if args.json else text)
+
+
+if __name__ == "__main__":
+    run_command(main)
