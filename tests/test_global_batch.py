@@ -110,7 +110,7 @@ def test_losses_gradients_and_weights_are_those_of_one_rank_on_two_sharded_or_no
     one = train(shards, tmp_path / "one.pt")
     assert len(one["losses"]) == len(one["norms"]) == 50
     replicated = train(shards, tmp_path / "replicated.pt", "device_microbatch_tokens=256", ranks=2)
-    sharded = train(shards, tmp_path / "sharded.pt", "+fsdp.version=2", "device_microbatch_tokens=512", ranks=2)
+    sharded = train(shards, tmp_path / "sharded.pt", "fsdp.version=2", "device_microbatch_tokens=512", ranks=2)
     for two in (replicated, sharded):
         assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
         assert two["norms"] == pytest.approx(one["norms"], rel=1e-4)
