@@ -284,9 +284,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tool, weights, tmp_path, conte
         (["--max-reject-fraction", "2"], ["--max-reject-fraction 2.0 must lie between 0 and 1"]),
     ],
 )
-def test_wrong_options_and_an_output_that_exists_are_told_before_anything_is_read(
-    refuse, tmp_path, options, words
-):
+def test_wrong_options_and_an_output_that_exists_are_told_before_anything_is_read(tool, tmp_path, options, words):
     (tmp_path / "out.parquet").touch()
     out = tmp_path / "out.parquet"
     assert_refused(tool("nothing.fasta", "--model", "nothing", "--out", out, *options), words)
