@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from esm2_composer.errors import UserError
 
 METADATA_KEY = b"esm2_composer"
-ROW_GROUP_BYTES = 64 * 2**20
+ROW_GROUP_BYTES = 32 * 2**20
 
 
 class Journal:
@@ -60,7 +60,7 @@ class Journal:
 
     def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
         """Every whole batch, and where it ends; first an empty one for the schema."""
-        with pa.memory_map(str(self._path)) as source:
+        with pa.OSFile(str(self._path)) as source:
             try:
                 reader = pa.ipc.open_stream(source)
                 self._compare(reader.schema)
