@@ -272,8 +272,10 @@ def test_a_line_now_and_then_without_a_terminal(
     for done in (0, 1000, 1000, 2000, 2000, 4000):
         progress("clusters", done, 10_000)
     lines = capfd.readouterr().err.splitlines()
-    assert lines
-    assert all(line.startswith("train: ") and "min left clusters" in line for line in lines)
+    assert lines == [
+        "train: 2,000 of 10,000 clusters, 100 a second, 1 min left",
+        "train: 4,000 of 10,000 clusters, 100 a second, 1 min left",
+    ]
 
 
 @pytest.mark.parametrize("fraction", ["-1", "2", "nan"])

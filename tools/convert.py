@@ -112,9 +112,11 @@ class Progress:
             self._bar.update(done - self._bar.n)
         elif time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
-            rate = max(done - self._before, 1) / (self._said - self._start)
-            left = f" of {total:,}, {(total - done) / rate / 60:.0f} min left" if total else ""
-            print(f"{self._split}: {done:,}{left} {stage}, {rate:,.0f} a second", file=sys.stderr, flush=True)
+            rate = (done - self._before) / (self._said - self._start)
+            text = f"{self._split}: {done:,}{f' of {total:,}' if total else ''} {stage}, {rate:,.0f} a second"
+            if total and rate:
+                text += f", {(total - done) / rate / 60:.0f} min left"
+            print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
