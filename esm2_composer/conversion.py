@@ -124,8 +124,10 @@ def convert(
                 "elapsed_seconds": round(time.monotonic() - start, 2),
             }
             _finish(work, plan.parts, conversion, destination)
-        except (Interrupted, KeyboardInterrupt):
+        except Interrupted:
             raise
+        except KeyboardInterrupt:
+            raise Interrupted("stopped from the keyboard") from None
         except UserError:
             shutil.rmtree(work)
             raise

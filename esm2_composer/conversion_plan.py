@@ -64,7 +64,7 @@ def make_plan(layout: Layout, folder: Path, other_split: Path | None, threads: i
     finished = folder / "plan.json"
     if not finished.exists():
         report = Report()
-        with reading(", ".join(str(files[0]) for files in layout.inputs.values())):
+        with reading(next(iter(layout.inputs.values()))[0]):
             database = _open_database(folder, threads)
             layout.view(database, folder)
             told = _write_plan(layout, database, folder / "plan.parquet", other_split, report)

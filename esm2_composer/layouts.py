@@ -33,7 +33,7 @@ Progress = Callable[[int], None]
 class Layout(Protocol):
     """What a conversion needs of an input. Making one raises UserError if a file is not what it should be."""
 
-    inputs: dict[str, list[Path]]  # the files, by the option that named them
+    inputs: dict[str, list[Path]]  # the files, by the option that named them; first those with the clusters
     rows_are_clusters: bool  # a second row of a cluster is then worth telling
     members_may_be_shared: bool  # False where a member is a cluster by construction
 
@@ -127,11 +127,10 @@ class Fasta:
     rows_are_clusters = False
 
     def __init__(self, fasta: Sequence[Path], cluster_tsv: Path | None = None) -> None:
-        self.inputs = {"fasta": list(fasta)}
+        self.inputs = {"cluster_tsv": [cluster_tsv]} if cluster_tsv else {}
+        self.inputs["fasta"] = list(fasta)
         self._tsv = cluster_tsv
         self.members_may_be_shared = cluster_tsv is not None
-        if cluster_tsv:
-            self.inputs["cluster_tsv"] = [cluster_tsv]
         for path in chain.from_iterable(self.inputs.values()):
             if not path.is_file():
                 raise UserError(f"{path}: no such file")

@@ -25,6 +25,8 @@ import numpy as np
 
 COLUMNS = {"cluster_id": "str", "lengths": "ndarray:int32", "residues": "bytes"}
 EXAMPLES_KEPT = 20
+COUNTS = ("clusters_read", "clusters_written", "members_read", "members_written", "members_rejected")
+COUNTS += ("members_left_out", "residues_written")
 LENGTH_EDGES = (1, 51, 101, 201, 301, 401, 501, 751, 1023, 1501, 2001, 5001)
 LONGEST_COUNTED = 1022  # more than any data.min_length asks for
 LENGTH_LABELS = [f"{low}-{high - 1}" for low, high in pairwise(LENGTH_EDGES)] + [f"{LENGTH_EDGES[-1]}-"]
@@ -105,6 +107,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         return {
+            **dict.fromkeys(COUNTS, 0),
             **self.counts,
             "changed": self.changed,
             "rejected": self.rejected,

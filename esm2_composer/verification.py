@@ -7,7 +7,7 @@ import multiprocessing
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,7 @@ def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndar
     name = entry["zip_data"]["basename"]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            path = (
-                Store(place, Path(folder)).download(name, Path(folder)) if is_remote(place) else Path(place) / name
-            )
+            path = _store(place).download(name, Path(folder)) if is_remote(place) else Path(place) / name
             packed = path.read_bytes()
         except Exception as error:  # each store raises its own types
             raise UserError(f"{place}/{name}: cannot be read ({error})") from error
@@ -120,6 +118,13 @@ def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndar
             counts = np.bincount(members).astype(float)
             lengths, draws = _add(lengths, counts), _add(draws, counts / len(members))
     return lengths, draws, len(reader)
+
+
+@cache
+def _store(place: str) -> Store:
+    """One for all shards of a process: making its client takes longer than most downloads."""
+    with tempfile.TemporaryDirectory() as folder:  # to upload from, which nobody will
+        return Store(place, Path(folder))
 
 
 def _add(counts: np.ndarray, more: np.ndarray) -> np.ndarray:

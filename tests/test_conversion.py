@@ -351,14 +351,15 @@ def test_a_cluster_of_the_other_split_is_rejected(tmp_path: Path) -> None:
         return bionemo(tmp_path / names, {"ur50_id": list(names)}, dict.fromkeys(names, "MK"))
 
     convert(layout("abcd"), str(tmp_path / "out"), Options("train"))
-    told = convert(layout("dxyz"), str(tmp_path / "out"), Options("valid"), max_reject_fraction=0.25)
+    valid = layout("dxyz")
+    told = convert(valid, str(tmp_path / "out"), Options("valid"), max_reject_fraction=0.25)
     assert set(members_of(read_split(tmp_path / "out/valid"))) == set("xyz")
     assert told["rejected"] == {"cluster of the other split": {"count": 1, "examples": ["d"]}}
     shutil.rmtree(tmp_path / "out/valid")
     with pytest.raises(
         UserError, match=r"^25\.0% of 4 members rejected.*cluster of the other split 1 \(such as 'd'\)"
     ):
-        convert(layout("dxyz"), str(tmp_path / "out"), Options("valid"))
+        convert(valid, str(tmp_path / "out"), Options("valid"))
 
 
 @pytest.mark.parametrize(
@@ -434,15 +435,14 @@ def small(folder: Path, sequence: str = "MK") -> BioNeMo:
 
 
 def test_a_finished_split_is_left_alone(tmp_path: Path) -> None:
-    first = convert(small(tmp_path), str(tmp_path / "out"), Options())
+    layout = small(tmp_path)
+    first = convert(layout, str(tmp_path / "out"), Options())
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    again = convert(
-        BioNeMo(tmp_path / "clusters.parquet", tmp_path / "proteins.db"), str(tmp_path / "out"), Options()
-    )
+    again = convert(layout, str(tmp_path / "out"), Options())
     assert again == {**first, "already_done": True}
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
     with pytest.raises(UserError, match=r"exists already.*options\.seed was 0, is 1"):
-        convert(small(tmp_path / "new"), str(tmp_path / "out"), Options(seed=1))
+        convert(layout, str(tmp_path / "out"), Options(seed=1))
     with pytest.raises(UserError, match=r"inputs\.clusters\.0\.path was .*, is "):
         convert(small(tmp_path / "other"), str(tmp_path / "out"), Options())
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
@@ -527,6 +527,7 @@ def test_a_killed_run_goes_on_and_ends_alike(tmp_path: Path, many: BioNeMo) -> N
     assert [path.name for path in (tmp_path / "killed").iterdir()] == ["train"]
 
 
+@pytest.mark.slow
 def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
     names = [f"c{index}" for index in range(plan.PART_CLUSTERS * 3)]
     layout = bionemo(tmp_path, {"ur50_id": names}, dict.fromkeys(names, "MKV" * 50))

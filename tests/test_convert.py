@@ -264,16 +264,18 @@ def test_a_finished_split_is_told_and_verified(convert: Convert, data: Path, tmp
 
 
 def test_a_line_now_and_then_without_a_terminal(
-    data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     progress = runpy.run_path(str(TOOL))["Progress"]("train")
-    clock = iter([0.0, *range(5, 100, 5)])
+    clock = iter([0, 20, 30, 40, 60, 80])
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    for done in (0, 1000, 1000, 2000, 2000, 4000):
+    for done in (0, 500, 1000, 2000, 4000):
         progress("clusters", done, 10_000)
-    lines = capfd.readouterr().err.splitlines()
-    assert lines
-    assert all(line.startswith("train: ") and "min left clusters" in line for line in lines)
+    assert capfd.readouterr().err.splitlines() == [
+        "train: 1,000 of 10,000 clusters, 50 a second, 3 min left",
+        "train: 2,000 of 10,000 clusters, 50 a second, 3 min left",
+        "train: 4,000 of 10,000 clusters, 67 a second, 2 min left",
+    ]
 
 
 @pytest.mark.parametrize("fraction", ["-1", "2", "nan"])

@@ -98,10 +98,11 @@ class Progress:
         self._before = 0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
         if stage != self._stage:
             self.close()
             self._stage, self._before = stage, done
-            self._start = self._said = time.monotonic()
+            self._start = self._said = now
             if sys.stderr.isatty():
                 from tqdm import tqdm
 
@@ -110,11 +111,13 @@ class Progress:
                 )
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
-        elif time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
-            self._said = time.monotonic()
-            rate = max(done - self._before, 1) / (self._said - self._start)
-            left = f" of {total:,}, {(total - done) / rate / 60:.0f} min left" if total else ""
-            print(f"{self._split}: {done:,}{left} {stage}, {rate:,.0f} a second", file=sys.stderr, flush=True)
+        elif now - self._said > SECONDS_BETWEEN_LINES:
+            self._said = now
+            rate = (done - self._before) / (now - self._start)
+            text = f"{self._split}: {done:,}{f' of {total:,}' if total else ''} {stage}, {rate:,.0f} a second"
+            if total and rate:
+                text += f", {(total - done) / rate / 60:.0f} min left"
+            print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -40,8 +40,9 @@ def measure(args: argparse.Namespace) -> dict:
             print(f"making {clusters:,} clusters", file=sys.stderr, flush=True)
             make_input(Path(folder), clusters)
             for workers in args.workers:
-                print(f"converting them with {workers} workers", file=sys.stderr, flush=True)
                 rows.append({"clusters": clusters, "workers": workers, **convert(Path(folder), workers)})
+                rate = rows[-1]["clusters_per_second"]
+                print(f"{workers} workers: {rate:,.0f} clusters a second", file=sys.stderr, flush=True)
     return {"load_average": os.getloadavg()[0], "cpus": len(os.sched_getaffinity(0)), "rows": rows}
 
 
