@@ -54,6 +54,7 @@ def main() -> int:
         print(f"error: update {update}: {reason}. {advice(recipe, good)}", file=sys.stderr)
         code = EXIT_DIVERGED
     trainer.close()
+    preemption.stop_watching()
     return code
 
 

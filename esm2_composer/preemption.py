@@ -55,6 +55,12 @@ def start_training() -> None:
     _in_training.set()
 
 
+def stop_watching() -> None:
+    """The exit code is settled: the launcher, telling the slower ranks to leave, must not change it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def shelter_worker(worker: int) -> None:
     """For loader workers: a signal to the whole process group of a rank must not end them before their rank."""
     os.setpgrp()
