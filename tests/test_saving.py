@@ -124,11 +124,8 @@ def test_a_run_from_and_to_a_store_goes_on_where_it_was_told_to_leave(shards, fi
     assert again.returncode == 0, again.stderr
     assert losses(tmp_path) == pytest.approx(losses(finished), rel=0 if ranks == 1 else 1e-3)
     kept = {key.split("/")[0] for key in store.keys("run/")}
-    assert kept == {
-        "recipe.yaml",
-        "checkpoints.json",
-        *(f"ep{e}-ba{u}{'-rank0.pt' * (ranks == 1)}" for e, u in ENDS),
-    }
+    end = "-rank0.pt" if ranks == 1 else ""
+    assert kept == {"recipe.yaml", "checkpoints.json", f"ep1-ba12{end}", f"ep2-ba14{end}"}
     if ranks == 1:
         store.client.download_file("bucket", "run/ep2-ba14-rank0.pt", str(tmp_path / "final.pt"))
         assert_same_weights(ESM2.from_pretrained(tmp_path / "final.pt").state_dict(), final_weights(finished))
