@@ -2,7 +2,8 @@
 
 One signal to any rank, or a SIGTERM to the launcher, makes the whole run leave with exit code 75:
 
-- before the first update nothing is lost: a rank tells the others of its node, and leaves at once;
+- before the first update nothing is lost: a rank tells the others of its node, and leaves at once (in the first
+  moments, until Python has read this, it dies of the signal);
 - in training the ranks agree, after an update or a batch of an evaluation, to stop, save and leave together;
 - whatever hangs then, a rank leaves `GRACE` seconds after a SIGTERM. The launcher would kill it soon after, and
   checkpoints are there whole or not at all.
@@ -20,8 +21,6 @@ import signal
 import sys
 import threading
 import time
-
-import psutil
 
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: run me again
 EXIT_TERMINATED = 128 + signal.SIGTERM
@@ -94,6 +93,8 @@ def _other_ranks() -> list[int]:
     """This node's other ranks: the launcher's other children with the same command."""
     if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
         return []
+    import psutil  # not before signals are watched
+
     me = psutil.Process()
     launcher = me.parent()
     others = []
