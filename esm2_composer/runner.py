@@ -171,7 +171,7 @@ def _parallelism(fsdp: FSDPSection | None, on_gpu: bool) -> dict[str, Any] | Non
     if fsdp.version == 1 and not on_gpu:
         _say("no GPU here: training unsharded, since FSDP version 1 needs GPUs (fsdp.version=2 does not)")
         return None
-    _check_degrees(fsdp, dist.get_world_size())
+    check_degrees(fsdp, dist.get_world_size())
     os.environ["FSDP_VERSION"] = str(fsdp.version)  # Composer's only switch
     return {"fsdp": fsdp_options(fsdp)}
 
@@ -188,7 +188,8 @@ def fsdp_options(fsdp: FSDPSection) -> dict[str, Any]:
     return options
 
 
-def _check_degrees(fsdp: FSDPSection, ranks: int) -> None:
+def check_degrees(fsdp: FSDPSection, ranks: int) -> None:
+    """Raise a UserError if the shards and their replicas do not make the ranks."""
     replicate, shard = fsdp.data_parallel_replicate_degree, fsdp.data_parallel_shard_degree
     known = math.prod(degree for degree in (replicate, shard) if degree not in (None, -1))
     if ranks % known if -1 in (replicate, shard) else ranks != known:
