@@ -13,12 +13,20 @@ import argparse
 import os
 import sys
 
-from esm2_composer.errors import run_command
+from esm2_composer.errors import UserError, run_command
 
 EXIT_DIVERGED = 3
 
 
 def main() -> int:
+    try:
+        return train()
+    except UserError:
+        preemption.let_rank_zero_leave_first()
+        raise
+
+
+def train() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a YAML file, see yamls/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
@@ -57,7 +65,7 @@ def main() -> int:
         print(f"error: update {update}: {reason}. {advice(recipe, good)}", file=sys.stderr)
         code = EXIT_DIVERGED
     trainer.close()
-    preemption.stop_watching()
+    preemption.settle()
     return code
 
 

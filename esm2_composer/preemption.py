@@ -54,10 +54,17 @@ def start_training() -> None:
     _in_training.set()
 
 
-def stop_watching() -> None:
+def settle() -> None:
     """The exit code is settled: the launcher, telling the slower ranks to leave, must not change it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def let_rank_zero_leave_first() -> None:
+    """For an error that all ranks make: the launcher terminates the others and gives the lowest one's code."""
+    settle()
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        time.sleep(3)
 
 
 def shelter_worker(worker: int) -> None:

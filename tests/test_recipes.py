@@ -102,9 +102,8 @@ def test_degrees_that_do_not_make_the_ranks_are_refused(shards):
 
 
 def test_a_dry_run_tells_the_recipe_and_what_it_asks_for(shards, tmp_path):
-    result = python(
-        ROOT / "train.py", ROOT / "yamls/650m.yaml", "--dry-run", f"data.remote={shards}", cwd=tmp_path
-    )
+    recipe = ROOT / "yamls/650m.yaml"
+    result = python(ROOT / "train.py", recipe, "--dry-run", f"data.remote={shards}", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "parameters: 651,043,254" in result.stdout
     assert "at most 2,097,152, in 2,048 sequences" in result.stdout
