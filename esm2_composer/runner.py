@@ -35,6 +35,7 @@ from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, SIZES, ESM2Config
 from esm2_composer.optim import build_adamw, build_schedule
+from esm2_composer.plan import GPUS
 from esm2_composer.pool import data_spec
 from esm2_composer.preemption import shelter_worker
 from esm2_composer.saving import CheckpointSaver, on_rank_zero
@@ -90,7 +91,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     saver.pin_data(on_rank_zero(lambda: _digest(recipe.data.split("train")[1])))
 
     callbacks: list[Callback] = [
-        SpeedMonitor(window_size=10),
+        SpeedMonitor(window_size=10, gpu_flops_available=_peak_flops() if on_gpu else None),
         LRMonitor(),
         RuntimeEstimator(),
         *([MemoryMonitor()] if on_gpu else []),
@@ -133,6 +134,11 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         dist_timeout=1800,
     )
     return trainer, saver
+
+
+def _peak_flops() -> float | None:
+    """For MFU: the peak of GPUs that Composer does not know."""
+    return GPUS["b200"].flops if "B200" in torch.cuda.get_device_name() else None
 
 
 def _digest(local: str) -> str:
