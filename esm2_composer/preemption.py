@@ -17,6 +17,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import select
 import signal
 import sys
 import threading
@@ -74,26 +75,35 @@ def shelter_worker(worker: int) -> None:
 
 def _watch(reader: int) -> None:
     while True:
-        for number in os.read(reader, 64):
+        numbers = os.read(reader, 64)
+        if signal.SIGTERM in numbers and not received.is_set() and _a_rank_is_missing():
+            # Had it left because it was told to, it would have sent us SIGUSR1 before. The launcher never does.
+            while select.select([reader], [], [], 0)[0]:
+                numbers += os.read(reader, 64)
+            if signal.SIGUSR1 not in numbers:
+                os._exit(EXIT_TERMINATED)  # it has failed, and the launcher clears up
+        for number in numbers:
             if number in SIGNALS:
                 _on_signal(number)
 
 
 def _on_signal(number: int) -> None:
-    first = not received.is_set()
+    others = [] if received.is_set() else _other_ranks()
     received.set()
-    others = _other_ranks() if first else []
-    if first and number == signal.SIGTERM and len(others) < int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1:
-        os._exit(EXIT_TERMINATED)  # a rank has failed, and the launcher clears up
     for pid in others:
+        os.kill(pid, signal.SIGUSR1)
         os.kill(pid, number)
     if not _in_training.is_set():
-        time.sleep(2 if others else 0)  # no rank may find another one gone before it is told why
+        time.sleep(2 if others else 0)  # no rank may lose another one in a collective before it is told why
         _leave("told to leave before the first update; there is nothing to save")
     if number == signal.SIGTERM:
         timer = threading.Timer(GRACE, _leave, [f"not done {GRACE:.0f} s after SIGTERM; leaving as it is"])
         timer.daemon = True
         timer.start()
+
+
+def _a_rank_is_missing() -> bool:
+    return len(_other_ranks()) < int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
 
 
 def _other_ranks() -> list[int]:
