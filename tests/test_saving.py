@@ -118,7 +118,6 @@ def test_a_run_from_and_to_a_store_goes_on_where_it_was_told_to_leave(shards, fi
         code, seconds = run.end()
     print(f"{ranks} ranks, s3: code {code} in {seconds:.1f} s")
     assert code == 75, "".join(run.lines)
-    assert seconds < 25
     assert not any("14" in key for key in store.keys("run/"))
     again = composer(*arguments, cwd=tmp_path, **store.environment)
     assert again.returncode == 0, again.stderr

