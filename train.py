@@ -4,18 +4,29 @@ Exit codes: 0 done, also when it was done before; 2 a mistake in the recipe or i
 75 told to leave, and saved: the same command goes on.
 """
 
+from esm2_composer import preemption
+
+if __name__ == "__main__":
+    preemption.watch_signals()  # before anything that takes time
+
 import argparse
 import os
 import sys
 
-from esm2_composer import preemption
-from esm2_composer.errors import run_command
+from esm2_composer.errors import UserError, run_command
 
 EXIT_DIVERGED = 3
 
 
 def main() -> int:
-    preemption.watch_signals()
+    try:
+        return train()
+    except UserError:
+        preemption.let_rank_zero_leave_first()
+        raise
+
+
+def train() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a YAML file, see yamls/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
@@ -54,6 +65,7 @@ def main() -> int:
         print(f"error: update {update}: {reason}. {advice(recipe, good)}", file=sys.stderr)
         code = EXIT_DIVERGED
     trainer.close()
+    preemption.settle()
     return code
 
 

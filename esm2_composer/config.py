@@ -141,7 +141,7 @@ class Recipe:
 
 
 # What may differ between a checkpoint and the run that resumes it; all else decides what is trained.
-_FREE = (
+FREE = (
     *("run_name", "max_duration", "eval_interval", "device_microbatch_tokens", "precision", "compile"),
     *("save_folder", "save_interval", "save_num_checkpoints_to_keep", "autoresume", "tensorboard_folder"),
     *("model.attention", "data.remote", "data.local", "data.num_workers", "fsdp", "loggers", "callbacks"),
@@ -159,7 +159,7 @@ def changes(before: str, recipe: Recipe) -> list[str]:
     return [
         f"{key} was {old[key]}, is {new[key]}"
         for key in new
-        if key in old and old[key] != new[key] and not any(key == f or key.startswith(f"{f}.") for f in _FREE)
+        if key in old and old[key] != new[key] and not any(key == f or key.startswith(f"{f}.") for f in FREE)
     ]
 
 

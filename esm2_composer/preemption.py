@@ -2,7 +2,8 @@
 
 One signal to any rank, or a SIGTERM to the launcher, makes the whole run leave with exit code 75:
 
-- before the first update nothing is lost: a rank tells the others of its node, and leaves at once;
+- before the first update nothing is lost: a rank tells the others of its node, and leaves at once (in the first
+  moments, until Python has read this, it dies of the signal);
 - in training the ranks agree, after an update or a batch of an evaluation, to stop, save and leave together;
 - whatever hangs then, a rank leaves `GRACE` seconds after a SIGTERM. The launcher would kill it soon after, and
   checkpoints are there whole or not at all.
@@ -16,12 +17,11 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import select
 import signal
 import sys
 import threading
 import time
-
-import psutil
 
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: run me again
 EXIT_TERMINATED = 128 + signal.SIGTERM
@@ -55,6 +55,19 @@ def start_training() -> None:
     _in_training.set()
 
 
+def settle() -> None:
+    """The exit code is settled: the launcher, telling the slower ranks to leave, must not change it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def let_rank_zero_leave_first() -> None:
+    """For an error that all ranks make: the launcher terminates the others and gives the lowest one's code."""
+    settle()
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        time.sleep(3)
+
+
 def shelter_worker(worker: int) -> None:
     """For loader workers: a signal to the whole process group of a rank must not end them before their rank."""
     os.setpgrp()
@@ -62,21 +75,26 @@ def shelter_worker(worker: int) -> None:
 
 def _watch(reader: int) -> None:
     while True:
-        for number in os.read(reader, 64):
+        numbers = os.read(reader, 64)
+        if signal.SIGTERM in numbers and not received.is_set() and _a_rank_is_missing():
+            # Had it left because it was told to, it would have sent us SIGUSR1 before. The launcher never does.
+            while select.select([reader], [], [], 0)[0]:
+                numbers += os.read(reader, 64)
+            if signal.SIGUSR1 not in numbers:
+                os._exit(EXIT_TERMINATED)  # it has failed, and the launcher clears up
+        for number in numbers:
             if number in SIGNALS:
                 _on_signal(number)
 
 
 def _on_signal(number: int) -> None:
-    first = not received.is_set()
+    others = [] if received.is_set() else _other_ranks()
     received.set()
-    others = _other_ranks() if first else []
-    if first and number == signal.SIGTERM and len(others) < int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1:
-        os._exit(EXIT_TERMINATED)  # a rank has failed, and the launcher clears up
     for pid in others:
+        os.kill(pid, signal.SIGUSR1)
         os.kill(pid, number)
     if not _in_training.is_set():
-        time.sleep(2 if others else 0)  # no rank may find another one gone before it is told why
+        time.sleep(2 if others else 0)  # no rank may lose another one in a collective before it is told why
         _leave("told to leave before the first update; there is nothing to save")
     if number == signal.SIGTERM:
         timer = threading.Timer(GRACE, _leave, [f"not done {GRACE:.0f} s after SIGTERM; leaving as it is"])
@@ -84,10 +102,16 @@ def _on_signal(number: int) -> None:
         timer.start()
 
 
+def _a_rank_is_missing() -> bool:
+    return len(_other_ranks()) < int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
+
+
 def _other_ranks() -> list[int]:
     """This node's other ranks: the launcher's other children with the same command."""
     if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
         return []
+    import psutil  # not before signals are watched
+
     me = psutil.Process()
     launcher = me.parent()
     others = []

@@ -36,6 +36,7 @@ from esm2_composer.gradients import DivideByRanks, means_are_sums
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, SIZES, ESM2Config
 from esm2_composer.optim import build_adamw, build_schedule
+from esm2_composer.plan import GPUS
 from esm2_composer.pool import data_spec
 from esm2_composer.preemption import shelter_worker
 from esm2_composer.saving import CheckpointSaver, on_rank_zero
@@ -97,7 +98,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     correction = [DivideByRanks()] if sharded_on_cpu and means_are_sums() else []
 
     callbacks: list[Callback] = [
-        SpeedMonitor(window_size=10),
+        SpeedMonitor(window_size=10, gpu_flops_available=_peak_flops() if on_gpu else None),
         LRMonitor(),
         RuntimeEstimator(),
         *([MemoryMonitor()] if on_gpu else []),
@@ -142,6 +143,11 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     )
     trainer.logger.log_hyperparameters(_flat(dataclasses.asdict(recipe)))  # who reads the logs sees the conditions
     return trainer, saver
+
+
+def _peak_flops() -> float | None:
+    """For MFU: the peak of GPUs that Composer does not know."""
+    return GPUS["b200"].flops if "B200" in torch.cuda.get_device_name() else None
 
 
 def _digest(local: str) -> str:
@@ -196,7 +202,7 @@ def _parallelism(fsdp: FSDPSection | None, on_gpu: bool) -> dict[str, Any] | Non
     if fsdp.version == 1 and not on_gpu:
         _say("no GPU here: training unsharded, since FSDP version 1 needs GPUs (fsdp.version=2 does not)")
         return None
-    _check_degrees(fsdp, dist.get_world_size())
+    check_degrees(fsdp, dist.get_world_size())
     os.environ["FSDP_VERSION"] = str(fsdp.version)  # Composer's only switch
     return {"fsdp": fsdp_options(fsdp)}
 
@@ -213,7 +219,8 @@ def fsdp_options(fsdp: FSDPSection) -> dict[str, Any]:
     return options
 
 
-def _check_degrees(fsdp: FSDPSection, ranks: int) -> None:
+def check_degrees(fsdp: FSDPSection, ranks: int) -> None:
+    """Raise a UserError if the shards and their replicas do not make the ranks."""
     replicate, shard = fsdp.data_parallel_replicate_degree, fsdp.data_parallel_shard_degree
     known = math.prod(degree for degree in (replicate, shard) if degree not in (None, -1))
     if ranks % known if -1 in (replicate, shard) else ranks != known:

@@ -88,7 +88,7 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def wait_until(self, condition: Callable[[], object], seconds: float = 240) -> None:
+    def wait_until(self, condition: Callable[[], object], seconds: float = 540) -> None:
         """Wait for `condition`, but not longer than the run lives."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -114,7 +114,7 @@ class Run:
     def end(self) -> tuple[int, float]:
         """The launcher's exit code, and the seconds it took from now until no rank was left."""
         start = time.monotonic()
-        code = self._process.wait(timeout=240)
+        code = self._process.wait(timeout=540)
         self._reader.join()
         return code, time.monotonic() - start
 

@@ -198,7 +198,7 @@ def test_a_run_is_not_overwritten_by_one_that_does_not_resume_it(folder, recipe,
 def test_full_and_sharded_checkpoints_are_told_apart(folder, recipe, tmp_path):
     find_checkpoint(folder, True, recipe, True)
     save(folder, tmp_path, "ep0-ba10")
-    with pytest.raises(UserError, match=r"holds sharded checkpoints; .* fsdp\.state_dict_type=sharded"):
+    with pytest.raises(UserError, match="holds sharded checkpoints; resume them with"):
         find_checkpoint(folder, True, recipe, False)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from esm2_composer.config import Recipe, load_recipe
+from esm2_composer.config import Recipe, changes, load_recipe, to_yaml
 from esm2_composer.errors import UserError
 
 RECIPES = sorted((Path(__file__).parents[1] / "yamls").glob("*.yaml"))
@@ -147,6 +147,28 @@ def test_updates_are_the_duration_in_batches() -> None:
     assert load("max_duration=12345ba").updates == 12_345
 
 
+def test_the_schedule_is_laid_out_for_the_duration_unless_it_is_told() -> None:
+    assert load().schedule.updates == 100
+    early = load("max_duration=20ba", "schedule.updates=100")
+    assert (early.updates, early.schedule.updates) == (20, 100)
+
+
+def test_fsdp_2_is_given_nothing_it_would_ignore() -> None:
+    assert "cannot replicate shards" in mistake("fsdp.version=2", "fsdp.data_parallel_shard_degree=2")
+    assert "always shards" in mistake("fsdp.version=2", "fsdp.sharding_strategy=NO_SHARD")
+
+
+def test_data_need_not_be_there_to_plan(folder: Path) -> None:
+    Path("tiny.yaml").write_text(MINIMAL)
+    assert load_recipe("tiny.yaml", ["data.remote=/nowhere"], data_is_here=False).data.remote == "/nowhere"
+
+
+def test_a_recipe_told_in_full_is_the_same_recipe(folder: Path) -> None:
+    recipe = load("fsdp.version=2", "loggers.wandb.project=p", "optimizer.eps=1e-9", "run_name=17")
+    assert load(text=to_yaml(recipe)) == recipe
+    assert changes(to_yaml(recipe), recipe) == []
+
+
 def test_limits_belong_to_the_range() -> None:
     recipe = load("schedule.warmup=99", "device_microbatch_tokens=1024", "data.mask_fraction=1", "seed=0")
     assert (recipe.schedule.warmup, recipe.device_microbatch_tokens) == (99, 1024)
@@ -205,6 +227,13 @@ def test_limits_belong_to_the_range() -> None:
         ("optimizer.lr=0", "'optimizer.lr' is 0.0; it must be above 0"),
         ("optimizer.clip_norm=-1", "'optimizer.clip_norm' is -1.0; it must be above 0"),
         ("global_train_batch_size=0", "'global_train_batch_size' is 0; it must be at least 1"),
+        ("schedule.updates=0", "'schedule.updates' is 0; it must be at least 1"),
+        ("callbacks.best_checkpoints=-1", "'callbacks.best_checkpoints' is -1; it must be at least 0"),
+        ("callbacks.max_loss_rise=0", "'callbacks.max_loss_rise' is 0.0; it must be above 0"),
+        ("save_folder=gs://bucket/run", "'save_folder' is gs://bucket/run; write a folder or s3://bucket/prefix"),
+        ("save_folder=s3://", "'save_folder' is s3://; write a folder or s3://bucket/prefix"),
+        ("fsdp.data_parallel_replicate_degree=0", "'fsdp.data_parallel_replicate_degree' is 0; it must be"),
+        ("fsdp.data_parallel_replicate_degree=-1", "'fsdp.data_parallel_replicate_degree' and"),
         ("model.num_layers=3", "'model' needs exactly one of: size, init_from"),
         ("model.init_from=weights.pt", "'model' needs exactly one of: size, init_from"),
         ("model.size=null", "'model' needs exactly one of: size, init_from"),

@@ -1,22 +1,25 @@
-"""A run told to leave, by whatever signal, to whom and when: it saves, leaves with code 75 and goes on."""
+"""A run told to leave, by whatever signal, to whom and when: it saves, leaves with code 75 and goes on.
+
+The launcher kills what has not left 30 seconds after SIGTERM, and then its own code is another: 75 tells that all
+ranks left in time.
+"""
 
 import json
 import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, Run, composer, python
 from test_train import command, losses
-
-GRACE = 25  # seconds, by which every rank has left
 
 
 @pytest.fixture(scope="module")
 def long_validation(tmp_path_factory) -> Path:
     """96 training clusters, and validation clusters for a second or two."""
     folder = tmp_path_factory.mktemp("long_validation")
-    clusters = ("--clusters", "96", "--valid-clusters", "1500")
+    clusters = ("--clusters", "96", "--valid-clusters", "400")
     assert python(ROOT / "tools/sample_data.py", folder / "raw", *clusters).returncode == 0
     for split, sequences in (("train", "train.db"), ("valid", "validation.db")):
         inputs = (
@@ -47,6 +50,11 @@ def index(folder: Path) -> dict:
     return json.loads((folder / "runs/demo/checkpoints/checkpoints.json").read_text())
 
 
+def catches_sigterm(rank: psutil.Process) -> bool:
+    status = Path(f"/proc/{rank.pid}/status").read_text()
+    return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
+
+
 NO_SAVES = "save_interval=100ba"  # but what a signal brings about
 
 
@@ -54,21 +62,19 @@ def test_sigusr1_to_one_of_two_ranks_makes_both_save_and_leave(shards, tmp_path)
     with Run("-n", "2", *command(shards, NO_SAVES), cwd=tmp_path) as run:
         run.wait_for("update 3/")
         run.ranks()[1].send_signal(signal.SIGUSR1)
-        code, seconds = run.end()
+        code, _ = run.end()
     assert code == 75, "".join(run.lines)
-    assert seconds < GRACE
     (saved,) = checkpoints(tmp_path)
     assert 3 <= int(saved.split("-")[1].removeprefix("ba")) < 14
 
 
 def test_sigterm_to_one_of_two_ranks_that_are_starting_makes_both_leave_at_once(shards, tmp_path):
     with Run("-n", "2", *command(shards), cwd=tmp_path) as run:
-        run.wait_until(lambda: len(run.ranks()) == 2)
+        run.wait_until(lambda: sum(map(catches_sigterm, run.ranks())) == 2)
         time.sleep(2)  # they import
         run.ranks()[1].terminate()
-        code, seconds = run.end()
+        code, _ = run.end()
     assert code == 75, "".join(run.lines)
-    assert seconds < GRACE
     assert not (tmp_path / "runs").exists()
 
 
@@ -91,7 +97,6 @@ def test_a_signal_in_training(long_validation, undisturbed, tmp_path, ranks, mom
         code, seconds = run.end()
     print(f"{ranks} ranks, {receiver}, {number.name}, {moment}: code {code} in {seconds:.1f} s")
     assert code == 75, "".join(run.lines)
-    assert seconds < GRACE
     (saved,) = checkpoints(tmp_path)
     if moment == "evaluation":
         assert "ba7" in saved
@@ -105,17 +110,16 @@ def test_a_signal_in_training(long_validation, undisturbed, tmp_path, ranks, mom
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("receiver", ["launcher", "last rank"])
-@pytest.mark.parametrize("delay", [0.3, 3, 9])
+@pytest.mark.parametrize("delay", [0, 3, 9])
 def test_a_signal_while_starting(long_validation, tmp_path, ranks, receiver, delay):
     with Run("-n", str(ranks), *command(long_validation, NO_SAVES), cwd=tmp_path) as run:
-        run.wait_until(lambda: len(run.ranks()) == ranks)
+        run.wait_until(lambda: sum(map(catches_sigterm, run.ranks())) == ranks)
         time.sleep(delay)
         assert not any(line.startswith("update 1/") for line in run.lines), "the machine is too fast for this test"
         (run.launcher if receiver == "launcher" else run.ranks()[-1]).terminate()
         code, seconds = run.end()
     print(f"{ranks} ranks, {receiver}, {delay} s after they started: code {code} in {seconds:.1f} s")
     assert code == 75, "".join(run.lines)
-    assert seconds < GRACE
 
 
 @pytest.mark.slow
@@ -136,7 +140,6 @@ def test_a_signal_while_data_do_not_come(shards, tmp_path, goes_on):
         code, seconds = run.end()
     print(f"loader stopped, {'then resumed' if goes_on else 'for good'}: code {code} in {seconds + 2:.1f} s")
     assert code == 75, "".join(run.lines)
-    assert seconds + 2 < GRACE
     assert (checkpoints(tmp_path) == before) == (not goes_on)
     assert composer(*command(shards), cwd=tmp_path).returncode == 0
 
@@ -149,10 +152,8 @@ def test_ranks_do_not_outlive_their_launcher(shards, tmp_path):
         run.launcher.send_signal(signal.SIGUSR1)  # of which it dies
         code, _ = run.end()
         assert code != 0
-        deadline = time.monotonic() + GRACE
-        while any(rank.is_running() for rank in ranks) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not any(rank.is_running() for rank in ranks)
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+        assert not alive
     assert len(checkpoints(tmp_path)) == 1
 
 

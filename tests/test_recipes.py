@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, composer, python
+from composer.utils.parallelism import FSDP2Config, FSDPConfig
+from conftest import ROOT, Run, composer, python
 from plot_convergence import read_scalars
 
 from esm2_composer.config import load_recipe
+from esm2_composer.errors import UserError
 from esm2_composer.model import SIZES
-from esm2_composer.runner import build_model, cluster_draw
+from esm2_composer.runner import build_model, check_degrees, cluster_draw, fsdp_options
 
 RECIPES = sorted(path.stem for path in (ROOT / "yamls").glob("*.yaml"))
 
@@ -51,16 +55,85 @@ def test_the_recipe_that_continues_begins_where_the_published_schedule_ended(sha
     assert cluster_draw(recipe) == cluster_draw(published)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_published_runs_keep_their_best_and_lay_out_the_schedule_for_all_updates(size, shards):
+    recipe = load(size, shards)
+    assert recipe.callbacks.best_checkpoints == 10
+    assert recipe.schedule.updates == recipe.updates
+    assert (recipe.fsdp is None) == (size in ("8m", "35m", "150m"))
+    assert recipe.fsdp is None or recipe.fsdp.state_dict_type == "sharded"
+
+
+def explained(text: str) -> list[str]:
+    """The keys of a recipe that have a comment: at their line, above it, or at the section they are in."""
+    return re.findall(r"^ *(\w+):.*#", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_key_is_explained_once(name):
+    text = (ROOT / f"yamls/{name}.yaml").read_text()
+    keys = explained(text)
+    assert len(keys) == len(set(keys))
+    bare = set(re.findall(r"^ *(\w+):(?=.)(?!.*#)(?! *$)", text, re.MULTILINE))
+    assert bare <= {"num_heads", "ffn_hidden_size"}, "told with num_layers and hidden_size"
+
+
+@pytest.mark.parametrize("size", ["650m", "3b", "15b"])
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("overrides", [(), ("data_parallel_shard_degree=8", "data_parallel_replicate_degree=-1")])
+def test_composer_takes_every_sharding_setting(size, version, overrides, shards):
+    """Composer's own configurations swallow unknown keys in silence."""
+    if version == 2 and overrides:
+        pytest.skip("FSDP version 2 has no replicas")
+    path = str(ROOT / f"yamls/{size}.yaml")
+    keys = (f"version={version}", *overrides)
+    recipe = load_recipe(path, [f"data.remote={shards}", *(f"fsdp.{key}" for key in keys)])
+    options = fsdp_options(recipe.fsdp)
+    config = FSDPConfig if version == 1 else FSDP2Config
+    assert options.keys() <= {field.name for field in dataclasses.fields(config)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2 Config/APIs are experimental")
+        built = config(**options)
+    assert all(getattr(built, key) == value for key, value in options.items())
+    assert built.mixed_precision == "DEFAULT"
+
+
+def test_degrees_that_do_not_make_the_ranks_are_refused(shards):
+    recipe = load_recipe(
+        str(ROOT / "yamls/3b.yaml"),
+        [f"data.remote={shards}", "fsdp.data_parallel_shard_degree=8", "fsdp.data_parallel_replicate_degree=-1"],
+    )
+    check_degrees(recipe.fsdp, 64)
+    with pytest.raises(UserError, match="data_parallel_shard_degree 8 does not make the 12 ranks"):
+        check_degrees(recipe.fsdp, 12)
+
+
+def test_a_dry_run_tells_the_recipe_and_what_it_asks_for(shards, tmp_path):
+    recipe = ROOT / "yamls/650m.yaml"
+    result = python(ROOT / "train.py", recipe, "--dry-run", f"data.remote={shards}", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "parameters: 651,043,254" in result.stdout
+    assert "at most 2,097,152, in 2,048 sequences" in result.stdout
+    assert "memory a GPU, of 1: about" in result.stdout
+    (tmp_path / "told.yaml").write_text(result.stdout.partition("\n\n")[0])
+    assert load_recipe(str(tmp_path / "told.yaml")) == load("650m", shards)
+    wrong = python(ROOT / "train.py", recipe, "data.remote=/nowhere", "--dry-run", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["told.yaml"]
+
+
+SMALL = (
+    *("model.size=null", "model.num_layers=2", "model.hidden_size=64", "model.num_heads=4"),
+    *("model.ffn_hidden_size=128", "global_train_batch_size=8", "data.max_length=128", "data.num_workers=1"),
+    *("max_duration=4ba", "schedule.warmup=2", "eval_interval=4ba", "save_interval=2ba"),
+)
+
+
 def start(recipe: str, shards: Path, folder: Path, *overrides: str, ranks: int = 1):
     """A few updates of a recipe, its model and batch made small."""
-    small = (
-        *("model.size=null", "model.num_layers=2", "model.hidden_size=64", "model.num_heads=4"),
-        *("model.ffn_hidden_size=128", "global_train_batch_size=8", "data.max_length=128", "data.num_workers=1"),
-        *("max_duration=4ba", "schedule.warmup=2", "eval_interval=4ba", "save_interval=2ba"),
-    )
     result = composer(
         *("-n", str(ranks), ROOT / "train.py", ROOT / f"yamls/{recipe}.yaml", f"data.remote={shards}"),
-        *(*small, *overrides),
+        *(*SMALL, *overrides),
         cwd=folder,
     )
     assert result.returncode == 0, result.stderr
@@ -89,3 +162,33 @@ def test_the_3b_recipe_trains_sharded_resumes_on_one_rank_and_is_evaluated(shard
     logged = read_scalars(events, "metrics/valid/perplexity")
     perplexity = json.loads(scored.stdout.splitlines()[-1])["perplexity"]
     assert perplexity == pytest.approx(logged[6], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_15b_recipe_makes_its_weights_on_one_rank(shards, tmp_path):
+    """And so begins where one rank alone does."""
+    for ranks in (1, 2):
+        (tmp_path / str(ranks)).mkdir()
+        start("15b", shards, tmp_path / str(ranks), "fsdp.version=2", ranks=ranks)
+    one, two = (
+        read_scalars(tmp_path / ranks / "runs/esm2_15b/tensorboard", "metrics/valid/perplexity") for ranks in "12"
+    )
+    assert two[0] == pytest.approx(one[0], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_killed_on_two_ranks_goes_on_with_two_and_with_one(shards, tmp_path):
+    start("3b", shards, tmp_path, "fsdp.version=2", "save_interval=1ba", ranks=2)
+    longer = ("fsdp.version=2", "max_duration=400ba", "save_interval=1ba")
+    arguments = (ROOT / "train.py", ROOT / "yamls/3b.yaml", f"data.remote={shards}", *SMALL, *longer)
+    folder = tmp_path / "runs/esm2_3b/checkpoints"
+    with Run("-n", "2", *arguments, cwd=tmp_path) as run:
+        run.wait_until(lambda: any("ba7" in path.name for path in folder.glob("ep*")))
+        run.kill()
+    last = max(int(path.name.split("-ba")[1]) for path in folder.glob("ep*/.metadata") for path in [path.parent])
+    for ranks in (2, 1):
+        last += 2
+        start("3b", shards, tmp_path, "fsdp.version=2", f"max_duration={last}ba", "save_interval=1ba", ranks=ranks)
+        assert (folder / "latest-rank0.pt").resolve().name.endswith(f"-ba{last}")
+    steps = read_scalars(tmp_path / "runs/esm2_3b/tensorboard", "loss/train/total")
+    assert sorted(steps) == list(range(last))

@@ -14,7 +14,7 @@ from moto.server import ThreadedMotoServer
 from streaming import StreamingDataset
 from test_conversion import bionemo, hashes, random_data
 
-from esm2_composer import plan, storage
+from esm2_composer import conversion_plan, storage
 from esm2_composer.conversion import Interrupted, Options, convert
 from esm2_composer.errors import UserError
 from esm2_composer.layouts import BioNeMo
@@ -103,7 +103,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
 
 @pytest.fixture
 def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BioNeMo:
-    monkeypatch.setattr(plan, "PART_CLUSTERS", 16)
+    monkeypatch.setattr(conversion_plan, "PART_CLUSTERS", 16)
     named, proteins = random_data(100)
     return bionemo(tmp_path, {"ur50_id": list(named), "ur90_id": list(named.values())}, proteins)
 

@@ -1,11 +1,11 @@
 """The whole path through the real commands: train, evaluate, export; kill and relaunch; ranks; mistakes."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -48,7 +48,13 @@ def test_training_logs_loss_perplexity_and_real_tokens(finished):
     events = finished / "runs/demo/tensorboard"
     assert sorted(losses(finished)) == list(range(14))
     assert sorted(read_scalars(events, "metrics/valid/perplexity")) == [0, 7, 14]
-    assert read_scalars(events, "throughput/tokens_per_sec")
+    for tag in ("throughput/tokens_per_sec", "time/token", "time/sample", "time/remaining_estimate"):
+        assert read_scalars(events, tag), tag
+    assert read_scalars(events, "load/balance") == {10: 1.0}, "one rank has it all"
+    assert 0.5 < read_scalars(events, "load/fill")[10] <= 1
+    assert 0 < read_scalars(events, "gradient_norm")[10] < 100
+    assert read_scalars(events, "metrics/train/perplexity")[10] == pytest.approx(math.exp(losses(finished)[9]))
+    assert 0 < read_scalars(events, "metrics/train/masked_accuracy")[10] < 0.5
     rate = read_scalars(events, "lr-AdamW/group0")
     # with t updates done, the rate of the next: no update has rate zero, none the rate of another
     assert [rate[t] for t in (1, 2, 3)] == pytest.approx([3e-3 * 2 / 3, 3e-3, 3e-3 * (1 - 0.9 / 9.9)])
@@ -99,11 +105,9 @@ def test_sigterm_saves_and_exits_75_and_a_relaunch_goes_on(shards, finished, tmp
         for line in process.stderr:
             if line.startswith("update 3/"):
                 process.terminate()
-                start = time.monotonic()
                 break
         process.stderr.read()
     assert process.returncode == 75
-    assert time.monotonic() - start < 25
     checkpoints = [p.name for p in (tmp_path / "runs/demo/checkpoints").iterdir()]
     assert "latest-rank0.pt" in checkpoints
     again = composer(*command(shards, "save_interval=100ba"), cwd=tmp_path)
@@ -114,6 +118,7 @@ def test_sigterm_saves_and_exits_75_and_a_relaunch_goes_on(shards, finished, tmp
 def test_two_ranks_train_the_same_model_as_one(shards, finished, tmp_path):
     result = composer("-n", "2", *command(shards, "device_microbatch_tokens=512"), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert 0.9 < read_scalars(tmp_path / "runs/demo/tensorboard", "load/balance")[10] <= 1
     one, two = losses(finished), losses(tmp_path)
     assert one.keys() == two.keys()
     for step in one:

@@ -1,0 +1,27 @@
+#!/bin/bash
+#SBATCH --job-name=esm2_650m
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1       # a launcher a node; it starts a rank for each GPU
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=96
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120         # two minutes before the time is over, to the launchers
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+source .venv/bin/activate
+export GPUS=8 WORLD_SIZE=$((8 * SLURM_JOB_NUM_NODES)) MASTER_PORT=29500
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR
+export TMPDIR="/local/$USER/tmp"  # on each node, the same at every start
+
+srun --kill-on-bad-exit=0 bash -c '
+    mkdir -p "$TMPDIR"
+    NODE_RANK=$SLURM_NODEID exec composer --nproc "$GPUS" train.py yamls/650m.yaml \
+        data.remote=/shared/uniref50 data.local=/local/$USER/uniref50 save_folder=/shared/runs/esm2_650m/checkpoints
+'
+code=$?
+if [ "$code" -eq 75 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -1,0 +1,80 @@
+"""Every command, script and manifest in docs/running.md is what it says."""
+
+import re
+import shlex
+import subprocess
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from esm2_composer.config import load_recipe
+from esm2_composer.preemption import EXIT_PREEMPTED, GRACE
+from train import EXIT_DIVERGED
+
+TEXT = (ROOT / "docs/running.md").read_text()
+SLURM = (ROOT / "docs/jobs/slurm.sh").read_text()
+KUBERNETES = list(yaml.safe_load_all((ROOT / "docs/jobs/kubernetes.yaml").read_text()))
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
+
+
+def check_training(words: list[str]) -> None:
+    """Its recipe is there and takes the overrides."""
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    assert (ROOT / words[script]).is_file()
+    recipe, *rest = words[script + 1 :]
+    load_recipe(str(ROOT / recipe), [word for word in rest if re.match(r"[a-z_.]+=", word)], data_is_here=False)
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "yamls/" in line])
+def test_commands_name_recipes_that_take_their_overrides(command):
+    words = shlex.split(command)
+    assert words[0] in ("composer", "python")
+    check_training(words)
+
+
+@pytest.mark.parametrize("script", [SLURM, "\n".join(COMMANDS)], ids=["slurm", "commands"])
+def test_shell_is_shell(script):
+    checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, timeout=20)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_the_slurm_job_requeues_when_told_to_leave_and_is_told_in_time():
+    assert re.search(rf'-eq {EXIT_PREEMPTED} \]; then\n\s+scontrol requeue "\$SLURM_JOB_ID"', SLURM)
+    assert int(re.search(r"--signal=TERM@(\d+)", SLURM)[1]) > GRACE
+    inner = re.search(r"bash -c '(.*?)'", SLURM, re.DOTALL)[1]
+    assert subprocess.run(["bash", "-n"], input=inner, text=True, timeout=20).returncode == 0
+    check_training(shlex.split(inner[inner.index("composer") :].replace("$USER", "me")))
+
+
+def test_the_kubernetes_job_goes_on_when_told_to_leave_and_ends_on_mistakes():
+    service, job = KUBERNETES
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    rules = [rule for rule in job["spec"]["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
+    assert {rule["action"]: rule["onExitCodes"]["values"] for rule in rules} == {
+        "FailJob": [2, EXIT_DIVERGED],
+        "Ignore": [EXIT_PREEMPTED],
+    }
+    assert pod["restartPolicy"] == "Never"  # without which there is no podFailurePolicy
+    assert pod["terminationGracePeriodSeconds"] > GRACE
+    check_training([*container["command"], *container["args"]])
+    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
+    gpus = int(container["command"][2])
+    assert int(environment["WORLD_SIZE"]) == gpus * job["spec"]["completions"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == gpus
+    name = job["metadata"]["name"]
+    assert environment["MASTER_ADDR"] == f"{name}-0.{service['metadata']['name']}"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"] == {"job-name": name}
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/dev/shm", "/cache"}
+
+
+def test_the_keys_that_may_change_are_told():
+    from esm2_composer.config import FREE
+
+    row = next(line for line in TEXT.splitlines() if line.startswith("| the number of ranks"))
+    told = row.split("|")[1]
+    for key in ("fsdp", "device_microbatch_tokens", "precision", "compile", "model.attention", "max_duration"):
+        assert key in FREE
+        assert f"`{key}" in told
