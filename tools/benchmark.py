@@ -2,6 +2,8 @@
 
     python tools/benchmark.py step      training steps, beside transformers
     python tools/benchmark.py loader    from shards to balanced microbatches, beside transformers' collator
+    python tools/benchmark.py convert   from raw UniRef to shards, by size of the input and number of workers
+    python tools/benchmark.py embed     embeddings, beside transformers
     python tools/benchmark.py parity    logits and gradients, beside transformers and fair-esm
 
 Compare ratios: absolute figures change from machine to machine. `--json` prints one JSON object as the last line
@@ -17,7 +19,7 @@ import sys
 
 from esm2_composer.errors import run_command
 
-BENCHMARKS = ("step", "loader", "parity")
+BENCHMARKS = ("step", "loader", "convert", "embed", "parity")
 
 
 def main() -> None:
