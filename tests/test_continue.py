@@ -55,7 +55,7 @@ def follow(folder: Path, command: str) -> str:
 
 
 def perplexity(printed: str) -> float:
-    return float(re.search(r"perplexity ([\d.]+)", printed)[1])
+    return float(re.search(r"(?:perplexity|all selected positions)\s+([\d.]+)", printed)[1])
 
 
 @pytest.mark.slow

