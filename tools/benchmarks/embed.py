@@ -1,7 +1,7 @@
-"""embed   embeddings of the same proteins, of UniRef-like lengths, by this project and by transformers' EsmModel,
-        padded to the longest in batches of input order: real tokens a second
+"""Embeddings of the same proteins, of UniRef-like lengths, by this project and by transformers' EsmModel, padded to
+the longest in batches of input order: real tokens a second.
 
-Both run one after the other in one process, in turns, so that neither profits from a quiet moment of the machine.
+Both run in one process, in turns, so that neither profits from a quiet moment of the machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(args: argparse.Namespace) -> dict:
     """Embed the same proteins with every contender, `rounds` times in turns."""
     import torch
-    from benchmark import uniref_like_lengths
+    from benchmarks.lengths import uniref_like_lengths
     from transformers import EsmConfig, EsmModel
 
     from esm2_composer.embedding import Embedder
@@ -41,7 +41,7 @@ def measure(args: argparse.Namespace) -> dict:
         raise UserError("--proteins, --rounds and --batch-sizes must be at least 1, --batch-tokens 1024")
     torch.manual_seed(0)
     generator = random.Random(0)
-    lengths = [tokens - 2 for tokens in uniref_like_lengths(args.proteins, 0)]
+    lengths = (uniref_like_lengths(args.proteins, 0) - 2).tolist()
     proteins = ["".join(generator.choices("ACDEFGHIKLMNPQRSTVWY", k=length)) for length in lengths]
     config = SIZES[args.size]
     ours = Embedder(ESM2(config).eval(), config.num_layers, 1024, args.batch_tokens, per_residue=False)
