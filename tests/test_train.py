@@ -27,6 +27,7 @@ def command(shards: Path, *overrides: str) -> list[str]:
         *(f"data.remote={shards}", "data.max_length=128", "device_microbatch_tokens=2048"),
         *("model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=64"),
         *("max_duration=14ba", "schedule.warmup=3", "eval_interval=7ba", "save_interval=2ba"),
+        "callbacks.best_checkpoints=0",
         *overrides,
     ]
 
