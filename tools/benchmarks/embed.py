@@ -1,4 +1,4 @@
-"""Embeddings of the same proteins, of UniRef-like lengths, by this project and by transformers' EsmModel, padded to
+"""Embeddings of the same proteins, of UniRef-like lengths, by this project and by transformers, padded to
 the longest in batches of input order: real tokens a second.
 
 Both run in one process, in turns, so that neither profits from a quiet moment of the machine.
