@@ -62,6 +62,7 @@ def _fetch_json(place: str, name: str, folder: Path) -> dict[str, Any] | None:
 def _verify_split(
     place: str, index: dict[str, Any], conversion: dict[str, Any] | None, workers: int, progress: Progress
 ) -> dict[str, Any]:
+    _store.cache_clear()  # the endpoint may be another one than at the last call
     shards = index["shards"]
     lengths, draws, clusters = np.zeros(0), np.zeros(0), 0
     check = partial(_check_shard, place)

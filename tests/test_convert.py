@@ -272,7 +272,7 @@ def test_a_line_now_and_then_without_a_terminal(
     for done in (0, 500, 1000, 2000, 4000):
         progress("clusters", done, 10_000)
     assert capfd.readouterr().err.splitlines() == [
-        "train: 1,000 of 10,000 clusters, 50 a second, 3 min left",
+        "train: 500 of 10,000 clusters, 25 a second, 6 min left",
         "train: 2,000 of 10,000 clusters, 50 a second, 3 min left",
         "train: 4,000 of 10,000 clusters, 67 a second, 2 min left",
     ]
