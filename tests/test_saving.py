@@ -191,7 +191,8 @@ def test_a_checkpoint_of_other_data_is_refused(shards, finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_diverges_is_stopped_and_told_how_to_go_on(shards, tmp_path):
-    arguments = [a for a in command(shards, "optimizer.lr=3", "save_interval=10ba") if "max_duration" not in a]
+    settings = ("optimizer.lr=3", "save_interval=10ba", "save_num_checkpoints_to_keep=20")
+    arguments = [a for a in command(shards, *settings) if "max_duration" not in a]
     result = composer(*arguments, "max_duration=400ba", "schedule.warmup=200", cwd=tmp_path)
     assert result.returncode == 3, result.stderr
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: update"))
