@@ -177,6 +177,7 @@ def test_a_full_disk_is_told_and_does_not_lose_the_checkpoint_before(shards, tmp
     assert sorted(path.name for path in folder.glob("ep*")) == ["ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_data_is_refused(shards, finished, tmp_path):
     other = tmp_path / "shards"
     for split in ("train", "valid"):
