@@ -177,6 +177,7 @@ def test_a_full_disk_is_told_and_does_not_lose_the_checkpoint_before(shards, tmp
     assert sorted(path.name for path in folder.glob("ep*")) == ["ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_data_is_refused(shards, finished, tmp_path):
     other = tmp_path / "shards"
     for split in ("train", "valid"):
@@ -191,7 +192,8 @@ def test_a_checkpoint_of_other_data_is_refused(shards, finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_diverges_is_stopped_and_told_how_to_go_on(shards, tmp_path):
-    arguments = [a for a in command(shards, "optimizer.lr=3", "save_interval=10ba") if "max_duration" not in a]
+    settings = ("optimizer.lr=3", "save_interval=10ba", "save_num_checkpoints_to_keep=20")
+    arguments = [a for a in command(shards, *settings) if "max_duration" not in a]
     result = composer(*arguments, "max_duration=400ba", "schedule.warmup=200", cwd=tmp_path)
     assert result.returncode == 3, result.stderr
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: update"))
