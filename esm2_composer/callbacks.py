@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed
 from composer.core import Callback, State
-from composer.loggers import Logger, ProgressBarLogger
+from composer.loggers import Logger, ProgressBarLogger, TensorboardLogger
 from composer.utils import dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -154,6 +154,19 @@ class TokenMonitor(Callback):
                 "metrics/train/masked_accuracy": correct / max(predicted, 1),
             }
         )
+
+
+class TensorBoard(TensorboardLogger):
+    """Composer's logger, in one file a start: its own begins another at each flush, 50,000 in a published run."""
+
+    def _flush(self, logger: Logger) -> None:
+        if self.writer is not None and self.writer.file_writer is not None:
+            self.writer.flush()
+
+    def close(self, state: State, logger: Logger) -> None:
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
 
 
 class ProgressBar(ProgressBarLogger):

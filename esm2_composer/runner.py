@@ -16,7 +16,7 @@ import torch
 from composer import Evaluator, Trainer
 from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator, SpeedMonitor
 from composer.core import Callback
-from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
+from composer.loggers import LoggerDestination, WandBLogger
 from composer.utils import dist, get_device
 
 from esm2_composer.attention import select_attention
@@ -26,6 +26,7 @@ from esm2_composer.callbacks import (
     Preemption,
     ProgressBar,
     ProgressLines,
+    TensorBoard,
     TokenMonitor,
 )
 from esm2_composer.checkpoints import RECIPE, find_checkpoint, open_folder
@@ -233,7 +234,7 @@ def check_degrees(fsdp: FSDPSection, ranks: int) -> None:
 def _loggers(recipe: Recipe) -> list[LoggerDestination]:
     loggers: list[LoggerDestination] = []
     if recipe.tensorboard_folder is not None:
-        loggers.append(TensorboardLogger(log_dir=recipe.tensorboard_folder, flush_interval=10))
+        loggers.append(TensorBoard(log_dir=recipe.tensorboard_folder, flush_interval=10))
     if recipe.loggers.wandb is not None:
         # Every launch is a run of its own to W&B; the group holds them together.
         settings = dataclasses.asdict(recipe.loggers.wandb)

@@ -56,6 +56,7 @@ def test_training_logs_loss_perplexity_and_real_tokens(finished):
     assert 0 < read_scalars(events, "gradient_norm")[10] < 100
     assert read_scalars(events, "metrics/train/perplexity")[10] == pytest.approx(math.exp(losses(finished)[9]))
     assert 0 < read_scalars(events, "metrics/train/masked_accuracy")[10] < 0.5
+    assert len(list((events / "demo").glob("events.*"))) == 1
     rate = read_scalars(events, "lr-AdamW/group0")
     # with t updates done, the rate of the next: no update has rate zero, none the rate of another
     assert [rate[t] for t in (1, 2, 3)] == pytest.approx([3e-3 * 2 / 3, 3e-3, 3e-3 * (1 - 0.9 / 9.9)])
