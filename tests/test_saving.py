@@ -145,7 +145,7 @@ def test_a_store_that_fails_for_a_while_costs_nothing(shards, store, tmp_path):
         code, _ = run.end()
     assert code == 0, "".join(run.lines)
     assert store.refused
-    assert "run/ep66-ba400-rank0.pt" in store.keys()
+    assert "ep66-ba400-rank0.pt" in store.keys("run/")
 
 
 @pytest.mark.slow
@@ -158,7 +158,7 @@ def test_a_store_that_fails_for_long_costs_a_checkpoint_and_not_the_run(shards, 
         store.failing = False
         code, _ = run.end()
     assert code == 0, "".join(run.lines)
-    assert "run/ep66-ba400-rank0.pt" in store.keys()
+    assert "ep66-ba400-rank0.pt" in store.keys("run/")
 
 
 def test_a_full_disk_is_told_and_does_not_lose_the_checkpoint_before(shards, tmp_path):
