@@ -26,7 +26,7 @@ from streaming import StreamingDataset
 from test_layouts import write_clusters, write_layout, write_proteins
 from test_records import assert_same_records
 
-from esm2_composer import conversion, plan
+from esm2_composer import conversion, conversion_plan
 from esm2_composer.conversion import Interrupted, Options, convert
 from esm2_composer.errors import UserError
 from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout
@@ -109,8 +109,8 @@ def random_data(clusters: int, seed: int = 0) -> tuple[dict[str, list[str]], dic
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "PART_CLUSTERS", 16)
-    monkeypatch.setattr(plan, "PART_MEMBERS", 40)
+    monkeypatch.setattr(conversion_plan, "PART_CLUSTERS", 16)
+    monkeypatch.setattr(conversion_plan, "PART_MEMBERS", 40)
 
 
 # --- one canonical output ---
@@ -166,7 +166,7 @@ def test_fasta_alone_equals_validation_clusters(tmp_path: Path) -> None:
 
 def test_workers_do_not_change_the_shards(tmp_path: Path) -> None:
     """Parts of their real size here, as worker processes do not see what a test patches."""
-    number = plan.PART_CLUSTERS * 2 + 1
+    number = conversion_plan.PART_CLUSTERS * 2 + 1
     names = [f"c{index}" for index in range(number)]
     layout = bionemo(tmp_path, {"ur50_id": names}, {name: "MKVLA" * (1 + len(name) % 3) for name in names})
     seen: list[tuple[str, int, int]] = []
@@ -174,7 +174,11 @@ def test_workers_do_not_change_the_shards(tmp_path: Path) -> None:
     for workers in (1, 3):
         out = str(tmp_path / f"out{workers}")
         told[workers] = convert(layout, out, Options(), workers=workers, progress=lambda *args: seen.append(args))
-        assert sorted(entry["samples"] for entry in index_of(out)) == [1, plan.PART_CLUSTERS, plan.PART_CLUSTERS]
+        assert sorted(entry["samples"] for entry in index_of(out)) == [
+            1,
+            conversion_plan.PART_CLUSTERS,
+            conversion_plan.PART_CLUSTERS,
+        ]
         assert seen[-1] == ("clusters", number, number)
     assert hashes(tmp_path / "out1/train") == hashes(tmp_path / "out3/train")
     for conversion_json in told.values():
@@ -196,7 +200,7 @@ def test_cluster_ids_lie_in_the_order_of_the_samples(tmp_path: Path, small_parts
 
 def test_a_part_never_cuts_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flat cluster's rows span several of the batches in which DuckDB hands out the plan."""
-    monkeypatch.setattr(plan, "PART_MEMBERS", 100)
+    monkeypatch.setattr(conversion_plan, "PART_MEMBERS", 100)
     rows = [(f"c{number % 3}", f"m{number:05}", "MK" * (1 + number % 4)) for number in range(15_000)]
     convert(flat(tmp_path / "x.parquet", rows), str(tmp_path / "out"), Options())
     assert [entry["samples"] for entry in index_of(str(tmp_path / "out"))] == [1, 1, 1]
@@ -471,9 +475,9 @@ CONVERT = """
 import sys
 import time
 from pathlib import Path
-from esm2_composer import conversion, plan
+from esm2_composer import conversion, conversion_plan
 from esm2_composer.layouts import BioNeMo
-plan.PART_CLUSTERS = 16
+conversion_plan.PART_CLUSTERS = 16
 build = conversion._Builder.build
 def slow(self, number):
     print(number, flush=True)
@@ -529,7 +533,7 @@ def test_a_killed_run_goes_on_and_ends_alike(tmp_path: Path, many: BioNeMo) -> N
 
 @pytest.mark.slow
 def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
-    names = [f"c{index}" for index in range(plan.PART_CLUSTERS * 3)]
+    names = [f"c{index}" for index in range(conversion_plan.PART_CLUSTERS * 3)]
     layout = bionemo(tmp_path, {"ur50_id": names}, dict.fromkeys(names, "MKV" * 50))
     command = [sys.executable, ROOT / "tools/convert.py", "--workers", "2", "--out", tmp_path / "out"]
     command += ["--clusters", tmp_path / "clusters.parquet", "--sequences", tmp_path / "proteins.db"]
