@@ -165,6 +165,7 @@ def test_a_store_that_fails_for_long_costs_a_checkpoint_and_not_the_run(shards, 
     assert "ep16-ba100-rank0.pt" in store.keys("run/")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_does_not_lose_the_checkpoint_before(shards, tmp_path):
     with Run(
         *command(
