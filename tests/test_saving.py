@@ -135,7 +135,9 @@ def test_a_run_from_and_to_a_store_goes_on_where_it_was_told_to_leave(shards, fi
 
 @pytest.mark.slow
 def test_a_store_that_fails_for_a_while_costs_nothing(shards, store, tmp_path):
-    arguments = command(shards, "save_folder=s3://bucket/run", "save_interval=4ba", "max_duration=400ba")
+    arguments = command(
+        shards, "save_folder=s3://bucket/run", "save_interval=4ba", "max_duration=100ba", "eval_interval=100ba"
+    )
     with Run(*arguments, cwd=tmp_path, **store.environment) as run:
         run.wait_for("update 20/")
         store.failing = True
@@ -145,12 +147,14 @@ def test_a_store_that_fails_for_a_while_costs_nothing(shards, store, tmp_path):
         code, _ = run.end()
     assert code == 0, "".join(run.lines)
     assert store.refused
-    assert "ep66-ba400-rank0.pt" in store.keys("run/")
+    assert "ep16-ba100-rank0.pt" in store.keys("run/")
 
 
 @pytest.mark.slow
 def test_a_store_that_fails_for_long_costs_a_checkpoint_and_not_the_run(shards, store, tmp_path):
-    arguments = command(shards, "save_folder=s3://bucket/run", "save_interval=4ba", "max_duration=400ba")
+    arguments = command(
+        shards, "save_folder=s3://bucket/run", "save_interval=4ba", "max_duration=100ba", "eval_interval=100ba"
+    )
     with Run(*arguments, cwd=tmp_path, **store.environment) as run:
         run.wait_for("update 20/")
         store.failing = True
@@ -158,12 +162,16 @@ def test_a_store_that_fails_for_long_costs_a_checkpoint_and_not_the_run(shards, 
         store.failing = False
         code, _ = run.end()
     assert code == 0, "".join(run.lines)
-    assert "ep66-ba400-rank0.pt" in store.keys("run/")
+    assert "ep16-ba100-rank0.pt" in store.keys("run/")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_does_not_lose_the_checkpoint_before(shards, tmp_path):
     with Run(
-        *command(shards, "save_interval=4ba", "max_duration=400ba", "tensorboard_folder=null"), cwd=tmp_path
+        *command(
+            shards, "save_interval=4ba", "max_duration=100ba", "eval_interval=100ba", "tensorboard_folder=null"
+        ),
+        cwd=tmp_path,
     ) as run:
         run.wait_for("update 20/")
         folder = tmp_path / "runs/demo/checkpoints"
@@ -176,7 +184,7 @@ def test_a_full_disk_is_told_and_does_not_lose_the_checkpoint_before(shards, tmp
         code, _ = run.end()
     assert code == 0, "".join(run.lines)
     assert "not saved: OSError" in "".join(run.lines)
-    assert (folder / "latest-rank0.pt").resolve().name == "ep66-ba400-rank0.pt"
+    assert (folder / "latest-rank0.pt").resolve().name == "ep16-ba100-rank0.pt"
 
 
 @pytest.mark.slow
