@@ -104,6 +104,7 @@ def train(shards: Path, out: Path, *overrides: str, ranks: int = 1) -> dict[str,
     return torch.load(out, weights_only=True)
 
 
+@pytest.mark.slow
 def test_losses_gradients_and_weights_are_those_of_one_rank_on_two_sharded_or_not(
     shards: Path, tmp_path: Path
 ) -> None:
