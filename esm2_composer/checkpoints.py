@@ -10,12 +10,14 @@ losses, and which checkpoints are kept for theirs.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,9 +56,13 @@ class LocalFolder:
     def __str__(self) -> str:
         return str(self.path)
 
-    def prepare(self) -> None:
-        """Make the folder, and clear what a killed run left unfinished."""
+    def make(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    def clear(self) -> None:
+        """Clear what a killed run left unfinished."""
         shutil.rmtree(self.path / _STAGING, ignore_errors=True)
         for path in self.path.iterdir():
             if _NAME.fullmatch(path.name) and path.is_dir() and not _is_whole(path):
@@ -134,7 +140,10 @@ class S3Folder:
     def __str__(self) -> str:
         return self._uri
 
-    def prepare(self) -> None:
+    def make(self) -> None:
+        """Folders of a store need no making."""
+
+    def clear(self) -> None:
         """Clear what a killed run left unfinished."""
         whole = set(self.names())
         names = {key.split("/")[0] for key in self._keys("ep")}
@@ -199,46 +208,59 @@ def open_folder(uri: str) -> Folder:
 
 
 def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool) -> str | None:
-    """The name of the checkpoint to resume from, None if the run is new; leave the recipe in its folder.
+    """The name of the checkpoint to resume from, None if the run is new. Each rank may look for itself.
 
     `sharded` tells whether this run reads and writes sharded checkpoints.
 
     Raises:
         UserError: the folder cannot be written, or it holds a run that is not to be resumed or is another one.
     """
-    try:
-        folder.prepare()
+    with _refusals(folder):
+        folder.make()
         names = folder.names()
         before = folder.read(RECIPE)
-        if names:
-            last = names[-1]
-            if not resume:
-                raise UserError(
-                    f"save_folder {folder} holds a run of {updates(last)} updates; "
-                    "set autoresume=true to go on with it, or take another run_name"
-                )
-            if before is None:
-                raise UserError(
-                    f"save_folder {folder} holds checkpoints, but not the {RECIPE} they were trained with; "
-                    "take another run_name, and their weights by model.init_from"
-                )
-            changed = changes(before, recipe)
-            if changed:
-                raise UserError(
-                    f"save_folder {folder} holds a run of another recipe: {'; '.join(changed)}; "
-                    "set that back, or take another run_name"
-                )
-            if is_sharded(last) != sharded:
-                kind = "sharded" if is_sharded(last) else "full"
-                raise UserError(
-                    f"save_folder {folder} holds {kind} checkpoints; resume them with fsdp.state_dict_type={kind}"
-                )
+    if not names:
+        return None
+    last = names[-1]
+    if not resume:
+        raise UserError(
+            f"save_folder {folder} holds a run of {updates(last)} updates; "
+            "set autoresume=true to go on with it, or take another run_name"
+        )
+    if before is None:
+        raise UserError(
+            f"save_folder {folder} holds checkpoints, but not the {RECIPE} they were trained with; "
+            "take another run_name, and their weights by model.init_from"
+        )
+    changed = changes(before, recipe)
+    if changed:
+        raise UserError(
+            f"save_folder {folder} holds a run of another recipe: {'; '.join(changed)}; "
+            "set that back, or take another run_name"
+        )
+    if is_sharded(last) != sharded:
+        kind = "sharded" if is_sharded(last) else "full"
+        raise UserError(
+            f"save_folder {folder} holds {kind} checkpoints; resume them with fsdp.state_dict_type={kind}"
+        )
+    return last
+
+
+def take_over(folder: Folder, recipe: Recipe) -> None:
+    """Make the folder this run's: clear what a killed one left unfinished, and leave the recipe. For one rank."""
+    with _refusals(folder):
+        folder.clear()
         folder.write(RECIPE, to_yaml(recipe))
+
+
+@contextlib.contextmanager
+def _refusals(folder: Folder) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"save_folder {folder} cannot be written ({error.strerror})") from error
     except (BotoCoreError, ClientError) as error:
         raise UserError(f"save_folder {folder} cannot be read and written ({error})") from error
-    return names[-1] if names else None
 
 
 @dataclass

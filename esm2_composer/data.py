@@ -154,6 +154,24 @@ def count_short_clusters(place: str, min_length: int) -> int | None:
     return sum(count for length, count in longest.items() if int(length) < min_length)
 
 
+def canonical_nodes(global_batch_size: int, ranks: int) -> int:
+    """How many nodes Streaming's order is made for, whatever their real number.
+
+    Raises:
+        UserError: so many ranks cannot share a global batch equally.
+    """
+    if global_batch_size % ranks:
+        raise UserError(f"global_train_batch_size {global_batch_size} is not a multiple of the {ranks} ranks")
+    canonical = math.gcd(CANONICAL_NODES, global_batch_size)
+    nodes = ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    if canonical % nodes and nodes % canonical:
+        raise UserError(
+            f"{nodes} nodes cannot share global_train_batch_size {global_batch_size}; "
+            f"take a number of nodes that divides {canonical}"
+        )
+    return canonical
+
+
 def train_loader(
     draw: ClusterDraw,
     remote: str | None,
@@ -173,15 +191,7 @@ def train_loader(
         UserError: the ranks cannot share the batch equally, or there are fewer clusters than one batch.
     """
     ranks = _world_size()
-    if global_batch_size % ranks:
-        raise UserError(f"global_train_batch_size {global_batch_size} is not a multiple of the {ranks} ranks")
-    canonical_nodes = math.gcd(CANONICAL_NODES, global_batch_size)
-    nodes = ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    if canonical_nodes % nodes and nodes % canonical_nodes:
-        raise UserError(
-            f"{nodes} nodes cannot share global_train_batch_size {global_batch_size}; "
-            f"take a number of nodes that divides {canonical_nodes}"
-        )
+    nodes = canonical_nodes(global_batch_size, ranks)
     clusters = _open(
         remote,
         local,
@@ -189,7 +199,7 @@ def train_loader(
         batch_size=global_batch_size // ranks,
         shuffle=True,
         shuffle_seed=draw.seed,
-        num_canonical_nodes=canonical_nodes,
+        num_canonical_nodes=nodes,
         cache_limit=cache_limit,
     )
     batches = clusters.num_samples // global_batch_size

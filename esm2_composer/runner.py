@@ -29,9 +29,9 @@ from esm2_composer.callbacks import (
     TensorBoard,
     TokenMonitor,
 )
-from esm2_composer.checkpoints import RECIPE, find_checkpoint, open_folder
+from esm2_composer.checkpoints import RECIPE, find_checkpoint, open_folder, take_over
 from esm2_composer.config import DataSection, FSDPSection, ModelSection, Recipe, batches
-from esm2_composer.data import ClusterDraw, count_short_clusters, evaluation_loader, train_loader
+from esm2_composer.data import ClusterDraw, canonical_nodes, count_short_clusters, evaluation_loader, train_loader
 from esm2_composer.errors import UserError
 from esm2_composer.gradients import DivideByRanks, means_are_sums
 from esm2_composer.masking import MaskingRule
@@ -52,24 +52,13 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     """
     device = get_device(None)
     on_gpu = device.name == "gpu"
-    if not dist.is_initialized():
-        dist.initialize_dist(device, timeout=1800)  # before any dataset: Streaming asks which rank it is
 
+    # Each rank for itself, before they meet and before anything is fetched: what can be seen to be wrong.
+    canonical_nodes(recipe.global_train_batch_size, dist.get_world_size())
     parallelism = _parallelism(recipe.fsdp, on_gpu)
     sharded = parallelism is not None and recipe.fsdp.state_dict_type == "sharded"
     folder = open_folder(recipe.save_folder)
-    checkpoint = on_rank_zero(lambda: find_checkpoint(folder, recipe.autoresume, recipe, sharded))
-    if not all(dist.all_gather_object(folder.read(RECIPE) is not None)):
-        raise UserError(
-            f"save_folder {folder} is not the same on all nodes; take a shared one, or s3://bucket/prefix"
-        )
-    saver = CheckpointSaver(
-        folder,
-        interval=batches(recipe.save_interval),
-        keep_newest=recipe.save_num_checkpoints_to_keep,
-        keep_best=recipe.callbacks.best_checkpoints,
-    )
-
+    checkpoint = find_checkpoint(folder, recipe.autoresume, recipe, sharded)
     torch.manual_seed(recipe.seed)  # the same on every rank: sharded ranks must agree on the weights
     elsewhere = parallelism is not None and recipe.fsdp.sync_module_states and dist.get_global_rank() > 0
     with torch.device("meta") if elsewhere else contextlib.nullcontext():
@@ -78,6 +67,22 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         select_attention(net.config.attention, "cuda" if on_gpu else "cpu")
     except ValueError as error:
         raise UserError(f"model.attention: {error}") from error
+
+    if not dist.is_initialized():
+        dist.initialize_dist(device, timeout=1800)  # before any dataset: Streaming asks which rank it is
+    on_rank_zero(lambda: take_over(folder, recipe))
+    if not all(dist.all_gather_object(folder.read(RECIPE) is not None)):
+        raise UserError(
+            f"save_folder {folder} is not the same on all nodes; take a shared one, or s3://bucket/prefix"
+        )
+    checkpoint = on_rank_zero(lambda: checkpoint)
+    saver = CheckpointSaver(
+        folder,
+        interval=batches(recipe.save_interval),
+        keep_newest=recipe.save_num_checkpoints_to_keep,
+        keep_best=recipe.callbacks.best_checkpoints,
+    )
+
     if recipe.compile:
         net.compile_layers()
     model = MaskedLanguageModel(net)

@@ -66,11 +66,16 @@ def call(monkeypatch, capsys) -> Callable:
 
 
 class Run:
-    """Composer's launcher on train.py, watched while it runs. Use as a context: nothing of it outlives that."""
+    """Composer's launcher on train.py, watched while it runs; or, without one, the only rank, which is faster.
 
-    def __init__(self, *command: str | Path, cwd: Path, **environment: str) -> None:
+    Use as a context: nothing of it outlives that.
+    """
+
+    def __init__(self, *command: str | Path, cwd: Path, launcher: bool = True, **environment: str) -> None:
+        python = Path(sys.executable)
+        self._has_launcher = launcher
         self._process = subprocess.Popen(
-            [Path(sys.executable).with_name("composer"), *(str(part) for part in command)],
+            [python.with_name("composer") if launcher else python, *(str(part) for part in command)],
             cwd=cwd,
             env={**os.environ, **environment},
             stdout=subprocess.DEVNULL,
@@ -102,6 +107,8 @@ class Run:
 
     def ranks(self) -> list[psutil.Process]:
         """The ranks' processes, in order; fewer while the launcher is starting them."""
+        if not self._has_launcher:
+            return [self.launcher]
         found = {}
         for child in self.launcher.children():
             try:
@@ -145,6 +152,28 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         assert converted.returncode == 0, converted.stderr
     return folder / "shards"
+
+
+def command(shards: Path, *overrides: str) -> list[str]:
+    """Arguments for composer or python: demo.yaml shrunk to a model and a run of seconds."""
+    return [
+        str(ROOT / "train.py"),
+        str(ROOT / "yamls/demo.yaml"),
+        *(f"data.remote={shards}", "data.max_length=128", "device_microbatch_tokens=2048"),
+        *("model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=64"),
+        *("max_duration=14ba", "schedule.warmup=3", "eval_interval=7ba", "save_interval=2ba"),
+        "callbacks.best_checkpoints=0",
+        *overrides,
+    ]
+
+
+@pytest.fixture(scope="session")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working folder of a run of `command` that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = composer(*command(shards), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder
 
 
 def cluster(*members: bytes, name: str = "c") -> dict[str, Any]:

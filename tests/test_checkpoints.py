@@ -18,6 +18,7 @@ from esm2_composer.checkpoints import (
     find_checkpoint,
     open_folder,
     superseded,
+    take_over,
 )
 from esm2_composer.config import Recipe, load_recipe
 from esm2_composer.errors import UserError
@@ -46,7 +47,7 @@ def store():
 @pytest.fixture(params=["local", "s3"])
 def folder(request, store, tmp_path) -> Folder:
     folder = open_folder(str(tmp_path / "run") if request.param == "local" else f"s3://bucket/{tmp_path.name}/run")
-    folder.prepare()
+    folder.make()
     return folder
 
 
@@ -84,7 +85,7 @@ def test_a_sharded_checkpoint_is_there_when_the_last_part_is(folder, tmp_path):
     save(folder, tmp_path, "ep0-ba10")
     save(folder, tmp_path, "ep0-ba20", whole=False)
     assert folder.names() == ["ep0-ba10"]
-    folder.prepare()  # the next start clears up
+    folder.clear()  # the next start does
     assert not any("ba20" in name for name in listing(folder))
 
 
@@ -151,11 +152,13 @@ def load(*overrides: str, folder: Path) -> Recipe:
 
 def test_a_new_run_leaves_its_recipe(folder, recipe):
     assert find_checkpoint(folder, True, recipe, False) is None
+    assert folder.read(RECIPE) is None, "to look changes nothing"
+    take_over(folder, recipe)
     assert "hidden_size" in folder.read(RECIPE)
 
 
 def test_the_newest_checkpoint_is_found_by_a_recipe_that_trains_the_same(folder, recipe, tmp_path):
-    find_checkpoint(folder, True, recipe, False)
+    take_over(folder, recipe)
     for update in (9, 10):
         save(folder, tmp_path, f"ep0-ba{update}-rank0.pt")
     free = (
@@ -179,7 +182,7 @@ def test_the_newest_checkpoint_is_found_by_a_recipe_that_trains_the_same(folder,
     ],
 )
 def test_another_recipe_is_refused_with_the_difference(folder, recipe, tmp_path, override, difference):
-    find_checkpoint(folder, True, recipe, False)
+    take_over(folder, recipe)
     save(folder, tmp_path, "ep0-ba10-rank0.pt")
     before = folder.read(RECIPE)
     with pytest.raises(UserError) as caught:
@@ -189,14 +192,14 @@ def test_another_recipe_is_refused_with_the_difference(folder, recipe, tmp_path,
 
 
 def test_a_run_is_not_overwritten_by_one_that_does_not_resume_it(folder, recipe, tmp_path):
-    find_checkpoint(folder, True, recipe, False)
+    take_over(folder, recipe)
     save(folder, tmp_path, "ep0-ba10-rank0.pt")
     with pytest.raises(UserError, match="holds a run of 10 updates; set autoresume=true"):
         find_checkpoint(folder, False, recipe, False)
 
 
 def test_full_and_sharded_checkpoints_are_told_apart(folder, recipe, tmp_path):
-    find_checkpoint(folder, True, recipe, True)
+    take_over(folder, recipe)
     save(folder, tmp_path, "ep0-ba10")
     with pytest.raises(UserError, match="holds sharded checkpoints; resume them with"):
         find_checkpoint(folder, True, recipe, False)
@@ -208,10 +211,13 @@ def test_checkpoints_of_nobody_knows_what_are_refused(folder, recipe, tmp_path):
         find_checkpoint(folder, True, recipe, False)
 
 
-def test_a_folder_that_cannot_be_made_is_refused(recipe, tmp_path):
+def test_a_folder_that_cannot_be_made_or_written_is_refused(recipe, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)"):
         find_checkpoint(LocalFolder(str(tmp_path / "file" / "checkpoints")), True, recipe, False)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not bind who runs tests as root
+    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
+        find_checkpoint(LocalFolder(str(tmp_path)), True, recipe, False)
 
 
 def test_a_bucket_that_is_not_there_is_refused(store, recipe):

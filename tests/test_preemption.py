@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, Run, composer, python
-from test_train import command, losses
+from conftest import ROOT, Run, command, python
+from runs import losses
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def long_validation(tmp_path_factory) -> Path:
 def undisturbed(long_validation, tmp_path_factory) -> dict[int, float]:
     """The losses of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    result = composer(*command(long_validation), cwd=folder)
+    result = python(*command(long_validation), cwd=folder)
     assert result.returncode == 0, result.stderr
     return losses(folder)
 
@@ -101,7 +101,7 @@ def test_a_signal_in_training(long_validation, undisturbed, tmp_path, ranks, mom
     if moment == "evaluation":
         assert "ba7" in saved
         assert "7" not in index(tmp_path)["validation_loss"], "the evaluation was cut short"
-    again = composer(*arguments, cwd=tmp_path)
+    again = python(*arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert sorted(index(tmp_path)["validation_loss"], key=int) == ["0", "7", "14"]
     assert losses(tmp_path) == pytest.approx(undisturbed, rel=0 if ranks == 1 else 1e-5)
@@ -141,7 +141,7 @@ def test_a_signal_while_data_do_not_come(shards, tmp_path, goes_on):
     print(f"loader stopped, {'then resumed' if goes_on else 'for good'}: code {code} in {seconds + 2:.1f} s")
     assert code == 75, "".join(run.lines)
     assert (checkpoints(tmp_path) == before) == (not goes_on)
-    assert composer(*command(shards), cwd=tmp_path).returncode == 0
+    assert python(*command(shards), cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.slow

@@ -6,12 +6,14 @@ import re
 import warnings
 from pathlib import Path
 
+import evaluate
 import pytest
 import torch
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from conftest import ROOT, Run, composer, python
 from plot_convergence import read_scalars
 
+from esm2_composer.callbacks import LOSS
 from esm2_composer.config import load_recipe
 from esm2_composer.errors import UserError
 from esm2_composer.model import SIZES
@@ -131,36 +133,33 @@ SMALL = (
 
 def start(recipe: str, shards: Path, folder: Path, *overrides: str, ranks: int = 1):
     """A few updates of a recipe, its model and batch made small."""
-    result = composer(
-        *("-n", str(ranks), ROOT / "train.py", ROOT / f"yamls/{recipe}.yaml", f"data.remote={shards}"),
-        *(*SMALL, *overrides),
-        cwd=folder,
-    )
+    command = (ROOT / "train.py", ROOT / f"yamls/{recipe}.yaml", f"data.remote={shards}", *SMALL, *overrides)
+    result = python(*command, cwd=folder) if ranks == 1 else composer("-n", str(ranks), *command, cwd=folder)
     assert result.returncode == 0, result.stderr
     return result
 
 
-@pytest.mark.parametrize("size", ["8m", "650m"])
+@pytest.mark.parametrize(
+    "size", ["650m", *(pytest.param(s, marks=pytest.mark.slow) for s in SIZES if s != "650m")]
+)
 def test_a_recipe_starts_on_a_cpu_and_says_what_it_leaves_out(size, shards, tmp_path):
     result = start(size, shards, tmp_path)
     assert "training in fp32 instead of amp_bf16" in result.stderr
-    assert ("training unsharded" in result.stderr) == (size == "650m")
-    assert len(read_scalars(tmp_path / f"runs/esm2_{size}/tensorboard", "loss/train/total")) == 4
+    assert ("training unsharded" in result.stderr) == (size in ("650m", "3b", "15b"))
+    assert len(read_scalars(tmp_path / f"runs/esm2_{size}/tensorboard", LOSS)) == 4
 
 
-def test_the_3b_recipe_trains_sharded_resumes_on_one_rank_and_is_evaluated(shards, tmp_path):
+def test_the_3b_recipe_trains_sharded_resumes_on_one_rank_and_is_evaluated(shards, tmp_path, call):
     start("3b", shards, tmp_path, "fsdp.version=2", ranks=2)
     checkpoint = tmp_path / "runs/esm2_3b/checkpoints/latest-rank0.pt"
     assert len(list(checkpoint.glob("__*_0.distcp"))) == 2
     start("3b", shards, tmp_path, "fsdp.version=2", "max_duration=6ba", "eval_interval=6ba")
     events = tmp_path / "runs/esm2_3b/tensorboard"
-    assert sorted(read_scalars(events, "loss/train/total")) == list(range(6))
-    scored = python(
-        *(ROOT / "tools/evaluate.py", checkpoint, "--data", shards, "--max-length", "128", "--json"), cwd=tmp_path
-    )
-    assert scored.returncode == 0, scored.stderr
+    assert sorted(read_scalars(events, LOSS)) == list(range(6))
+    code, out, err = call(evaluate.main, checkpoint, "--data", shards, "--max-length", "128", "--json")
+    assert code == 0, err
     logged = read_scalars(events, "metrics/valid/perplexity")
-    perplexity = json.loads(scored.stdout.splitlines()[-1])["perplexity"]
+    perplexity = json.loads(out)["perplexity"]
     assert perplexity == pytest.approx(logged[6], rel=1e-5)
 
 
@@ -178,17 +177,21 @@ def test_the_15b_recipe_makes_its_weights_on_one_rank(shards, tmp_path):
 
 @pytest.mark.slow
 def test_a_sharded_run_killed_on_two_ranks_goes_on_with_two_and_with_one(shards, tmp_path):
-    start("3b", shards, tmp_path, "fsdp.version=2", "save_interval=1ba", ranks=2)
-    longer = ("fsdp.version=2", "max_duration=400ba", "save_interval=1ba")
-    arguments = (ROOT / "train.py", ROOT / "yamls/3b.yaml", f"data.remote={shards}", *SMALL, *longer)
-    folder = tmp_path / "runs/esm2_3b/checkpoints"
-    with Run("-n", "2", *arguments, cwd=tmp_path) as run:
+    sharded = ("fsdp.version=2", "save_interval=1ba", "eval_interval=400ba")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed.mkdir()
+    whole.mkdir()
+    arguments = (ROOT / "train.py", ROOT / "yamls/3b.yaml", f"data.remote={shards}", *SMALL, *sharded)
+    folder = killed / "runs/esm2_3b/checkpoints"
+    with Run("-n", "2", *arguments, "max_duration=400ba", cwd=killed) as run:
         run.wait_until(lambda: any("ba7" in path.name for path in folder.glob("ep*")))
         run.kill()
-    last = max(int(path.name.split("-ba")[1]) for path in folder.glob("ep*/.metadata") for path in [path.parent])
+    last = max(int(path.parent.name.split("-ba")[1]) for path in folder.glob("ep*/.metadata"))
     for ranks in (2, 1):
         last += 2
-        start("3b", shards, tmp_path, "fsdp.version=2", f"max_duration={last}ba", "save_interval=1ba", ranks=ranks)
+        start("3b", shards, killed, *sharded, f"max_duration={last}ba", ranks=ranks)
         assert (folder / "latest-rank0.pt").resolve().name.endswith(f"-ba{last}")
-    steps = read_scalars(tmp_path / "runs/esm2_3b/tensorboard", "loss/train/total")
-    assert sorted(steps) == list(range(last))
+    start("3b", shards, whole, *sharded, f"max_duration={last}ba")
+    losses, expected = (read_scalars(path / "runs/esm2_3b/tensorboard", LOSS) for path in (killed, whole))
+    assert sorted(expected) == list(range(last))
+    assert losses == pytest.approx(expected, rel=1e-4)

@@ -11,9 +11,9 @@ import boto3
 import psutil
 import pytest
 import torch
-from conftest import Run, composer
+from conftest import Run, command, python
 from moto.server import DomainDispatcherApplication, create_backend_app
-from test_train import assert_user_error, command, final_weights, losses
+from runs import assert_same_weights, assert_user_error, final_weights, losses
 from werkzeug.serving import make_server
 
 from esm2_composer.model import ESM2
@@ -71,26 +71,12 @@ def store():
     store.close()
 
 
-@pytest.fixture(scope="module")
-def finished(shards, tmp_path_factory) -> Path:
-    """The working folder of a run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("finished")
-    result = composer(*command(shards), cwd=folder)
-    assert result.returncode == 0, result.stderr
-    return folder
-
-
-def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_the_newest_and_the_best_are_kept_across_restarts(shards, tmp_path):
     arguments = command(shards, "eval_interval=1ba", "callbacks.best_checkpoints=3", "optimizer.lr=0.1")
-    with Run(*arguments, cwd=tmp_path) as run:
+    with Run(*arguments, cwd=tmp_path, launcher=False) as run:
         run.wait_for("update 6/14: loss")
         run.kill()
-    again = composer(*arguments, cwd=tmp_path)
+    again = python(*arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     folder = tmp_path / "runs/demo/checkpoints"
     index = json.loads((folder / "checkpoints.json").read_text())
@@ -102,66 +88,79 @@ def test_the_newest_and_the_best_are_kept_across_restarts(shards, tmp_path):
     assert kept == {13, 14, *best}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_from_and_to_a_store_goes_on_where_it_was_told_to_leave(shards, finished, store, tmp_path, ranks):
-    """With two ranks sharded, and resumed on one."""
+def from_and_to_store(shards: Path, store: Store, folder: Path, *overrides: str) -> list[str]:
     store.upload(shards, "shards")
-    arguments = [
+    return [
         *(argument for argument in command(shards) if not argument.startswith("data.remote")),
-        *("data.remote=s3://bucket/shards", f"data.local={tmp_path}/cache", "save_folder=s3://bucket/run"),
-        *(["fsdp.version=2", "fsdp.state_dict_type=sharded"] if ranks == 2 else []),
+        *("data.remote=s3://bucket/shards", f"data.local={folder}/cache", "save_folder=s3://bucket/run"),
+        *overrides,
     ]
-    with Run("-n", str(ranks), *arguments, cwd=tmp_path, **store.environment) as run:
+
+
+def weights_in_store(store: Store, folder: Path) -> dict[str, torch.Tensor]:
+    store.client.download_file("bucket", "run/ep2-ba14-rank0.pt", str(folder / "final.pt"))
+    return ESM2.from_pretrained(folder / "final.pt").state_dict()
+
+
+@pytest.mark.slow
+def test_a_run_from_and_to_a_store_killed_and_told_to_leave_ends_as_one_that_was_not(
+    shards, finished, store, tmp_path
+):
+    arguments = from_and_to_store(shards, store, tmp_path)
+    with Run(*arguments, cwd=tmp_path, **store.environment) as run:
         run.wait_for("update 5/")
+        run.kill()
+    with Run(*arguments, cwd=tmp_path, **store.environment) as run:
+        run.wait_for("update 9/")
         run.launcher.terminate()
         code, seconds = run.end()
-    print(f"{ranks} ranks, s3: code {code} in {seconds:.1f} s")
+    print(f"1 rank, s3: code {code} in {seconds:.1f} s")
     assert code == 75, "".join(run.lines)
     assert not any("14" in key for key in store.keys("run/"))
-    again = composer(*arguments, cwd=tmp_path, **store.environment)
+    again = python(*arguments, cwd=tmp_path, **store.environment)
     assert again.returncode == 0, again.stderr
-    assert losses(tmp_path) == pytest.approx(losses(finished), rel=0 if ranks == 1 else 1e-3)
-    kept = {key.split("/")[0] for key in store.keys("run/")}
-    end = "-rank0.pt" if ranks == 1 else ""
-    assert kept == {"recipe.yaml", "checkpoints.json", f"ep1-ba12{end}", f"ep2-ba14{end}"}
-    if ranks == 1:
-        store.client.download_file("bucket", "run/ep2-ba14-rank0.pt", str(tmp_path / "final.pt"))
-        assert_same_weights(ESM2.from_pretrained(tmp_path / "final.pt").state_dict(), final_weights(finished))
-    done = composer(*arguments, cwd=tmp_path, **store.environment)
+    assert losses(tmp_path) == losses(finished)
+    assert_same_weights(weights_in_store(store, tmp_path), final_weights(finished))
+    assert set(store.keys("run/")) == {
+        *("recipe.yaml", "checkpoints.json", "ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt"),
+    }
+    done = python(*arguments, cwd=tmp_path, **store.environment)
     assert done.returncode == 0
     assert "is done" in done.stdout
 
 
 @pytest.mark.slow
-def test_a_store_that_fails_for_a_while_costs_nothing(shards, store, tmp_path):
+def test_a_sharded_run_in_a_store_goes_on_with_fewer_ranks(shards, finished, store, tmp_path):
+    sharded = ("fsdp.version=2", "fsdp.state_dict_type=sharded")
+    arguments = from_and_to_store(shards, store, tmp_path, *sharded)
+    with Run("-n", "2", *arguments, cwd=tmp_path, **store.environment) as run:
+        run.wait_for("update 5/")
+        run.launcher.terminate()
+        code, seconds = run.end()
+    print(f"2 ranks, s3: code {code} in {seconds:.1f} s")
+    assert code == 75, "".join(run.lines)
+    again = python(*arguments, cwd=tmp_path, **store.environment)
+    assert again.returncode == 0, again.stderr
+    assert losses(tmp_path) == pytest.approx(losses(finished), rel=1e-3)
+    kept = {key.split("/")[0] for key in store.keys("run/")}
+    assert kept == {"recipe.yaml", "checkpoints.json", "ep1-ba12", "ep2-ba14"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outcome", ["trying again", "leaving it to the next one"])
+def test_a_store_that_fails_costs_a_checkpoint_at_most(shards, store, tmp_path, outcome):
     arguments = command(
         shards, "save_folder=s3://bucket/run", "save_interval=4ba", "max_duration=100ba", "eval_interval=100ba"
     )
-    with Run(*arguments, cwd=tmp_path, **store.environment) as run:
+    with Run(*arguments, cwd=tmp_path, launcher=False, **store.environment) as run:
         run.wait_for("update 20/")
         store.failing = True
-        run.wait_until(lambda: any("trying again" in line for line in run.lines))
+        run.wait_until(lambda: any(outcome in line for line in run.lines))
         assert [key for key in store.keys("run/") if key.startswith("ep")], "the checkpoint before stays"
         store.failing = False
         code, _ = run.end()
     assert code == 0, "".join(run.lines)
     assert store.refused
-    assert "ep16-ba100-rank0.pt" in store.keys("run/")
-
-
-@pytest.mark.slow
-def test_a_store_that_fails_for_long_costs_a_checkpoint_and_not_the_run(shards, store, tmp_path):
-    arguments = command(
-        shards, "save_folder=s3://bucket/run", "save_interval=4ba", "max_duration=100ba", "eval_interval=100ba"
-    )
-    with Run(*arguments, cwd=tmp_path, **store.environment) as run:
-        run.wait_for("update 20/")
-        store.failing = True
-        run.wait_until(lambda: any("leaving it to the next one" in line for line in run.lines))
-        store.failing = False
-        code, _ = run.end()
-    assert code == 0, "".join(run.lines)
     assert "ep16-ba100-rank0.pt" in store.keys("run/")
 
 
@@ -196,7 +195,7 @@ def test_a_checkpoint_of_other_data_is_refused(shards, finished, tmp_path):
             (other / split / path.name).write_bytes(path.read_bytes())
     index = other / "train/index.json"
     index.write_text(index.read_text() + " ")
-    result = composer(*command(other), cwd=finished)
+    result = python(*command(other), cwd=finished)
     assert_user_error(result, "on other training shards")
 
 
@@ -204,7 +203,7 @@ def test_a_checkpoint_of_other_data_is_refused(shards, finished, tmp_path):
 def test_a_run_that_diverges_is_stopped_and_told_how_to_go_on(shards, tmp_path):
     settings = ("optimizer.lr=3", "save_interval=10ba", "save_num_checkpoints_to_keep=20")
     arguments = [a for a in command(shards, *settings) if "max_duration" not in a]
-    result = composer(*arguments, "max_duration=400ba", "schedule.warmup=200", cwd=tmp_path)
+    result = python(*arguments, "max_duration=400ba", "schedule.warmup=200", cwd=tmp_path)
     assert result.returncode == 3, result.stderr
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: update"))
     assert "optimizer.lr=1.5" in line
@@ -214,7 +213,7 @@ def test_a_run_that_diverges_is_stopped_and_told_how_to_go_on(shards, tmp_path):
     assert (tmp_path / checkpoint).is_file()
     assert int(checkpoint.split("-ba")[1].split("-")[0]) < int(diverged.name.split("-ba")[1].split("-")[0]) - 19
     again = [*arguments, "max_duration=4ba", "schedule.warmup=2", *line.rpartition(": ")[2].split()]
-    assert composer(*again, cwd=tmp_path).returncode == 0
+    assert python(*again, cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.slow
@@ -225,12 +224,12 @@ def test_twenty_random_kills_end_in_the_same_weights_as_none(shards, tmp_path):
 
     (tmp_path / "none").mkdir()
     (tmp_path / "killed").mkdir()
-    assert composer(*arguments(), cwd=tmp_path / "none").returncode == 0
+    assert python(*arguments(), cwd=tmp_path / "none").returncode == 0
     chance = random.Random(17)
     staging = tmp_path / "killed/runs/demo/checkpoints/.saving"
     writing = 0
     for kill in range(20):
-        with Run(*arguments(), cwd=tmp_path / "killed") as run:
+        with Run(*arguments(), cwd=tmp_path / "killed", launcher=False) as run:
             if kill % 4 == 3:  # anywhere in start-up
                 run.wait_until(run.ranks)
                 time.sleep(chance.uniform(0, 20))
@@ -242,7 +241,7 @@ def test_twenty_random_kills_end_in_the_same_weights_as_none(shards, tmp_path):
             run.kill()
             writing += staging.exists() and any(staging.iterdir())
         assert not any("Traceback" in line for line in run.lines), "".join(run.lines)
-    last = composer(*arguments(), cwd=tmp_path / "killed")
+    last = python(*arguments(), cwd=tmp_path / "killed")
     assert last.returncode == 0, last.stderr
     print(f"{writing} of 20 kills came while a checkpoint was being written")
     assert writing
