@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import os
 import re
@@ -380,6 +381,15 @@ def _model_problems(model: ModelSection) -> typing.Iterator[str]:
     if given and len(given) < len(model.dimensions):
         absent = ", ".join(name for name in model.dimensions if name not in given)
         yield f"'model' gives {', '.join(given)} but not {absent}"
+        return
+    for name in given:
+        if model.dimensions[name] < 1:
+            yield f"'model.{name}' is {model.dimensions[name]}; it must be at least 1"
+    if given and model.hidden_size % (8 * model.num_heads):
+        yield (
+            f"'model.hidden_size' is {model.hidden_size}; it must be a multiple of 8 times model.num_heads, "
+            f"{8 * model.num_heads}: attention kernels need that"
+        )
 
 
 def _data_problems(data: DataSection) -> typing.Iterator[str]:
@@ -391,5 +401,14 @@ def _data_problems(data: DataSection) -> typing.Iterator[str]:
         folder = Path(data.remote) / split
         if not (folder / "index.json").is_file():
             yield f"'data.remote' is {data.remote}, which holds no {split} shards ({split}/index.json)"
+        elif not _is_index(folder / "index.json"):
+            yield f"'data.remote' is {data.remote}, whose {split}/index.json is no index of MDS shards"
         elif data.local is None and not os.access(folder, os.W_OK):
             yield f"'data.remote' is {data.remote}, where shards cannot be unpacked; set 'data.local' to a folder"
+
+
+def _is_index(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text())["shards"])
+    except (ValueError, KeyError, TypeError):
+        return False

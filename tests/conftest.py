@@ -21,6 +21,8 @@ from esm2_composer.records import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 REAL_DATA = Path(os.environ.get("ESM2_REAL_DATA") or ROOT.parent / "shared" / "data")
+# The models of tests are too small for several threads, which would wait for each other, busily.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +38,7 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subproces
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**os.environ, **ENVIRONMENT, **environment},
         capture_output=True,
         text=True,
         timeout=600,
@@ -77,7 +79,7 @@ class Run:
         self._process = subprocess.Popen(
             [python.with_name("composer") if launcher else python, *(str(part) for part in command)],
             cwd=cwd,
-            env={**os.environ, **environment},
+            env={**os.environ, **ENVIRONMENT, **environment},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

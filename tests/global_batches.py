@@ -1,10 +1,15 @@
-"""What the ranks together see of each global batch: composer -n N tests/global_batches.py SCENARIOS.json
+"""What the ranks together see of each global batch: python tests/global_batches.py N SCENARIOS.json
+
+The N ranks are forks of one process, which imports but once.
 
 Each scenario is {"shards", "evaluation", "workers", "budget", "state", "batches", "out"}. Rank r writes
 OUT-r.json: for each batch, what every sequence of its microbatches shows; and the state to resume from.
 """
 
 import json
+import multiprocessing
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -56,7 +61,26 @@ def run(scenario: dict) -> None:
     out.write_text(json.dumps({"seen": seen, "microbatches": microbatches, "state": state}))
 
 
-if __name__ == "__main__":
+def run_as(rank: int, ranks: int, port: int, scenarios: list[dict]) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.initialize_dist("cpu")
-    for scenario in json.loads(Path(sys.argv[1]).read_text()):
+    for scenario in scenarios:
         run(scenario)
+
+
+if __name__ == "__main__":
+    ranks, scenarios = int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        multiprocessing.get_context("fork").Process(target=run_as, args=(rank, ranks, port, scenarios))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(any(process.exitcode for process in processes))

@@ -31,10 +31,10 @@ schedule: {warmup: 10, floor: 0.1}
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, with a split each of (empty) shards in `shards`."""
+    """The working folder, with an index of each split in `shards`."""
     for split in ("train", "valid"):
         (tmp_path / "shards" / split).mkdir(parents=True)
-        (tmp_path / "shards" / split / "index.json").touch()
+        (tmp_path / "shards" / split / "index.json").write_text('{"version": 2, "shards": [{}]}')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -262,6 +262,29 @@ def test_values_that_cannot_train_are_refused(override: str, key: str) -> None:
 def test_both_splits_must_have_shards(folder: Path, split: str) -> None:
     (folder / "shards" / split / "index.json").unlink()
     assert f"no {split} shards ({split}/index.json)" in mistake()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"shards": []}', "\\ud800"])
+def test_an_index_must_be_one(folder: Path, content: str) -> None:
+    (folder / "shards/valid/index.json").write_text(content)
+    assert mistake() == "'data.remote' is shards, whose valid/index.json is no index of MDS shards"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.num_heads=0"], "'model.num_heads' is 0; it must be at least 1"),
+        (["model.num_layers=-1"], "'model.num_layers' is -1; it must be at least 1"),
+        (["model.num_heads=3"], "'model.hidden_size' is 64; it must be a multiple of 8 times"),
+        (
+            ["model.num_heads=16"],
+            "'model.hidden_size' is 64; it must be a multiple of 8 times",
+        ),
+    ],
+)
+def test_dimensions_that_make_no_model_are_refused(overrides: list[str], message: str) -> None:
+    sizes = ("num_layers=2", "hidden_size=64", "num_heads=4", "ffn_hidden_size=128")
+    assert mistake("model.size=null", *(f"model.{size}" for size in sizes), *overrides).startswith(message)
 
 
 def test_some_dimensions_without_the_others_are_refused() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import global_batches
 import pytest
 import torch
-from conftest import ROOT, composer
+from conftest import ROOT, composer, python
 
 EPOCH = 4  # batches of 8 in an epoch of the 37 clusters
 BATCHES = 10  # two epochs and a half
@@ -38,7 +38,7 @@ def see(ranks: int, folder: Path, scenarios: list[Run]) -> list[Run]:
             global_batches.run(scenario)
     if ranks > 1:
         (folder / "scenarios.json").write_text(json.dumps(scenarios))
-        result = composer("-n", str(ranks), ROOT / "tests/global_batches.py", folder / "scenarios.json")
+        result = python(ROOT / "tests/global_batches.py", str(ranks), folder / "scenarios.json")
         assert result.returncode == 0, result.stderr
     together = []
     for scenario in scenarios:

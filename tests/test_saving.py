@@ -61,6 +61,8 @@ class Store:
                 self.client.upload_file(str(path), "bucket", f"{prefix}/{path.relative_to(folder)}")
 
     def close(self) -> None:
+        for key in self.keys():  # all servers of a process share their buckets
+            self.client.delete_object(Bucket="bucket", Key=key)
         self._server.shutdown()
 
 
