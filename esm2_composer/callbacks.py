@@ -6,14 +6,14 @@ import math
 import sys
 import time
 from collections import deque
-from typing import Any
 
 import torch
 import torch.distributed
 from composer.core import Callback, State
-from composer.loggers import Logger, ProgressBarLogger, TensorboardLogger
+from composer.loggers import Logger, TensorboardLogger
 from composer.utils import dist
 from torch.distributed.fsdp import FullyShardedDataParallel
+from tqdm import tqdm
 
 from esm2_composer import preemption
 from esm2_composer.config import Recipe
@@ -169,39 +169,44 @@ class TensorBoard(TensorboardLogger):
             self.writer = None
 
 
-class ProgressBar(ProgressBarLogger):
-    """Composer's bar, which leaves no trace in checkpoints: a sharded one could not be resumed without a
-    terminal if it was saved with one, nor the other way round."""
+class Progress(Callback):
+    """How far the run is: on a terminal a bar, else a line every `interval` updates; and a line an evaluation.
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
-class ProgressLines(Callback):
-    """One line every `interval` updates, for logs that are no terminal."""
+    Composer's bar shows no result of an evaluation, and leaves a trace in checkpoints.
+    """
 
     def __init__(self, updates: int, interval: int) -> None:
         self._updates, self._interval = updates, interval
         self._start: tuple[float, int] | None = None
+        self._bar: tqdm | None = None
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if not dist.get_global_rank() and sys.stderr.isatty():
+            done = state.timestamp.batch.value
+            self._bar = tqdm(total=self._updates, initial=done, unit=" updates", dynamic_ncols=True)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        update = state.timestamp.batch.value
+        update, loss = state.timestamp.batch.value, f"loss {state.total_loss_dict[LOSS]:.4f}"
         if self._start is None:
             self._start = (time.monotonic(), update)
-        if dist.get_global_rank() or (update % self._interval and update != self._updates):
-            return
-        since, first = self._start
-        speed = (update - first) / (time.monotonic() - since) if update > first else 0
-        left = f", {(self._updates - update) / speed / 60:.1f} min left" if speed else ""
-        self._say(f"update {update}/{self._updates}: loss {state.total_loss_dict[LOSS]:.4f}{left}")
+        if self._bar is not None:
+            self._bar.set_postfix_str(loss, refresh=False)
+            self._bar.update()
+        elif not dist.get_global_rank() and (update % self._interval == 0 or update == self._updates):
+            since, first = self._start
+            speed = (update - first) / (time.monotonic() - since) if update > first else 0
+            left = f", {(self._updates - update) / speed / 60:.1f} min left" if speed else ""
+            self._say(f"update {update}/{self._updates}: {loss}{left}")
 
     def eval_end(self, state: State, logger: Logger) -> None:
         if not dist.get_global_rank():
             values = ", ".join(f"{name} {float(value):.4f}" for name, value in state.eval_metric_values.items())
             self._say(f"update {state.timestamp.batch.value}/{self._updates}: validation {values}")
 
+    def close(self, state: State, logger: Logger) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
     def _say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        tqdm.write(line, file=sys.stderr)  # above the bar, if there is one
+        sys.stderr.flush()

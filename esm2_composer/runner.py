@@ -8,7 +8,6 @@ import hashlib
 import math
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,7 @@ from esm2_composer.callbacks import (
     Divergence,
     GradientClipping,
     Preemption,
-    ProgressBar,
-    ProgressLines,
+    Progress,
     TensorBoard,
     TokenMonitor,
 )
@@ -111,13 +109,8 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         GradientClipping(o.clip_norm),
         TokenMonitor(model, recipe.device_microbatch_tokens),
         saver,
+        Progress(recipe.updates, interval=max(1, min(100, recipe.updates // 20))),
     ]
-    loggers = _loggers(recipe)
-    if sys.stderr.isatty():
-        warnings.filterwarnings("ignore", "Specifying the ProgressBarLogger")  # ours differs on purpose
-        loggers.append(ProgressBar())
-    else:
-        callbacks.append(ProgressLines(recipe.updates, interval=max(1, min(100, recipe.updates // 20))))
     callbacks += [Divergence(recipe.callbacks.max_loss_rise), Preemption()]  # these may end the run
 
     trainer = Trainer(
@@ -143,7 +136,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         load_path=checkpoint and folder.location(checkpoint),
         load_progress_bar=False,
         callbacks=callbacks,
-        loggers=loggers,
+        loggers=_loggers(recipe),
         progress_bar=False,
         dist_timeout=1800,
     )

@@ -1,12 +1,14 @@
 """What stops a run, and what leaves no trace in its checkpoints."""
 
+import io
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
-from esm2_composer.callbacks import LOSS, Diverged, Divergence, ProgressBar, advice
+from esm2_composer.callbacks import LOSS, Diverged, Divergence, Progress, advice
 from esm2_composer.config import load_recipe
 
 
@@ -49,8 +51,32 @@ def test_advice_names_the_checkpoint_and_what_to_change(tmp_path):
     assert "model.init_from" not in advice(recipe, None)
 
 
-def test_the_progress_bar_leaves_nothing_in_a_checkpoint_and_takes_nothing_from_one():
-    bar = ProgressBar()
-    assert bar.state_dict() == {}
-    bar.load_state_dict({"train_pbar": {"n": 3}})
-    assert bar.train_pbar is None
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("screen", [Screen(), io.StringIO()], ids=["terminal", "log"])
+def test_a_terminal_shows_a_bar_and_a_log_lines_and_both_every_evaluation(screen, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", screen)
+    progress = Progress(updates=9, interval=2)
+    for update in range(4, 9):  # resumed after 4 updates
+        batch = SimpleNamespace(value=update)
+        state = SimpleNamespace(timestamp=SimpleNamespace(batch=batch), total_loss_dict={LOSS: 2.5})
+        if update == 4:
+            progress.fit_start(state, None)
+        batch.value += 1
+        progress.batch_end(state, None)
+    progress.eval_end(SimpleNamespace(timestamp=state.timestamp, eval_metric_values={"loss": 2.25}), None)
+    progress.close(state, None)
+    told = screen.getvalue().replace("\r", "\n").splitlines()
+    assert "update 9/9: validation loss 2.2500" in [line.strip() for line in told]
+    lines = [line for line in told if line.startswith("update") and "validation" not in line]
+    bars = [line for line in told if "9/9 [" in line and "loss 2.5000" in line]
+    if screen.isatty():
+        assert bars
+        assert not lines
+    else:
+        assert [line.split(":")[0] for line in lines] == ["update 6/9", "update 8/9", "update 9/9"]
+        assert lines[-1] == "update 9/9: loss 2.5000, 0.0 min left"
+        assert not bars
