@@ -9,6 +9,7 @@ import yaml
 from conftest import ROOT
 
 from esm2_composer.config import load_recipe
+from esm2_composer.plan import report
 from esm2_composer.preemption import EXIT_PREEMPTED, GRACE
 from train import EXIT_DIVERGED
 
@@ -68,6 +69,22 @@ def test_the_kubernetes_job_goes_on_when_told_to_leave_and_ends_on_mistakes():
     assert pod["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["selector"] == {"job-name": name}
     assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/dev/shm", "/cache"}
+
+
+@pytest.mark.parametrize(
+    ("size", "row"),
+    re.findall(r"^\| (\w+) \| (\d+ [AH]100 \| .*) \|$", TEXT, re.MULTILINE),
+    ids=lambda part: part[:4],
+)
+def test_the_plans_that_are_told_are_those_of_the_tool(size, row):
+    gpus, gpu = row.split(" | ")[0].split()
+    recipe = load_recipe(str(ROOT / f"yamls/{size.lower()}.yaml"), data_is_here=False)
+    _, plan = report(recipe, int(gpus), gpu.lower())
+    step, compute, communication = (plan[f"{key}_seconds"] for key in ("step", "compute", "communication"))
+    assert row.split(" | ")[1:] == [
+        f"{step:.3f} s: {compute:.3f}, {communication:.3f}",
+        *(f"{plan['days']:.2f} days", f"{plan['gpu_hours']:,.0f}", str(plan["useful_gpus"])),
+    ]
 
 
 def test_the_keys_that_may_change_are_told():

@@ -31,6 +31,9 @@ def test_training_logs_loss_perplexity_and_real_tokens(finished):
     assert sorted(read(PERPLEXITY)) == [0, 7, 14]
     for tag in ("throughput/tokens_per_sec", "time/token", "time/sample", "time/remaining_estimate"):
         assert read(tag), tag
+    operations, tokens = (read(f"throughput/device/{each}_per_sec")[14] for each in ("flops", "tokens"))
+    products = 6 * (4 * 32**2 + 2 * 32 * 64)  # a token's, in the layer's matrices; attention takes as much at 128
+    assert 1 < operations / tokens / products < 2.1
     assert read("load/balance") == {10: 1.0}, "one rank has it all"
     assert 0.5 < read("load/fill")[10] <= 1
     assert 0 < read("gradient_norm")[10] < 100
