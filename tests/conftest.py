@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from streaming import MDSWriter
 
 from esm2_composer.errors import run_command
@@ -21,8 +22,9 @@ from esm2_composer.records import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 REAL_DATA = Path(os.environ.get("ESM2_REAL_DATA") or ROOT.parent / "shared" / "data")
-# The models of tests are too small for several threads, which would wait for each other, busily.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+# As many tests run at a time as there are cores, on models too small for several threads, here and in commands.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +40,7 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subproces
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env={**os.environ, **ENVIRONMENT, **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=600,
@@ -79,7 +81,7 @@ class Run:
         self._process = subprocess.Popen(
             [python.with_name("composer") if launcher else python, *(str(part) for part in command)],
             cwd=cwd,
-            env={**os.environ, **ENVIRONMENT, **environment},
+            env={**os.environ, **environment},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
