@@ -1,4 +1,4 @@
-"""What stops a run, and what leaves no trace in its checkpoints."""
+"""What stops a run, and what people see of it."""
 
 import io
 import math
