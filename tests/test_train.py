@@ -185,6 +185,14 @@ def test_what_this_machine_cannot_run_is_told_before_ranks_meet(shards, tmp_path
     assert not torch.distributed.is_initialized()
 
 
+def test_ranks_that_cannot_share_a_batch_are_told_before_they_meet(shards, monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "3")
+    _, recipe, *overrides = command(shards)
+    with pytest.raises(UserError, match="global_train_batch_size 16 is not a multiple of the 3 ranks"):
+        build_trainer(load_recipe(recipe, overrides))
+
+
 def test_too_few_clusters_are_one_line_and_exit_code_2(shards, tmp_path):
     result = python(*command(shards, "global_train_batch_size=97"), cwd=tmp_path)
     assert_user_error(result, "96 clusters", "fewer than one global_train_batch_size")
