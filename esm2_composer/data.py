@@ -237,6 +237,8 @@ def _open(remote: str | None, local: str, **arguments: Any) -> ClusterDataset:
         stream = CheckedStream(remote=remote, local=local, validate_hash="xxh64")
         clusters = ClusterDataset(streams=[stream], **arguments)
     except Exception as error:  # each store raises its own types
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            raise  # another rank was lost: no mistake, and worth another start
         raise UserError(f"{place}: cannot be opened as MDS shards ({error})") from error
     columns = clusters.shards[0].column_names
     if not {"cluster_id", "lengths", "residues"} <= set(columns):

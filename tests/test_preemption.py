@@ -14,6 +14,10 @@ import pytest
 from conftest import ROOT, Run, command, python
 from runs import losses
 
+from esm2_composer import data
+from esm2_composer.data import ClusterDraw
+from esm2_composer.masking import MaskingRule
+
 
 @pytest.fixture(scope="module")
 def long_validation(tmp_path_factory) -> Path:
@@ -155,6 +159,15 @@ def test_ranks_do_not_outlive_their_launcher(shards, tmp_path):
         _, alive = psutil.wait_procs(ranks, timeout=60)
         assert not alive
     assert len(checkpoints(tmp_path)) == 1
+
+
+def test_a_rank_lost_while_shards_are_opened_is_no_mistake_of_the_user(monkeypatch):
+    def lost(**_):
+        raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+
+    monkeypatch.setattr(data, "ClusterDataset", lost)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        data.train_loader(ClusterDraw(17, 128, 1, MaskingRule()), None, "shards", 16, 0)
 
 
 @pytest.mark.slow
