@@ -15,6 +15,7 @@ for another rank. So a thread of our own waits for signals; the interpreter writ
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import os
 import select
@@ -110,22 +111,33 @@ def _other_ranks() -> list[int]:
     """This node's other ranks: the launcher's other children with the same command."""
     if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
         return []
+    return [pid for pid in _same_command(os.getppid()) if pid != os.getpid()]
+
+
+def _same_command(parent: int) -> list[int]:
+    """The children of a process that run our command."""
     import psutil  # not before signals are watched
 
-    me = psutil.Process()
-    launcher = me.parent()
-    others = []
-    for process in launcher.children() if launcher else []:
+    mine, found = psutil.Process().cmdline(), []
+    try:
+        children = psutil.Process(parent).children()
+    except psutil.Error:
+        return []
+    for process in children:
         try:
-            if process.pid != me.pid and process.cmdline() == me.cmdline():
-                others.append(process.pid)
+            if process.cmdline() == mine:
+                found.append(process.pid)
         except psutil.Error:  # it has just gone
             continue
-    return others
+    return found
 
 
 def _leave(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+    if _in_training.is_set():
+        for worker in _same_command(os.getpid()):  # one that hangs would keep the shards' shared memory from the
+            with contextlib.suppress(ProcessLookupError):  # next start
+                os.kill(worker, signal.SIGKILL)
     os._exit(EXIT_PREEMPTED)
 
 
