@@ -28,31 +28,33 @@ def lay_out_epoch(dataset: StreamingDataset, world: World, epoch: int, samples_d
         Sample ids, int32 (nodes, ranks of a node, workers of a rank, batches of a worker, batch size); the last
         batch of a worker is all -1 if others have one more.
     """
-    kept = kept_samples(dataset.num_samples, dataset.epoch_size, dataset.shuffle_seed, epoch)
-    shards = np.searchsorted(kept, np.cumsum(dataset.samples_per_shard))
-    order = kept[
-        get_shuffle(
-            dataset.shuffle_algo,
-            np.diff(shards, prepend=0),
-            dataset.num_canonical_nodes,
-            dataset.shuffle_seed,
-            epoch,
-            dataset.shuffle_block_size,
-        )
-    ]
-    del kept
-    in_turns = order.reshape(dataset.num_canonical_nodes, -1).T.reshape(-1)[samples_done:]
+    left_out = samples_left_out(dataset.num_samples, dataset.epoch_size, dataset.shuffle_seed, epoch)
+    ends = np.cumsum(dataset.samples_per_shard)
+    order = get_shuffle(
+        dataset.shuffle_algo,
+        np.diff(ends - np.searchsorted(left_out, ends), prepend=0),
+        dataset.num_canonical_nodes,
+        dataset.shuffle_seed,
+        epoch,
+        dataset.shuffle_block_size,
+    ).astype(np.int32)
+    # That counts the samples that stay; their own numbers are higher by those left out before them.
+    order = order.reshape(dataset.num_canonical_nodes, -1)
+    stay_before = left_out - np.arange(len(left_out))
+    for of_node in order:
+        of_node += np.searchsorted(stay_before, of_node, side="right").astype(np.int32)
+    in_turns = order.T.reshape(-1)[samples_done:]
     batches = in_turns.reshape(-1, dataset.batch_size, world.ranks_per_node, world.num_nodes)
     if missing := -len(batches) % world.workers_per_rank:
         batches = np.concatenate([batches, np.full((missing, *batches.shape[1:]), -1, np.int32)])
     return batches.reshape(-1, world.workers_per_rank, *batches.shape[1:]).transpose(4, 3, 1, 0, 2)
 
 
-def kept_samples(samples: int, kept: int, seed: int, epoch: int) -> np.ndarray:
-    """`kept` of the samples 0 to `samples` - 1, in their order, int32: all but a uniform choice of each epoch."""
+def samples_left_out(samples: int, kept: int, seed: int, epoch: int) -> np.ndarray:
+    """All but `kept` of the samples 0 to `samples` - 1, rising, int64: a uniform choice for each epoch."""
     assert samples < 2**31
     left_out = np.random.default_rng((seed, epoch)).choice(samples, samples - kept, replace=False)
-    return np.delete(np.arange(samples, dtype=np.int32), left_out)
+    return np.sort(left_out)
 
 
 WHOLE_BATCHES = "whole_batches"
