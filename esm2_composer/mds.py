@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def _file(basename: str, content: bytes) -> dict[str, Any]:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file that is whole whenever it is seen under its name."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # another machine may write it too
     try:
         with aside.open("wb") as file:
             file.write(content)

@@ -26,7 +26,7 @@ from streaming import StreamingDataset
 from test_layouts import write_clusters, write_layout, write_proteins
 from test_records import assert_same_records
 
-from esm2_composer import conversion, conversion_plan
+from esm2_composer import conversion_plan, parts
 from esm2_composer.conversion import Interrupted, Options, convert
 from esm2_composer.errors import UserError
 from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout
@@ -422,7 +422,7 @@ def test_huge_clusters_are_whole_unless_capped(tmp_path: Path) -> None:
 
 
 def test_a_cluster_too_large_for_a_sample_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "MAX_CLUSTER_BYTES", 2**20)
+    monkeypatch.setattr(parts, "MAX_CLUSTER_BYTES", 2**20)
     layout = huge(tmp_path, 12_000, 100)
     with pytest.raises(
         UserError, match=r"cluster huge has more than 1 MiB of residues.*--max-members-per-cluster"
@@ -475,15 +475,15 @@ CONVERT = """
 import sys
 import time
 from pathlib import Path
-from esm2_composer import conversion, conversion_plan
+from esm2_composer import conversion, conversion_plan, parts
 from esm2_composer.layouts import BioNeMo
 conversion_plan.PART_CLUSTERS = 16
-build = conversion._Builder.build
-def slow(self, number):
+build = parts.PartBuilder.build
+def slow(self, number, look_up):
     print(number, flush=True)
     time.sleep(0.02)
-    return build(self, number)
-conversion._Builder.build = slow
+    return build(self, number, look_up)
+parts.PartBuilder.build = slow
 folder = Path(sys.argv[1])
 layout = BioNeMo(folder / "clusters.parquet", folder / "proteins.db")
 conversion.convert(layout, sys.argv[2], conversion.Options(), workers=1)
