@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import runpy
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -227,6 +230,23 @@ def test_a_wrong_cluster_tsv_is_one_line(convert: Convert, tmp_path: Path, conte
     assert not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b">a\nMKV\n" * 999)[:-30], "f.fasta: damaged or cut short"),
+        (b"a,MKV\n", "f.fasta: not FASTA"),
+        (b"", "no cluster to write: the input is empty"),
+        (b">a\n>b\n", "100.0% of 2 members rejected, more than 1.0%: empty sequence 2 (such as '"),
+    ],
+)
+def test_wrong_fasta_is_one_line_and_leaves_nothing(
+    convert: Convert, tmp_path: Path, content: bytes, message: str
+) -> None:
+    (tmp_path / "f.fasta").write_bytes(content)
+    assert_refused(convert("--fasta", str(tmp_path / "f.fasta"), "--out", str(tmp_path / "out")), message)
+    assert not list(tmp_path.glob("out/*"))
+
+
 def test_existing_split_is_refused_and_left_alone(convert: Convert, data: Path, tmp_path: Path) -> None:
     kept = tmp_path / "shards" / "train" / "index.json"
     kept.parent.mkdir(parents=True)
@@ -276,6 +296,20 @@ def test_a_line_now_and_then_without_a_terminal(
         "train: 2,000 of 10,000 clusters, 50 a second, 3 min left",
         "train: 4,000 of 10,000 clusters, 67 a second, 2 min left",
     ]
+
+
+def test_a_bar_with_rate_and_time_left_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = runpy.run_path(str(TOOL))["Progress"]("valid")
+    for done in (100, 600, 1000):
+        time.sleep(0.15)  # the bar is drawn no more often than ten times a second
+        progress("clusters", done, 1000)
+    progress.close()
+    bar = capfd.readouterr().err
+    assert re.search(r"valid:  60%.*600/1.00k \[00:00<00:00, [\d.]+k? clusters/s\]", bar)
+    assert bar.endswith("\n")
 
 
 @pytest.mark.parametrize("fraction", ["-1", "2", "nan"])
