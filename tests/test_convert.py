@@ -20,6 +20,7 @@ from test_conversion import hashes
 from test_layouts import write_layout
 
 TOOL = Path(__file__).parents[1] / "tools" / "convert.py"
+DOCS = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 COLUMNS = {"ur50_id": ["c1", "c2"], "ur90_id": [["a", "b"], ["d"]]}
 PROTEINS = {"a": "MKV", "b": "MK", "d": "MKVLA"}
 
@@ -256,21 +257,35 @@ def test_existing_split_is_refused_and_left_alone(convert: Convert, data: Path, 
     assert kept.read_text() == "mine"
 
 
-def test_every_layout_has_its_options(convert: Convert, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "f.fasta").write_text("".join(f">{name}\n{sequence}\n" for name, sequence in PROTEINS.items()))
-    (tmp_path / "t.tsv").write_text("c1\ta\nc1\tb\nc2\td\n")
+def test_the_commands_of_the_docs_convert_every_layout(
+    convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_layout(tmp_path, COLUMNS, PROTEINS)
+    Path("clusters.parquet").rename("train_clusters.parquet")
+    Path("proteins.db").rename("train.db")
+    Path("uniref").mkdir()
     columns = {"ur50_id": ["c2", "c1", "c1"], "ur90_id": ["d", "a", "b"], "sequence": ["MKVLA", "MKV", "MK"]}
-    pq.write_table(pa.table(columns), tmp_path / "flat.parquet")
-    for out, arguments in {
-        "bionemo": options(data, tmp_path / "bionemo")[:4],
-        "flat": ["--flat", str(tmp_path / "flat.parquet")],
-        "fasta": ["--fasta", str(tmp_path / "f.fasta"), "--cluster-tsv", str(tmp_path / "t.tsv")],
-    }.items():
-        code, stderr = convert(*arguments, "--out", str(tmp_path / out))
+    pq.write_table(pa.table(columns), "uniref/flat.parquet")
+    Path("proteins.fasta").write_text("".join(f">{name}\n{sequence}\n" for name, sequence in PROTEINS.items()))
+    Path("a.fasta.gz").write_bytes(gzip.compress(b">a\nMKV\n>d\nMKVLA\n"))
+    Path("b.fasta").write_text(">b\nMK\n")
+    Path("clusters.tsv").write_text("c1\ta\nc1\tb\nc2\td\n")
+    bionemo, *others, alone = re.findall(r"^\| [^|]+ \| `(--[^`]+)` \|$", DOCS, re.MULTILINE)
+    for number, arguments in enumerate([bionemo, *others]):
+        code, stderr = convert(*arguments.split(), "--out", f"out{number}")
         assert code == 0, stderr
-        assert hashes(tmp_path / out / "train") == hashes(tmp_path / "bionemo" / "train")
-    code, stderr = convert("--fasta", str(tmp_path / "f.fasta"), "--out", str(tmp_path / "alone"))
+        assert hashes(tmp_path / f"out{number}/train") == hashes(tmp_path / "out0/train")
+    assert len(others) == 2
+    code, stderr = convert(*alone.split(), "--out", "alone")
     assert stderr.startswith("train: 3 clusters, 3 members, 10 residues in ")
+
+
+def test_the_docs_make_a_table_of_representatives(tmp_path: Path) -> None:
+    (tmp_path / "valid.tsv").write_text("d\ta\nb\tb\nd\td\n")
+    (command,) = re.findall(r"`(cut [^`]+)`", DOCS)
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "b\tb\nd\td\n"
 
 
 def test_a_finished_split_is_told_and_verified(convert: Convert, data: Path, tmp_path: Path) -> None:

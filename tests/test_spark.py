@@ -27,7 +27,7 @@ from esm2_composer.spark import Spark, _cause
 from esm2_composer.storage import Store
 from esm2_composer.verification import verify
 
-pytest.importorskip("pyspark", reason="pyspark is not installed: pip install 'esm2-composer[spark]'")
+pytest.importorskip("pyspark", reason="pyspark is not installed: pip install 'pyspark>=3.5,<4'")
 needs_java = pytest.mark.skipif(
     not shutil.which("java") and "JAVA_HOME" not in os.environ, reason="Spark needs Java 17, and there is none"
 )
