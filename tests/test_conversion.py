@@ -592,7 +592,9 @@ def test_a_full_disk_keeps_the_work(tmp_path: Path, many: BioNeMo) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "out/train").exists()
+    (tmp_path / "out/.train.work/shards/.shard.00000.00.mds.zstd.aside").touch()  # as a SIGKILL leaves it
     convert(many, str(tmp_path / "out"), Options())
+    assert not list((tmp_path / "out/train").glob(".*"))
     assert hashes(tmp_path / "out/train") == hashes(tmp_path / "whole/train")
 
 
