@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import struct
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def _file(basename: str, content: bytes) -> dict[str, Any]:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file that is whole whenever it is seen under its name."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # another machine may write it too
     try:
         with aside.open("wb") as file:
             file.write(content)
