@@ -1,8 +1,8 @@
 """What the ranks together see of each global batch: composer -n N tests/global_batches.py SCENARIOS.json
 
-Each scenario is {"shards", "evaluation", "workers", "batch", "budget", "max_length", "state", "batches", "out"}. Rank
-r writes OUT-r.json: for each batch, what every sequence of its microbatches shows, how many tokens and microbatches
-those are; and the state to resume from.
+Each scenario is {"shards", "evaluation", "workers", "batch", "budget", "max_length", "state", "batches", "out"}.
+Rank r writes OUT-r.json: for each batch, what every sequence of its microbatches shows, how many tokens and
+microbatches those are; and the state to resume from.
 """
 
 import json

@@ -23,8 +23,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def commands(page: Path) -> list[str]:
     """The lines of a page's blocks that start Python or Composer, continued lines joined, comments dropped."""
     text = page.read_text().replace("\\\n", " ")
-    lines = [line.strip() for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    lines += [line.strip() for line in re.findall(r"^ {4}(.*)$", text, re.MULTILINE)]
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines()
+    lines += re.findall(r"^ {4}(.*)$", text, re.MULTILINE)
+    lines = [line.strip() for line in lines]
     return [re.sub(r"\s+#.*", "", line) for line in lines if re.match(r"(\S+=\S+ )*(python|composer) ", line)]
 
 

@@ -146,14 +146,14 @@ def used_in(place: str) -> int:
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['clusters']:,} clusters, global batches of {result['global_batch']:,}, {result['workers']} loader "
-        f"processes; load average {result['load_average']:.1f} at the end",
+        f"{result['clusters']:,} clusters, global batches of {result['global_batch']:,}, {result['workers']} "
+        f"loader processes; load average {result['load_average']:.1f} at the end",
         f"{'':22} {'first batch, s':>14} {'with imports':>12} {'largest process, MiB':>20} "
         f"{'all, MiB':>9} {'/dev/shm, MiB':>13}",
     ]
     lines += [
-        f"{name:22} {row['seconds']:14.1f} {row['seconds_with_imports']:12.1f} {row['largest_process_mib']:20,.0f} "
-        f"{row['all_processes_mib']:9,.0f} {row['shared_memory_mib']:13,.0f}"
+        f"{name:22} {row['seconds']:14.1f} {row['seconds_with_imports']:12.1f} "
+        f"{row['largest_process_mib']:20,.0f} {row['all_processes_mib']:9,.0f} {row['shared_memory_mib']:13,.0f}"
         for name, row in result["launches"].items()
     ]
     return "\n".join(lines)
