@@ -1,6 +1,6 @@
-"""A layout -> a split of MDS shards, by many processes, in numbered parts, on disk or object storage.
+"""A layout -> a split of MDS shards, in numbered parts, on disk or object storage.
 
-What always holds: the shards follow from input and options alone, not from the number of workers or from how
+What always holds: the shards follow from input and options alone, not from who builds the parts or from how
 often the run was killed; a part counts when its record is there, which is written after its shards; index.json
 comes last, so that an unfinished split is never mistaken for a whole one.
 
@@ -18,42 +18,46 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict
 from functools import partial
-from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from esm2_composer.conversion_plan import Plan, make_plan, read_part
+from esm2_composer import layouts
+from esm2_composer.conversion_plan import Plan, make_plan
+from esm2_composer.destinations import LocalSplit, RemoteSplit, open_destination
 from esm2_composer.errors import UserError
-from esm2_composer.layouts import Layout, Sequences
-from esm2_composer.mds import ShardWriter, write_durably
-from esm2_composer.records import Report, build_record, choose_members
-from esm2_composer.storage import Store, UploadError, is_remote
+from esm2_composer.layouts import Layout
+from esm2_composer.mds import write_durably
+from esm2_composer.parts import EngineError, Options, Part, PartBuilder, Processes
+from esm2_composer.records import Report
+from esm2_composer.storage import UploadError, is_remote
 
 FORMAT = 1  # to be raised when the same input and options would give other shards
-MEMBERS_AT_ONCE = 5_000
 UPLOADS = 8  # at a time
-MAX_CLUSTER_BYTES = 128 * 2**20
-SPLITS = ("train", "valid")
 
 # Told a stage ("sequences read", "clusters"), how much is done, and the total (0: not known).
 Progress = Callable[[str, int, int], None]
+
+
+class Engine(Protocol):
+    """What builds parts: `parts.Processes` of this machine, or `spark.Spark`."""
+
+    def stage(self, layout: Layout, work: Path, progress: layouts.Progress) -> Report:
+        """Make the sequences ready for `build`; tells what was found on the way."""
+
+    def build(self, numbers: Sequence[int], builder: PartBuilder) -> Iterator[Part]:
+        """The parts of these numbers, in any order. Raises EngineError where the input is not to blame."""
 
 
 class Interrupted(UserError):
@@ -61,15 +65,6 @@ class Interrupted(UserError):
 
     def __init__(self, cause: object) -> None:
         super().__init__(f"{cause}; the work is kept: run the same command again to go on")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides about the shards, beside the input."""
-
-    split: str = "train"
-    max_members_per_cluster: int | None = None
-    seed: int = 0  # of the choice of members where there are more
 
 
 def convert(
@@ -80,12 +75,14 @@ def convert(
     workers: int = 1,
     scratch: Path | None = None,
     progress: Progress = lambda stage, done, total: None,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Write the split `OUT/options.split`, or finish writing it; if it is there already, leave it.
 
     Args:
         out: folder or URI that holds the splits.
         max_reject_fraction: the share of rejected members above which nothing is written.
+        workers: threads that plan, and processes that build parts unless `engine` is given.
         scratch: where work in progress for object storage lies; by default the current folder.
 
     Returns:
@@ -96,13 +93,14 @@ def convert(
         Interrupted: disk, memory or network failed; the work stays.
     """
     start = time.monotonic()
+    engine = engine or Processes(workers)
     if is_remote(out):
         name = "".join(letter if letter.isalnum() else "_" for letter in out.rstrip("/"))
         work = (scratch or Path()) / f".{name}.{options.split}.work"
     else:
         work = Path(out) / f".{options.split}.work"
     with _locked(work):
-        destination = _Remote(out, options.split, work) if is_remote(out) else _Local(out, options.split, work)
+        destination = open_destination(out, options.split, work)
         state = _describe(layout, options)
         finished = destination.conversion()
         if finished:
@@ -113,10 +111,11 @@ def convert(
         state["other_split"] = other_split and xxhash.xxh64(other_split.read_bytes()).hexdigest()
         _start_or_go_on(work, state)
         try:
-            plan = make_plan(layout, work, other_split, workers, partial(progress, "sequences read", total=0))
-            arguments = (plan.path, plan.sequences, work, options, layout.rows_are_clusters)
-            parts = partial(_build_parts, workers=workers, arguments=arguments)
-            report = _convert_parts(plan, work, parts, destination, max_reject_fraction, progress)
+            staged = engine.stage(layout, work, partial(progress, "sequences read", total=0))
+            plan = make_plan(layout, work, other_split, workers, staged)
+            builder = PartBuilder(plan.path.absolute(), work.absolute(), options, layout.rows_are_clusters)
+            build = partial(engine.build, builder=builder)
+            report = _convert_parts(plan, work, build, destination, max_reject_fraction, progress)
             conversion = {
                 "state": state,
                 **report.as_dict(),
@@ -131,7 +130,7 @@ def convert(
         except UserError:
             shutil.rmtree(work)
             raise
-        except (OSError, sqlite3.OperationalError, duckdb.IOException, UploadError, BrokenProcessPool) as error:
+        except (OSError, sqlite3.OperationalError, duckdb.IOException, UploadError, EngineError) as error:
             raise Interrupted(error) from error
         shutil.rmtree(work)
     return conversion
@@ -197,202 +196,11 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
     return {key: value}
 
 
-class _Local:
-    """A split on disk: it appears whole, by a rename."""
-
-    def __init__(self, out: str, split: str, work: Path) -> None:
-        self._out, self._split, self._work = Path(out), split, work
-
-    def conversion(self) -> dict[str, Any] | None:
-        """conversion.json of the finished split, if there is one."""
-        split = self._out / self._split
-        if not os.path.lexists(split):
-            return None
-        if not (split / "index.json").is_file() or not (split / "conversion.json").is_file():
-            raise UserError(
-                f"{split} exists already and is no finished conversion; remove it, or choose another --out"
-            )
-        return _read_conversion(split / "conversion.json")
-
-    def other_cluster_ids(self) -> Path | None:
-        (other,) = set(SPLITS) - {self._split}
-        path = self._out / other / "cluster_ids.parquet"
-        return path if path.exists() else None
-
-    def publish(self, name: str) -> None:
-        """The shard lies where it will be."""
-
-    def finish(self) -> None:
-        (self._work / "shards").rename(self._out / self._split)
-
-
-class _Remote:
-    """A split on object storage: its files are uploaded as they come, index.json last."""
-
-    def __init__(self, out: str, split: str, work: Path) -> None:
-        self._out, self._split, self._work = out.rstrip("/"), split, work
-        self._store = Store(f"{self._out}/{split}", work / "shards")
-
-    def conversion(self) -> dict[str, Any] | None:
-        if not self._store.exists("index.json"):
-            return None
-        if not self._store.exists("conversion.json"):
-            raise UserError(f"{self._out}/{self._split} exists already; remove it, or choose another --out")
-        return _read_conversion(self._fetch(self._store, "conversion.json"))
-
-    def other_cluster_ids(self) -> Path | None:
-        (other,) = set(SPLITS) - {self._split}
-        store = Store(f"{self._out}/{other}", self._work / "other")
-        return self._fetch(store, "cluster_ids.parquet") if store.exists("cluster_ids.parquet") else None
-
-    def _fetch(self, store: Store, name: str) -> Path:
-        folder = self._work / "fetched"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        return store.download(name, folder)
-
-    def publish(self, name: str) -> None:
-        self._store.upload(name)
-        (self._work / "shards" / name).unlink()
-
-    def finish(self) -> None:
-        for name in ("cluster_ids.parquet", "conversion.json", "index.json"):
-            self._store.upload(name)
-
-
-def _read_conversion(path: Path) -> dict[str, Any]:
-    try:
-        conversion = json.loads(path.read_text())
-        conversion["state"]["inputs"]
-    except (ValueError, LookupError, TypeError):
-        raise UserError(
-            f"{path} is of another version of this program; remove it, or choose another --out"
-        ) from None
-    return conversion
-
-
-@dataclass
-class _Part:
-    number: int
-    shards: list[dict[str, Any]]  # entries of index.json
-    report: Report
-
-
-class _Builder:
-    """Builds parts: rows of the plan -> sequences -> records -> shards. One in every worker."""
-
-    def __init__(self, plan: Path, sequences: Path, work: Path, options: Options, rows_are_clusters: bool) -> None:
-        self._plan, self._work, self._options = plan, work, options
-        self._rows_are_clusters = rows_are_clusters
-        self._sequences = Sequences(sequences)
-
-    def build(self, number: int) -> _Part:
-        report, written = Report(), []
-        writer = ShardWriter(self._work / "shards", f"{number:05}")
-        for clusters in self._batches(number, report):
-            found = self._look_up(clusters)
-            report.counts["sequences_found"] += sum(map(len, found.values()))
-            for name, members in clusters:
-                record = build_record(
-                    name, [(member, found.get(member.encode(), ())) for member in members], report
-                )
-                if record is None:
-                    continue
-                if len(record["residues"]) > MAX_CLUSTER_BYTES:
-                    raise _too_large(name)
-                writer.write(record)
-                written.append(name)
-        shards = writer.finish()
-        ids = pa.BufferOutputStream()
-        pq.write_table(pa.table({"cluster_id": pa.array(written, pa.string())}), ids, compression="zstd")
-        write_durably(self._work / "parts" / f"{number:05}.ids", ids.getvalue().to_pybytes())
-        return _Part(number, shards, report)
-
-    def _batches(self, number: int, report: Report) -> Iterator[list[tuple[str, list[str]]]]:
-        """(id, members chosen) of a part's clusters, as many at a time as are worth a look-up."""
-        batch: list[tuple[str, list[str]]] = []
-        size = 0
-        for name, named, shared, in_other_split, rows in read_part(self._plan, number):
-            if rows > 1 and self._rows_are_clusters:
-                report.change("cluster in several rows, joined", name)
-            if in_other_split:
-                report.counts.update(clusters_read=1, members_read=len(named))
-                report.reject("cluster of the other split", name, len(named))
-                continue
-            limit, seed = self._options.max_members_per_cluster, self._options.seed
-            members = choose_members(name, named, report, shared, limit, seed)
-            if batch and size + len(members) > MEMBERS_AT_ONCE:
-                yield batch
-                batch, size = [], 0
-            batch.append((name, members))
-            size += len(members)
-        yield batch
-
-    def _look_up(self, clusters: list[tuple[str, list[str]]]) -> dict[bytes, list]:
-        members = [member for _, members in clusters for member in members]
-        if len(clusters) > 1:
-            return self._sequences.look_up(members)
-        found: dict[bytes, list] = {}
-        size = 0
-        for start in range(0, len(members), MEMBERS_AT_ONCE):  # a huge cluster must not fill the memory first
-            some = self._sequences.look_up(members[start : start + MEMBERS_AT_ONCE])
-            found.update(some)
-            size += sum(
-                len(sequence) for given in some.values() for sequence in given if isinstance(sequence, bytes)
-            )
-            if size > MAX_CLUSTER_BYTES:
-                raise _too_large(clusters[0][0])
-        return found
-
-
-def _too_large(cluster_id: str) -> UserError:
-    return UserError(
-        f"cluster {cluster_id} has more than {MAX_CLUSTER_BYTES // 2**20} MiB of residues, "
-        "too many for one sample; set --max-members-per-cluster"
-    )
-
-
-_builder: _Builder  # of a worker process
-
-
-def _start_worker(*arguments: Any) -> None:
-    global _builder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (wait_for_any([parent.sentinel]), os._exit(1)), daemon=True).start()
-    _builder = _Builder(*arguments)
-
-
-def _build_part(number: int) -> _Part:
-    return _builder.build(number)
-
-
-def _build_parts(numbers: list[int], workers: int, arguments: tuple[Any, ...]) -> Iterator[_Part]:
-    """Build parts in `workers` processes; they come as they are done, and no faster than they are taken."""
-    if min(workers, len(numbers)) <= 1:
-        if numbers:
-            yield from map(_Builder(*arguments).build, numbers)
-        return
-    context = multiprocessing.get_context("spawn")  # a fork would hold the lock, and copy the parent's memory
-    pool = ProcessPoolExecutor(min(workers, len(numbers)), context, _start_worker, arguments)
-    waiting = list(reversed(numbers))
-    running: set[Future[_Part]] = set()
-    try:
-        while waiting or running:
-            while waiting and len(running) < 2 * workers:
-                running.add(pool.submit(_build_part, waiting.pop()))
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _convert_parts(
     plan: Plan,
     work: Path,
-    build: Callable[[list[int]], Iterator[_Part]],
-    destination: _Local | _Remote,
+    build: Callable[[list[int]], Iterator[Part]],
+    destination: LocalSplit | RemoteSplit,
     max_reject_fraction: float,
     progress: Progress,
 ) -> Report:
@@ -408,7 +216,7 @@ def _convert_parts(
     missing = [number for number, path in enumerate(records) if not path.exists()]
     progress("clusters", so_far.counts["clusters_read"], plan.clusters)
 
-    def publish(part: _Part) -> Report:
+    def publish(part: Part) -> Report:
         for shard in part.shards:
             destination.publish(shard["zip_data"]["basename"])
         record = {"shards": part.shards, "report": part.report.as_dict()}
@@ -457,8 +265,10 @@ def _read_record(path: Path) -> tuple[list[dict[str, Any]], Report]:
     return record["shards"], Report.from_dict(record["report"])
 
 
-def _finish(work: Path, parts: int, conversion: dict[str, Any], destination: _Local | _Remote) -> None:
+def _finish(work: Path, parts: int, conversion: dict[str, Any], destination: LocalSplit | RemoteSplit) -> None:
     """Join what the parts left, and let the split appear."""
+    for aside in (work / "shards").glob(".*"):  # of a writer that was killed
+        aside.unlink()
     shards = []
     schema = pa.schema({"cluster_id": pa.string()})
     with pq.ParquetWriter(work / "shards" / "cluster_ids.parquet", schema, compression="zstd") as ids:

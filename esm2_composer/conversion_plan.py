@@ -43,24 +43,40 @@ class Plan:
     """What the parts are cut from."""
 
     path: Path
-    sequences: Path
     parts: int
     clusters: int
     members: int  # named, rejected ones included
     report: Report  # of what was rejected before any sequence was looked at
 
 
-def make_plan(layout: Layout, folder: Path, other_split: Path | None, threads: int, progress: Progress) -> Plan:
-    """Plan the conversion of `layout` in `folder`, or read the plan there if it is complete.
+def stage(layout: Layout, folder: Path, progress: Progress) -> tuple[Path, Report]:
+    """Make in `folder` what `layout` lacks, unless it is there; the SQLite file of the sequences.
 
     Args:
-        other_split: cluster_ids.parquet of the other split, whose clusters must not come again.
         progress: told how many sequences have been staged.
 
     Raises:
         UserError: an input is damaged.
     """
-    sequences, staged = _stage(layout, folder, progress)
+    finished = folder / "staged.json"
+    if not finished.exists():
+        report = Report()
+        sequences = layout.stage(folder, report, progress)
+        write_durably(finished, json.dumps({"sequences": str(sequences), "report": report.as_dict()}).encode())
+    told = json.loads(finished.read_text())
+    return Path(told["sequences"]), Report.from_dict(told["report"])
+
+
+def make_plan(layout: Layout, folder: Path, other_split: Path | None, threads: int, staged: Report) -> Plan:
+    """Plan the conversion of `layout` in `folder`, or read the plan there if it is complete.
+
+    Args:
+        other_split: cluster_ids.parquet of the other split, whose clusters must not come again.
+        staged: what staging found.
+
+    Raises:
+        UserError: an input is damaged.
+    """
     finished = folder / "plan.json"
     if not finished.exists():
         report = Report()
@@ -74,17 +90,7 @@ def make_plan(layout: Layout, folder: Path, other_split: Path | None, threads: i
     report = Report.from_dict(told["report"])
     report.merge(staged)
     members = told["members"] + report.counts["members_read"]
-    return Plan(folder / "plan.parquet", sequences, told["parts"], told["clusters"], members, report)
-
-
-def _stage(layout: Layout, folder: Path, progress: Progress) -> tuple[Path, Report]:
-    finished = folder / "staged.json"
-    if not finished.exists():
-        report = Report()
-        sequences = layout.stage(folder, report, progress)
-        write_durably(finished, json.dumps({"sequences": str(sequences), "report": report.as_dict()}).encode())
-    told = json.loads(finished.read_text())
-    return Path(told["sequences"]), Report.from_dict(told["report"])
+    return Plan(folder / "plan.parquet", told["parts"], told["clusters"], members, report)
 
 
 def _open_database(folder: Path, threads: int) -> duckdb.DuckDBPyConnection:

@@ -13,7 +13,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import duckdb
 import pyarrow as pa
@@ -108,13 +108,19 @@ class Flat:
 
     def _proteins(self) -> Iterator[tuple[str | None, str | None]]:
         for file in self.inputs["flat"]:
-            with reading(file):
-                for batch in open_parquet(file).iter_batches(ROWS_AT_ONCE, columns=["ur90_id", "sequence"]):
-                    yield from zip(batch["ur90_id"].to_pylist(), batch["sequence"].to_pylist(), strict=True)
+            yield from read_flat(file)
 
     def view(self, database: duckdb.DuckDBPyConnection, scratch: Path) -> None:
         rows = database.read_parquet(_literal(self.inputs["flat"]))
         rows.project("nullif(ur50_id, '') AS cluster_id, [ur90_id] AS member_ids").create_view("named")
+
+
+def read_flat(file: Path, row_group: int | None = None) -> Iterator[tuple[str | None, str | None]]:
+    """(member id, sequence) of the rows, all or those of a row group. Raises UserError if they are damaged."""
+    groups = None if row_group is None else [row_group]
+    with reading(file):
+        for batch in open_parquet(file).iter_batches(ROWS_AT_ONCE, groups, ["ur90_id", "sequence"]):
+            yield from zip(batch["ur90_id"].to_pylist(), batch["sequence"].to_pylist(), strict=True)
 
 
 class Fasta:
@@ -236,6 +242,26 @@ def open_proteins(path: Path) -> sqlite3.Connection:
                 "CREATE INDEX protein_id ON protein (id)"
             )
     return database
+
+
+def read_proteins(path: Path, first: int, last: int) -> Iterator[tuple[bytes | None, Any]]:
+    """(id, sequence) of the rows `first` to `last`, both included, in the order of the file."""
+    with contextlib.closing(open_proteins(path)) as database, _reading_proteins(path):
+        query = "SELECT id, sequence FROM protein WHERE rowid BETWEEN ? AND ?"
+        yield from database.execute(query, (first, last))
+
+
+def protein_rows(path: Path) -> tuple[int, int]:
+    """The first and the last row of the SQLite file, (0, -1) if it has none.
+
+    Raises UserError if rows have no numbers.
+    """
+    with contextlib.closing(open_proteins(path)) as database, _reading_proteins(path):
+        try:
+            first, last = database.execute("SELECT min(rowid), max(rowid) FROM protein").fetchone()
+        except sqlite3.OperationalError as error:
+            raise UserError(f"{path}: rows of table 'protein' cannot be told by number ({error})") from error
+    return (0, -1) if first is None else (first, last)
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:

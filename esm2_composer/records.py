@@ -210,15 +210,20 @@ def _only_sequence(given: Sequence[bytes | None]) -> tuple[bytes, list[str]]:
         raise ValueError("member without sequence")
     if not all(isinstance(raw, bytes) for raw in given):
         raise ValueError("sequence is not text")
-    residues, changes = clean(given[0])
-    for other in given[1:]:
-        if other != given[0] and _cleaned(other) != residues:
-            raise ValueError("different sequences under one id")
-    return residues, [*changes, "sequence given again"] if len(given) > 1 else changes
+    if len(given) == 1:
+        return clean(given[0])
+    outcomes = [_outcome(raw) for raw in set(given)]
+    if len({residues for residues, _ in outcomes}) > 1:
+        raise ValueError("different sequences under one id")
+    residues, changes = min(outcomes, key=lambda outcome: (len(outcome[1]), outcome[1]))  # whatever their order
+    if isinstance(residues, str):
+        raise ValueError(residues)
+    return residues, [*changes, "sequence given again"]
 
 
-def _cleaned(raw: bytes) -> bytes | None:
+def _outcome(raw: bytes) -> tuple[bytes | str, list[str]]:
+    """What `clean` makes of it; the reason in place of residues if it is rejected."""
     try:
-        return clean(raw)[0]
-    except ValueError:
-        return None
+        return clean(raw)
+    except ValueError as reason:
+        return str(reason), []

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from esm2_composer.errors import UserError
-from esm2_composer.records import RESIDUES
+from esm2_composer.mds import MappedShard
+from esm2_composer.records import COLUMNS, RESIDUES
 from esm2_composer.storage import Store, is_remote
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -92,10 +93,11 @@ def _verify_split(
 def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:
     """How many members, and how many draws of a member from each cluster, have each length; clusters."""
     from streaming.base.compression import decompress
-    from streaming.base.format import reader_from_json
     from streaming.base.hashing import get_hash
 
     name = entry["zip_data"]["basename"]
+    if dict(zip(entry["column_names"], entry["column_encodings"], strict=True)) != COLUMNS:
+        raise UserError(f"{place}/{name}: not a shard of clusters; its columns are {entry['column_names']}")
     with tempfile.TemporaryDirectory() as folder:
         try:
             path = _store(place).download(name, Path(folder)) if is_remote(place) else Path(place) / name
@@ -105,20 +107,21 @@ def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndar
         for algorithm, expected in entry["zip_data"]["hashes"].items():
             if get_hash(algorithm, packed) != expected:
                 raise UserError(f"{place}/{name}: its {algorithm} is not that of index.json; the shard is damaged")
-        (Path(folder) / entry["raw_data"]["basename"]).write_bytes(decompress(entry["compression"], packed))
+        raw = Path(folder) / entry["raw_data"]["basename"]
+        raw.write_bytes(decompress(entry["compression"], packed))
         del packed
-        reader = reader_from_json(folder, "", entry)
+        shard = MappedShard(raw)
         lengths, draws = np.zeros(0), np.zeros(0)
-        for number in range(len(reader)):
-            sample = reader[number]
+        for number in range(entry["samples"]):
+            sample = shard[number]
             members = sample["lengths"]
             if members.min() < 1 or members.sum() != len(sample["residues"]):
                 raise UserError(f"{place}/{name}: lengths of {sample['cluster_id']} do not add up to its residues")
-            if sample["residues"].translate(None, RESIDUES):
+            if bytes(sample["residues"]).translate(None, RESIDUES):
                 raise UserError(f"{place}/{name}: {sample['cluster_id']} holds letters that are no residues")
             counts = np.bincount(members).astype(float)
             lengths, draws = _add(lengths, counts), _add(draws, counts / len(members))
-    return lengths, draws, len(reader)
+    return lengths, draws, entry["samples"]
 
 
 @cache

@@ -26,11 +26,12 @@ from streaming import StreamingDataset
 from test_layouts import write_clusters, write_layout, write_proteins
 from test_records import assert_same_records
 
-from esm2_composer import conversion, conversion_plan
+from esm2_composer import conversion_plan, parts
 from esm2_composer.conversion import Interrupted, Options, convert
+from esm2_composer.conversion_plan import make_plan
 from esm2_composer.errors import UserError
 from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout
-from esm2_composer.records import LENGTH_LABELS
+from esm2_composer.records import LENGTH_LABELS, Report
 
 SPLIT_FILES = {
     "train": ("train_clusters.parquet", "train.db"),
@@ -164,26 +165,28 @@ def test_fasta_alone_equals_validation_clusters(tmp_path: Path) -> None:
     assert hashes(tmp_path / "fasta/valid") == hashes(tmp_path / "bionemo/valid")
 
 
-def test_workers_do_not_change_the_shards(tmp_path: Path) -> None:
-    """Parts of their real size here, as worker processes do not see what a test patches."""
-    number = conversion_plan.PART_CLUSTERS * 2 + 1
-    names = [f"c{index}" for index in range(number)]
-    layout = bionemo(tmp_path, {"ur50_id": names}, {name: "MKVLA" * (1 + len(name) % 3) for name in names})
+def test_workers_do_not_change_the_shards(tmp_path: Path, small_parts: None) -> None:
+    named, proteins = random_data(120)
+    layout = bionemo(tmp_path, {"ur50_id": list(named), "ur90_id": list(named.values())}, proteins)
     seen: list[tuple[str, int, int]] = []
     told = {}
     for workers in (1, 3):
         out = str(tmp_path / f"out{workers}")
         told[workers] = convert(layout, out, Options(), workers=workers, progress=lambda *args: seen.append(args))
-        assert sorted(entry["samples"] for entry in index_of(out)) == [
-            1,
-            conversion_plan.PART_CLUSTERS,
-            conversion_plan.PART_CLUSTERS,
-        ]
-        assert seen[-1] == ("clusters", number, number)
+        assert seen[-1] == ("clusters", 120, 120)
     assert hashes(tmp_path / "out1/train") == hashes(tmp_path / "out3/train")
     for conversion_json in told.values():
         del conversion_json["elapsed_seconds"]
     assert told[1] == told[3]
+    assert told[1]["parts"] > 6
+
+
+def test_a_part_has_at_most_32768_clusters(tmp_path: Path) -> None:
+    layout = bionemo(tmp_path, {"ur50_id": [f"c{number}" for number in range(2 * 32_768 + 1)]}, {})
+    plan = make_plan(layout, tmp_path, None, 1, Report())
+    assert (plan.parts, plan.clusters, plan.members) == (3, 65_537, 65_537)
+    groups = pq.ParquetFile(plan.path).metadata
+    assert [groups.row_group(number).num_rows for number in range(3)] == [32_768, 32_768, 1]
 
 
 def index_of(out: str) -> list[dict[str, Any]]:
@@ -422,7 +425,7 @@ def test_huge_clusters_are_whole_unless_capped(tmp_path: Path) -> None:
 
 
 def test_a_cluster_too_large_for_a_sample_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "MAX_CLUSTER_BYTES", 2**20)
+    monkeypatch.setattr(parts, "MAX_CLUSTER_BYTES", 2**20)
     layout = huge(tmp_path, 12_000, 100)
     with pytest.raises(
         UserError, match=r"cluster huge has more than 1 MiB of residues.*--max-members-per-cluster"
@@ -475,15 +478,15 @@ CONVERT = """
 import sys
 import time
 from pathlib import Path
-from esm2_composer import conversion, conversion_plan
+from esm2_composer import conversion, conversion_plan, parts
 from esm2_composer.layouts import BioNeMo
 conversion_plan.PART_CLUSTERS = 16
-build = conversion._Builder.build
-def slow(self, number):
+build = parts.PartBuilder.build
+def slow(self, number, look_up):
     print(number, flush=True)
     time.sleep(0.02)
-    return build(self, number)
-conversion._Builder.build = slow
+    return build(self, number, look_up)
+parts.PartBuilder.build = slow
 folder = Path(sys.argv[1])
 layout = BioNeMo(folder / "clusters.parquet", folder / "proteins.db")
 conversion.convert(layout, sys.argv[2], conversion.Options(), workers=1)
@@ -513,7 +516,7 @@ def test_a_killed_run_goes_on_and_ends_alike(tmp_path: Path, many: BioNeMo) -> N
     assert whole.returncode == 0
     assert parts == 50
     built: list[list[int]] = []
-    for stop_after in (1, 10, 12, None):
+    for stop_after in (1, 12, None):
         process = start(tmp_path, tmp_path / "killed")
         built.append([])
         for line in process.stdout:
@@ -589,7 +592,9 @@ def test_a_full_disk_keeps_the_work(tmp_path: Path, many: BioNeMo) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "out/train").exists()
+    (tmp_path / "out/.train.work/shards/.shard.00000.00.mds.zstd.aside").touch()  # as a SIGKILL leaves it
     convert(many, str(tmp_path / "out"), Options())
+    assert not list((tmp_path / "out/train").glob(".*"))
     assert hashes(tmp_path / "out/train") == hashes(tmp_path / "whole/train")
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import runpy
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from test_conversion import hashes
 from test_layouts import write_layout
 
 TOOL = Path(__file__).parents[1] / "tools" / "convert.py"
+DOCS = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 COLUMNS = {"ur50_id": ["c1", "c2"], "ur90_id": [["a", "b"], ["d"]]}
 PROTEINS = {"a": "MKV", "b": "MK", "d": "MKVLA"}
 
@@ -227,6 +231,23 @@ def test_a_wrong_cluster_tsv_is_one_line(convert: Convert, tmp_path: Path, conte
     assert not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b">a\nMKV\n" * 999)[:-30], "f.fasta: damaged or cut short"),
+        (b"a,MKV\n", "f.fasta: not FASTA"),
+        (b"", "no cluster to write: the input is empty"),
+        (b">a\n>b\n", "100.0% of 2 members rejected, more than 1.0%: empty sequence 2 (such as '"),
+    ],
+)
+def test_wrong_fasta_is_one_line_and_leaves_nothing(
+    convert: Convert, tmp_path: Path, content: bytes, message: str
+) -> None:
+    (tmp_path / "f.fasta").write_bytes(content)
+    assert_refused(convert("--fasta", str(tmp_path / "f.fasta"), "--out", str(tmp_path / "out")), message)
+    assert not list(tmp_path.glob("out/*"))
+
+
 def test_existing_split_is_refused_and_left_alone(convert: Convert, data: Path, tmp_path: Path) -> None:
     kept = tmp_path / "shards" / "train" / "index.json"
     kept.parent.mkdir(parents=True)
@@ -236,21 +257,35 @@ def test_existing_split_is_refused_and_left_alone(convert: Convert, data: Path, 
     assert kept.read_text() == "mine"
 
 
-def test_every_layout_has_its_options(convert: Convert, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "f.fasta").write_text("".join(f">{name}\n{sequence}\n" for name, sequence in PROTEINS.items()))
-    (tmp_path / "t.tsv").write_text("c1\ta\nc1\tb\nc2\td\n")
+def test_the_commands_of_the_docs_convert_every_layout(
+    convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_layout(tmp_path, COLUMNS, PROTEINS)
+    Path("clusters.parquet").rename("train_clusters.parquet")
+    Path("proteins.db").rename("train.db")
+    Path("uniref").mkdir()
     columns = {"ur50_id": ["c2", "c1", "c1"], "ur90_id": ["d", "a", "b"], "sequence": ["MKVLA", "MKV", "MK"]}
-    pq.write_table(pa.table(columns), tmp_path / "flat.parquet")
-    for out, arguments in {
-        "bionemo": options(data, tmp_path / "bionemo")[:4],
-        "flat": ["--flat", str(tmp_path / "flat.parquet")],
-        "fasta": ["--fasta", str(tmp_path / "f.fasta"), "--cluster-tsv", str(tmp_path / "t.tsv")],
-    }.items():
-        code, stderr = convert(*arguments, "--out", str(tmp_path / out))
+    pq.write_table(pa.table(columns), "uniref/flat.parquet")
+    Path("proteins.fasta").write_text("".join(f">{name}\n{sequence}\n" for name, sequence in PROTEINS.items()))
+    Path("a.fasta.gz").write_bytes(gzip.compress(b">a\nMKV\n>d\nMKVLA\n"))
+    Path("b.fasta").write_text(">b\nMK\n")
+    Path("clusters.tsv").write_text("c1\ta\nc1\tb\nc2\td\n")
+    bionemo, *others, alone = re.findall(r"^\| [^|]+ \| `(--[^`]+)` \|$", DOCS, re.MULTILINE)
+    for number, arguments in enumerate([bionemo, *others]):
+        code, stderr = convert(*arguments.split(), "--out", f"out{number}")
         assert code == 0, stderr
-        assert hashes(tmp_path / out / "train") == hashes(tmp_path / "bionemo" / "train")
-    code, stderr = convert("--fasta", str(tmp_path / "f.fasta"), "--out", str(tmp_path / "alone"))
+        assert hashes(tmp_path / f"out{number}/train") == hashes(tmp_path / "out0/train")
+    assert len(others) == 2
+    code, stderr = convert(*alone.split(), "--out", "alone")
     assert stderr.startswith("train: 3 clusters, 3 members, 10 residues in ")
+
+
+def test_the_docs_make_a_table_of_representatives(tmp_path: Path) -> None:
+    (tmp_path / "valid.tsv").write_text("d\ta\nb\tb\nd\td\n")
+    (command,) = re.findall(r"`(cut [^`]+)`", DOCS)
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "b\tb\nd\td\n"
 
 
 def test_a_finished_split_is_told_and_verified(convert: Convert, data: Path, tmp_path: Path) -> None:
@@ -276,6 +311,20 @@ def test_a_line_now_and_then_without_a_terminal(
         "train: 2,000 of 10,000 clusters, 50 a second, 3 min left",
         "train: 4,000 of 10,000 clusters, 67 a second, 2 min left",
     ]
+
+
+def test_a_bar_with_rate_and_time_left_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = runpy.run_path(str(TOOL))["Progress"]("valid")
+    for done in (100, 600, 1000):
+        time.sleep(0.15)  # the bar is drawn no more often than ten times a second
+        progress("clusters", done, 1000)
+    progress.close()
+    bar = capfd.readouterr().err
+    assert re.search(r"valid:  60%.*600/1.00k \[00:00<00:00, [\d.]+k? clusters/s\]", bar)
+    assert bar.endswith("\n")
 
 
 @pytest.mark.parametrize("fraction", ["-1", "2", "nan"])

@@ -103,7 +103,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
 
 @pytest.fixture
 def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BioNeMo:
-    monkeypatch.setattr(conversion_plan, "PART_CLUSTERS", 16)
+    monkeypatch.setattr(conversion_plan, "PART_CLUSTERS", 40)
     named, proteins = random_data(100)
     return bionemo(tmp_path, {"ur50_id": list(named), "ur90_id": list(named.values())}, proteins)
 
@@ -167,9 +167,9 @@ def test_an_upload_that_fails_or_arrives_damaged_is_tried_again(
 def test_a_lost_store_keeps_the_work_and_the_same_command_goes_on(
     bucket: Bucket, layout: BioNeMo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bucket.fault = fail(10**9, 500, "shard.00003")
+    bucket.fault = fail(10**9, 500, "shard.00002")
     scratch = tmp_path / "scratch"
-    with pytest.raises(Interrupted, match=r"shard\.00003.*the work is kept"):
+    with pytest.raises(Interrupted, match=r"shard\.00002.*the work is kept"):
         convert(layout, "s3://bucket/x", Options(), scratch=scratch)
     before = set(bucket.stored)
     assert not any("index.json" in name for name in before)

@@ -69,6 +69,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "0 clusters, but conversion.json says 2": lambda split: edit_index(
         split, lambda index: index["shards"].clear()
     ),
+    "not a shard of clusters; its columns are ['name']": lambda split: edit_index(
+        split, lambda index: index["shards"][0].update(column_names=["name"], column_encodings=["str"])
+    ),
     "index.json: damaged": lambda split: (split / "index.json").write_text("{"),
     "no finished shards": lambda split: (split / "index.json").unlink(),
 }

@@ -4,6 +4,7 @@
     python tools/convert.py --clusters valid_clusters.parquet --sequences validation.db --out shards --split valid
     python tools/convert.py --flat uniref/ --out s3://bucket/uniref50
     python tools/convert.py --fasta proteins.fasta.gz --cluster-tsv clusters.tsv --out shards
+    python tools/convert.py --flat uniref/ --out /shared/uniref50 --spark spark://host:7077
     python tools/convert.py --verify s3://bucket/uniref50
 
 writes OUT/train and OUT/valid, each with its `index.json` and a `conversion.json` that says what was read,
@@ -13,6 +14,7 @@ written, changed and rejected. Killed, the same command goes on. docs/data.md ha
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -44,11 +46,19 @@ def main() -> None:
     else:
         layout = Fasta(args.fasta, args.cluster_tsv)
     options = Options(args.split, args.max_members_per_cluster, args.seed)
-    try:
-        conversion = convert(layout, args.out, options, args.max_reject_fraction, args.workers, args.scratch, show)
-    finally:
-        show.close()
+    with open_spark(args.spark) as spark, contextlib.closing(show):
+        conversion = convert(
+            *(layout, args.out, options, args.max_reject_fraction, args.workers, args.scratch, show), engine=spark
+        )
     print_summary(args.split, conversion)
+
+
+def open_spark(master: str | None) -> contextlib.AbstractContextManager:
+    if not master:
+        return contextlib.nullcontext()
+    from esm2_composer.spark import Spark
+
+    return Spark(master)
 
 
 def parse_args() -> argparse.Namespace:
@@ -69,11 +79,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-members-per-cluster", type=int, help="keep so many of a cluster (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice that --max-members-per-cluster makes")
     parser.add_argument("--scratch", type=Path, help="work in progress for object storage (default: this folder)")
+    parser.add_argument(
+        "--spark",
+        metavar="MASTER",
+        help="build the shards on Apache Spark: local[2], spark://host:7077, yarn, ...",
+    )
     parser.add_argument("--verify", metavar="URI", help="re-read shards, check them, print their statistics")
     args = parser.parse_args()
     layouts = [name for name in ("clusters", "flat", "fasta", "verify") if getattr(args, name)]
     if len(layouts) != 1:
         raise UserError("give one of: --clusters with --sequences, --flat, --fasta, --verify")
+    if args.spark and args.verify:
+        raise UserError("--spark converts; --verify goes without it")
     if bool(args.clusters) != bool(args.sequences):
         raise UserError("--clusters and --sequences go together")
     if args.cluster_tsv and not args.fasta:

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 from esm2_composer.errors import UserError
 
 UNIREF_CLUSTERS, UNIREF_RESIDUES = 65.18e6, 63e9
@@ -99,41 +101,25 @@ def convert(folder: Path, workers: int) -> dict:
         "cpu_seconds": peaks["cpu_seconds"],
         "clusters_per_cpu_second": told["clusters_written"] / peaks["cpu_seconds"],
         "uniref_hours": UNIREF_RESIDUES / (told["residues_written"] / told["elapsed_seconds"]) / 3600,
-        "parent_mib": peaks["parent"] / 2**10,
-        "worker_mib": peaks["worker"] / 2**10,
+        "parent_mib": peaks["parent"] / 2**20,
+        "worker_mib": peaks["worker"] / 2**20,
         "bytes_per_residue": size / told["residues_written"],
     }
 
 
 def watch(process: subprocess.Popen) -> dict[str, float]:
-    """Wait for the end; peak resident memory (KiB) of it and of its largest child, and CPU seconds of all."""
+    """Wait for the end; peak resident memory (bytes) of it and of its largest child, and CPU seconds of all."""
+    parent = psutil.Process(process.pid)
     peaks = {"parent": 0, "worker": 0}
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             process.returncode = os.waitstatus_to_exitcode(status)
             return {**peaks, "cpu_seconds": usage.ru_utime + usage.ru_stime}
-        for child in children(process.pid):
-            peaks["worker"] = max(peaks["worker"], peak_memory(child))
-        peaks["parent"] = max(peaks["parent"], peak_memory(process.pid))
+        with contextlib.suppress(psutil.Error):  # one of them may have ended
+            peaks["parent"] = max(peaks["parent"], parent.memory_info().rss)
+            peaks["worker"] = max(peaks["worker"], *(child.memory_info().rss for child in parent.children()), 0)
         time.sleep(0.05)
-
-
-def children(pid: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it may have ended
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(stat.parent.name))
-    return found
-
-
-def peak_memory(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1])
-    return 0
 
 
 def table(result: dict) -> str:

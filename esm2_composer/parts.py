@@ -1,0 +1,195 @@
+"""One part of the plan -> its shards, and many parts in many processes.
+
+Whoever builds a part, and wherever its sequences come from, the shards are the same: they follow from the part's
+rows of the plan, the sequences under the ids there, and the options.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for_any
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from esm2_composer.conversion_plan import read_part, stage
+from esm2_composer.errors import UserError
+from esm2_composer.layouts import Layout, Progress, Sequences
+from esm2_composer.mds import ShardWriter, write_durably
+from esm2_composer.records import Report, build_record, choose_members
+
+MEMBERS_AT_ONCE = 5_000
+MAX_CLUSTER_BYTES = 128 * 2**20
+
+# Ids -> every sequence under each of them that there is.
+LookUp = Callable[[Sequence[str]], dict[bytes, list]]
+
+
+class EngineError(Exception):
+    """What builds parts failed, be it processes or machines; the input is not to blame."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides about the shards, beside the input."""
+
+    split: str = "train"
+    max_members_per_cluster: int | None = None
+    seed: int = 0  # of the choice of members where there are more
+
+
+@dataclass
+class Part:
+    """What was made of a part."""
+
+    number: int
+    shards: list[dict[str, Any]]  # entries of index.json
+    report: Report
+
+
+@dataclass(frozen=True)
+class PartBuilder:
+    """Builds parts: rows of the plan -> sequences -> records -> shards. Any process can have a copy."""
+
+    plan: Path
+    work: Path  # the conversion's folder, with shards/ and parts/
+    options: Options
+    rows_are_clusters: bool
+
+    def build(self, number: int, look_up: LookUp) -> Part:
+        """Write the shards of a part, and its clusters' ids, which are the same however often it is built.
+
+        Raises UserError if a cluster is too large for a sample.
+        """
+        report, written = Report(), []
+        writer = ShardWriter(self.work / "shards", f"{number:05}")
+        for clusters in self._batches(number, report):
+            found = _look_up(clusters, look_up)
+            report.counts["sequences_found"] += sum(map(len, found.values()))
+            for name, members in clusters:
+                record = build_record(
+                    name, [(member, found.get(member.encode(), ())) for member in members], report
+                )
+                if record is None:
+                    continue
+                if len(record["residues"]) > MAX_CLUSTER_BYTES:
+                    raise _too_large(name)
+                writer.write(record)
+                written.append(name)
+        shards = writer.finish()
+        ids = pa.BufferOutputStream()
+        pq.write_table(pa.table({"cluster_id": pa.array(written, pa.string())}), ids, compression="zstd")
+        write_durably(self.work / "parts" / f"{number:05}.ids", ids.getvalue().to_pybytes())
+        return Part(number, shards, report)
+
+    def clusters(self, number: int, report: Report) -> Iterator[tuple[str, list[str]]]:
+        """(id, members whose sequences are wanted) of a part's clusters."""
+        limit, seed = self.options.max_members_per_cluster, self.options.seed
+        for name, named, shared, in_other_split, rows in read_part(self.plan, number):
+            if rows > 1 and self.rows_are_clusters:
+                report.change("cluster in several rows, joined", name)
+            if in_other_split:
+                report.counts.update(clusters_read=1, members_read=len(named))
+                report.reject("cluster of the other split", name, len(named))
+                continue
+            yield name, choose_members(name, named, report, shared, limit, seed)
+
+    def _batches(self, number: int, report: Report) -> Iterator[list[tuple[str, list[str]]]]:
+        """Clusters, as many at a time as are worth a look-up."""
+        batch: list[tuple[str, list[str]]] = []
+        size = 0
+        for name, members in self.clusters(number, report):
+            if batch and size + len(members) > MEMBERS_AT_ONCE:
+                yield batch
+                batch, size = [], 0
+            batch.append((name, members))
+            size += len(members)
+        yield batch
+
+
+def _look_up(clusters: list[tuple[str, list[str]]], look_up: LookUp) -> dict[bytes, list]:
+    members = [member for _, members in clusters for member in members]
+    if len(clusters) > 1:
+        return look_up(members)
+    found: dict[bytes, list] = {}
+    size = 0
+    for start in range(0, len(members), MEMBERS_AT_ONCE):  # a huge cluster must not fill the memory first
+        some = look_up(members[start : start + MEMBERS_AT_ONCE])
+        found.update(some)
+        size += sum(len(sequence) for given in some.values() for sequence in given if isinstance(sequence, bytes))
+        if size > MAX_CLUSTER_BYTES:
+            raise _too_large(clusters[0][0])
+    return found
+
+
+def _too_large(cluster_id: str) -> UserError:
+    return UserError(
+        f"cluster {cluster_id} has more than {MAX_CLUSTER_BYTES // 2**20} MiB of residues, "
+        "too many for one sample; set --max-members-per-cluster"
+    )
+
+
+class Processes:
+    """Builds parts in processes of this machine, which look sequences up in an SQLite file."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+
+    def stage(self, layout: Layout, work: Path, progress: Progress) -> Report:
+        """Make the sequences ready to be looked up."""
+        self._sequences, report = stage(layout, work, progress)
+        return report
+
+    def build(self, numbers: Sequence[int], builder: PartBuilder) -> Iterator[Part]:
+        """Parts as they are done, and no faster than they are taken."""
+        workers = min(self._workers, len(numbers))
+        if workers == 1:
+            look_up = Sequences(self._sequences).look_up
+            yield from (builder.build(number, look_up) for number in numbers)
+        elif workers:
+            context = multiprocessing.get_context("spawn")  # a fork would hold the lock, and copy the memory
+            pool = ProcessPoolExecutor(workers, context, _start_worker, (builder, self._sequences))
+            try:
+                yield from as_done(pool, _build_part, numbers, 2 * workers)
+            except BrokenProcessPool as error:
+                raise EngineError(error) from error
+
+
+def as_done(pool: Executor, build: Callable[[int], Part], numbers: Sequence[int], at_once: int) -> Iterator[Part]:
+    """What `build` makes of each number, as it is done; at most `at_once` are in the pool, which ends with it."""
+    waiting = list(reversed(numbers))
+    running: set[Future[Part]] = set()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.add(pool.submit(build, waiting.pop()))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_builder: PartBuilder  # of a worker process
+_sequences: Sequences
+
+
+def _start_worker(builder: PartBuilder, sequences: Path) -> None:
+    global _builder, _sequences
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (wait_for_any([parent.sentinel]), os._exit(1)), daemon=True).start()
+    _builder, _sequences = builder, Sequences(sequences)
+
+
+def _build_part(number: int) -> Part:
+    return _builder.build(number, _sequences.look_up)
