@@ -18,7 +18,7 @@ from transformers import EsmConfig, EsmForMaskedLM
 from esm2_composer import alphabet
 from esm2_composer.errors import UserError
 from esm2_composer.model import ESM2, SIZES, ESM2Config
-from esm2_composer.weights import _names, hugging_face_config
+from esm2_composer.weights import foreign_keys, hugging_face_config
 
 LENGTHS = [3, 1024, 17, 330, 64]
 
@@ -53,7 +53,7 @@ def compare(model: ESM2, make_reference: Callable[[ESM2], torch.nn.Module]) -> d
     F.cross_entropy(expected[positions], targets).backward()
     gradients = {name: p.grad for name, p in reference.named_parameters()}
     errors = {}
-    for name, keys in _names(model.config.num_layers, fair=make_reference is fair_esm):
+    for name, keys in foreign_keys(model.config.num_layers, fair=make_reference is fair_esm):
         if name.startswith("contact_head"):  # no part of masked-language-model training
             assert model.get_parameter(name).grad is None
             continue
@@ -109,7 +109,7 @@ def fair_esm(model: ESM2) -> torch.nn.Module:
 def copy_weights(model: ESM2, reference: torch.nn.Module, fair: bool) -> None:
     ours, theirs = model.state_dict(), reference.state_dict()
     with torch.no_grad():
-        for name, keys in _names(model.config.num_layers, fair):
+        for name, keys in foreign_keys(model.config.num_layers, fair):
             for key, part in zip(keys, ours[name].chunk(len(keys)), strict=True):
                 theirs[key].copy_(part)
 
