@@ -1,4 +1,4 @@
-"""The layers' matrix products in fp8, by torchao: an option for GPUs of compute capability 8.9 on (H100, H200, B200).
+"""The layers' matrix products in fp8, by torchao: an option for GPUs of compute capability 8.9 on (H100, B200).
 
 Weights, optimizer, norms, attention and the head stay as they are; the inputs and weights of the four products of
 a layer are rounded to e4m3 and their gradients to e5m2, each tensor under a scale of its own, found anew at each

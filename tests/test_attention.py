@@ -35,7 +35,7 @@ def test_cpu_attention_is_exact_forward_and_backward(head_size):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["torch", "flash"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "flash", "cpu"])
 @pytest.mark.parametrize("head_size", [16, 24, 32, 64, 128])
 def test_gpu_kernels_equal_plain_attention_within_bf16(backend, head_size):
     if not torch.cuda.is_available():
