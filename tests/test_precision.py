@@ -110,7 +110,7 @@ def test_the_loss_in_fp8_follows_fp32() -> None:
 def test_the_loss_of_200_steps_in_machine_code_follows_fp32() -> None:
     made = batches(200, sequences=12)
     torch._dynamo.reset()
-    check(train(SMALL, made, "cpu", backend="inductor"), train(SMALL, made, "cpu", bf16=False), 2e-2, 5e-3)
+    check(train(SMALL, made, "cpu", backend="inductor"), train(SMALL, made, "cpu", bf16=False), 1e-2, 2e-3)
 
 
 @pytest.mark.gpu

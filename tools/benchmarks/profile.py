@@ -130,7 +130,7 @@ def kernels(profiler: Any) -> dict[str, float]:
 
 
 def at_best(work: Work, limits: Limits) -> dict[str, float]:
-    """Seconds of a step that each part takes at the device's measured limits: its operations at the speed of a large
+    """Seconds of a step that each part takes at the limits measured: its operations at the speed of a large
     product, or its bytes at that of a large copy, whichever limits it."""
     c = SIZES[work.size]
     model = skeleton(c)
