@@ -133,3 +133,14 @@ def test_both_versions_of_flash_attn_are_called_as_they_want(name, with_sums, mo
     install(monkeypatch, name, flash_attn_varlen_func=function)
     *qkv, cu_seqlens = inputs(16, "cpu", torch.float32)
     check(select_attention.__wrapped__("flash", "cuda"), qkv, cu_seqlens, tolerance=1e-5)
+
+
+def test_a_gpu_older_than_the_kernels_gets_the_reference(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    select = select_attention.__wrapped__
+    assert select("auto", "cuda") is select("cpu", "cpu")
+    with pytest.raises(ValueError, match="'torch' is not available on cuda; available here: auto, cpu"):
+        select("torch", "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert select("torch", "cuda") is not select("cpu", "cpu")
