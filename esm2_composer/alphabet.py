@@ -16,10 +16,10 @@ LETTERS = "".join(t for t in TOKENS if len(t) == 1)
 _TO_IDS = bytes(TOKENS.index(chr(byte)) if chr(byte) in LETTERS else UNK for byte in range(256))
 
 
-def encode(residues: bytes) -> np.ndarray:
+def encode(residues: bytes | memoryview) -> np.ndarray:
     """Token ids of `<cls> residues <eos>`, uint8 (len(residues) + 2,), read-only.
 
     A byte that is no token, a lower-case letter included, becomes `<unk>`; conversion lets none into the shards.
     """
-    ids = b"".join((bytes([CLS]), residues.translate(_TO_IDS), bytes([EOS])))
+    ids = b"".join((bytes([CLS]), bytes(residues).translate(_TO_IDS), bytes([EOS])))
     return np.frombuffer(ids, np.uint8)

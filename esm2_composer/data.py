@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from streaming import StreamingDataset
 from streaming.base.storage.download import CloudDownloader
 from torch.utils.data import DataLoader, IterableDataset
 
 from esm2_composer import alphabet
 from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule, choose, keyed_words, token_uniforms
-from esm2_composer.shards import LEAN_LAYOUT, CheckedStream
+from esm2_composer.records import COLUMNS
+from esm2_composer.shards import CheckedStream, MappedDataset
 
 # Streaming lays an epoch out for this many nodes, or for those of its factors that the batch has too: so a run
 # goes on upon any number of nodes without another factor. Fewer would make a large epoch slow to shuffle.
@@ -55,13 +55,11 @@ class ClusterDraw:
     def window(self, cluster: dict[str, Any], epoch: int) -> Sample:
         """The window of a cluster, before its mask."""
         member_word, window_word, mask_word = keyed_words(self.seed, epoch, cluster["cluster_id"])
-        lengths = cluster["lengths"]
-        (members,) = np.nonzero(lengths >= self.min_length)
-        if not members.size:
-            members = np.arange(len(lengths))
+        lengths = cluster["lengths"].tolist()  # most are of a few members, for which numpy takes longer
+        members = [i for i, length in enumerate(lengths) if length >= self.min_length] or range(len(lengths))
         member = members[choose(member_word, len(members))]
-        start = int(lengths[:member].sum())
-        tokens = alphabet.encode(cluster["residues"][start : start + int(lengths[member])])
+        start = sum(lengths[:member])
+        tokens = alphabet.encode(cluster["residues"][start : start + lengths[member]])
         first = choose(window_word, max(len(tokens) - self.max_length, 0) + 1)
         return tokens[first : first + self.max_length], mask_word
 
@@ -78,19 +76,20 @@ class ClusterDraw:
         }
 
 
-class ClusterDataset(StreamingDataset):
+class ClusterDataset(MappedDataset):
     """MDS shards of clusters, each drawn anew every epoch, or always as in `pinned_epoch`."""
 
-    def __init__(self, draw: ClusterDraw, pinned_epoch: int | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.batching_method = LEAN_LAYOUT
+    def __init__(
+        self, stream: CheckedStream, draw: ClusterDraw, pinned_epoch: int | None = None, **arguments: Any
+    ) -> None:
+        super().__init__(stream, **arguments)
         self.draw = draw
         self._pinned_epoch = pinned_epoch
 
     def end_epochs_after(self, samples: int) -> None:
         """Make an epoch `samples` long. Streaming takes that as an argument only, which comes too early:
         before it has read how many samples there are."""
-        self.epoch_size = self.streams[0].choose = samples
+        self.epoch_size = samples
         self.length = samples // _world_size()
 
     def __iter__(self) -> Iterator[Sample]:
@@ -106,10 +105,10 @@ class ClusterDataset(StreamingDataset):
         if stream.failure is not None:
             raise stream.failure
 
-    def get_item(self, sample_id: int, retry: int = 7) -> Sample:
+    def __getitem__(self, sample_id: int) -> Sample:
         # Streaming counts an epoch on before it yields the epoch's first sample.
         epoch = self.next_epoch - 1 if self._pinned_epoch is None else self._pinned_epoch
-        return self.draw.window(super().get_item(sample_id, retry), epoch)
+        return self.draw.window(self.get_item(sample_id), epoch)
 
 
 class EvaluationBatches(IterableDataset):
@@ -225,12 +224,14 @@ def _open(remote: str | None, local: str, **arguments: Any) -> ClusterDataset:
     place = remote or local
     try:
         stream = CheckedStream(remote=remote, local=local, validate_hash="xxh64")
-        clusters = ClusterDataset(streams=[stream], **arguments)
+        clusters = ClusterDataset(stream, **arguments)
     except Exception as error:  # each store raises its own types
         raise UserError(f"{place}: cannot be opened as MDS shards ({error})") from error
-    columns = clusters.shards[0].column_names
-    if not {"cluster_id", "lengths", "residues"} <= set(columns):
-        raise UserError(f"{place}: not shards of clusters; their columns are {', '.join(columns)}")
+    shard = clusters.shards[0]
+    columns = dict(zip(shard.column_names, shard.column_encodings, strict=True))
+    if columns != COLUMNS:
+        told = ", ".join(f"{name} ({encoding})" for name, encoding in columns.items())
+        raise UserError(f"{place}: not shards of clusters; their columns are {told}")
     return clusters
 
 

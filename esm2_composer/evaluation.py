@@ -98,10 +98,10 @@ def data_floors(data: DataSection, rules: Iterable[MaskingRule]) -> list[dict[st
 
 def _clusters(remote: str | None, local: str) -> Iterator[dict[str, Any]]:
     """A split's clusters; of one with very many, `FLOOR_CLUSTERS` in blocks spread evenly over its shards."""
-    from streaming import StreamingDataset
+    from esm2_composer.shards import CheckedStream, MappedDataset
 
     try:
-        clusters = StreamingDataset(remote=remote, local=local, batch_size=1)
+        clusters = MappedDataset(CheckedStream(remote=remote, local=local, validate_hash="xxh64"), batch_size=1)
     except Exception as error:  # each store raises its own types
         raise UserError(f"{remote or local}: cannot be opened as MDS shards ({error})") from error
     total = clusters.num_samples
@@ -109,7 +109,7 @@ def _clusters(remote: str | None, local: str) -> Iterator[dict[str, Any]]:
     size = min(total, FLOOR_CLUSTERS) // blocks
     for block in range(blocks):
         start = block * total // blocks
-        yield from (clusters[i] for i in range(start, start + size))
+        yield from map(clusters.get_item, range(start, start + size))
 
 
 def residue_frequencies(clusters: Iterable[dict[str, Any]]) -> np.ndarray:

@@ -1,19 +1,86 @@
-"""What Streaming 0.13 lacks at scale: a way on from a damaged file, and epochs of 65 million samples in memory."""
+"""What Streaming 0.13 lacks in reading shards: speed, and a way on from a damaged file."""
 
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from pathlib import Path
+from time import time_ns
+from typing import Any
 
 import numpy as np
 from streaming import Stream, StreamingDataset
-from streaming.base.batching import batching_methods
+from streaming.base.constant import EPOCH_DATA
 from streaming.base.format import Reader
-from streaming.base.partition import get_partitions
-from streaming.base.shuffle import get_shuffle
-from streaming.base.world import World
+from streaming.base.shared import SharedMemory, _get_path
 
+from esm2_composer.epochs import WHOLE_BATCHES
 from esm2_composer.errors import UserError
+from esm2_composer.mds import MappedShard
+
+
+class MappedDataset(StreamingDataset):
+    """A StreamingDataset of one stream of clusters that keeps the shards it reads mapped into memory.
+
+    Streaming opens a shard's file for every sample, and two of its threads take a lock of the whole node for every
+    sample, to learn that the shard is there. A mapped one is, so neither is needed. Under a cache limit shards are
+    not kept: a file that is mapped would hold its place on the disk after it has been evicted.
+    """
+
+    def __init__(self, stream: Stream, **arguments: Any) -> None:
+        super().__init__(streams=[stream], **arguments)
+        self.batching_method = WHOLE_BATCHES
+        self.spanner = ShardBounds(self.samples_per_shard)
+        self._mapped: dict[int, MappedShard] = {}
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        if shard_id not in self._mapped:
+            super().prepare_shard(shard_id, blocking)
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        """A cluster as `records` makes it, but its residues are a memoryview."""
+        shard_id, number = self.spanner[sample_id]
+        shard = self._mapped.get(shard_id)
+        if shard is None:
+            shard = self._map(shard_id, retry)
+        return shard[number]
+
+    def _map(self, shard_id: int, retry: int) -> MappedShard:
+        (stream,) = self.streams
+        path = Path(stream.local, stream.split, self.shards[shard_id].raw_data.basename)
+        for _ in range(retry):
+            try:
+                shard = MappedShard(path)
+            except FileNotFoundError:  # not there yet, or evicted again
+                self.prepare_shard(shard_id)
+                continue
+            if self.cache_limit:
+                self._shard_access_times[shard_id] = time_ns()
+            else:
+                self._mapped[shard_id] = shard
+            return shard
+        raise UserError(f"{path}: evicted as soon as it is there; data.cache_limit is too low")
+
+    def _share_work(self, sample_ids: np.ndarray) -> tuple[SharedMemory, SharedMemory | None]:
+        """Streaming's, without the copy it makes of an epoch on the way into shared memory."""
+        shape, data = super()._share_work(sample_ids[..., :0])  # so it has the block for the shape only
+        np.ndarray(5, np.int64, shape.buf)[:] = sample_ids.shape
+        if sample_ids.size:
+            name = _get_path(self._shm_prefix_int, EPOCH_DATA)
+            data = SharedMemory(name, create=True, size=8 * sample_ids.size, auto_cleanup=False)
+            np.ndarray(sample_ids.shape, np.int64, data.buf)[...] = sample_ids
+        return shape, data
+
+
+class ShardBounds:
+    """Streaming's `Spanner`, in a tenth of its time: global sample number -> (shard, number within it)."""
+
+    def __init__(self, samples_per_shard: np.ndarray) -> None:
+        self._starts = [0, *np.cumsum(samples_per_shard).tolist()]
+
+    def __getitem__(self, sample_id: int) -> tuple[int, int]:
+        shard = bisect_right(self._starts, sample_id) - 1
+        return shard, int(sample_id) - self._starts[shard]
 
 
 class CheckedStream(Stream):
@@ -57,47 +124,3 @@ class CheckedStream(Stream):
             self.failure = UserError(f"{path}: damaged ({why}), and there is no copy to fetch")
             raise self.failure
         os.remove(path)
-
-
-def lay_out_epoch(dataset: StreamingDataset, world: World, epoch: int, sample_in_epoch: int) -> np.ndarray:
-    """Streaming's "random" layout of an epoch, the same numbers in half the memory.
-
-    Its own way holds five arrays of an epoch's samples at a time: 3.3 GB for the 65 million clusters of UniRef50.
-
-    Returns:
-        Sample ids, int64 (nodes, ranks of a node, workers of a rank, batches, batch size), -1 where there is none.
-    """
-    assert dataset.num_samples < 2**31
-    shuffle_units, chosen = dataset.resample_streams(epoch)
-    order = chosen.astype(np.int32)
-    del chosen
-    if dataset.shuffle:
-        order = order[
-            get_shuffle(
-                dataset.shuffle_algo,
-                shuffle_units,
-                dataset.num_canonical_nodes,
-                dataset.shuffle_seed,
-                epoch,
-                dataset.shuffle_block_size,
-            )
-        ]
-    work = get_partitions(
-        dataset.partition_algo,
-        dataset.epoch_size,
-        dataset.num_canonical_nodes,
-        world.num_nodes,
-        world.ranks_per_node,
-        world.workers_per_rank,
-        dataset.batch_size,
-        sample_in_epoch,
-        dataset.initial_physical_nodes,
-    )
-    for batch in range(work.shape[3]):
-        ids = work[:, :, :, batch]
-        ids[...] = np.where(ids != -1, order[ids], -1)
-    return work
-
-
-LEAN_LAYOUT = "lean"
-batching_methods[LEAN_LAYOUT] = lay_out_epoch  # Streaming looks the method of a dataset up here

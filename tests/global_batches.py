@@ -1,7 +1,8 @@
 """What the ranks together see of each global batch: composer -n N tests/global_batches.py SCENARIOS.json
 
-Each scenario is {"shards", "evaluation", "workers", "budget", "state", "batches", "out"}. Rank r writes
-OUT-r.json: for each batch, what every sequence of its microbatches shows; and the state to resume from.
+Each scenario is {"shards", "evaluation", "workers", "batch", "budget", "max_length", "state", "batches", "out"}. Rank
+r writes OUT-r.json: for each batch, what every sequence of its microbatches shows, how many tokens and microbatches
+those are; and the state to resume from.
 """
 
 import json
@@ -15,9 +16,6 @@ from esm2_composer import alphabet
 from esm2_composer.data import ClusterDraw, evaluation_loader, train_loader
 from esm2_composer.masking import MaskingRule
 from esm2_composer.pool import data_spec
-
-DRAW = ClusterDraw(seed=5, max_length=24, min_length=8, masking=MaskingRule())
-BATCH = 8
 
 
 def sequences(microbatch) -> list[str]:
@@ -33,27 +31,31 @@ def sequences(microbatch) -> list[str]:
 
 def run(scenario: dict) -> None:
     open_loader = evaluation_loader if scenario["evaluation"] else train_loader
-    loader = open_loader(DRAW, None, scenario["shards"], BATCH, scenario["workers"])
+    draw = ClusterDraw(seed=5, max_length=scenario["max_length"], min_length=8, masking=MaskingRule())
+    loader = open_loader(draw, None, scenario["shards"], scenario["batch"], scenario["workers"])
     spec = data_spec(loader, scenario["budget"])
     in_epoch = 0
     if scenario["state"]:
         loader.dataset.load_state_dict(scenario["state"])
-        in_epoch = scenario["state"]["sample_in_epoch"] // BATCH
+        in_epoch = scenario["state"]["sample_in_epoch"] // scenario["batch"]
     seen: list[list[str]] = []
+    tokens: list[int] = []
     microbatches: list[int] = []
     while len(seen) < scenario["batches"]:
         for batch in spec.dataloader:
             parts = spec.split_batch(batch, 1)
             seen.append([each for part in parts for each in sequences(part)])
+            tokens.append(sum(part["num_tokens"] for part in parts))
             microbatches.append(len(parts))
             in_epoch += 1
             if len(seen) == scenario["batches"]:
                 break
         else:
             in_epoch = 0
-    state = None if scenario["evaluation"] else loader.dataset.state_dict(in_epoch * BATCH, from_beginning=True)
+    done = in_epoch * scenario["batch"]
+    state = None if scenario["evaluation"] else loader.dataset.state_dict(done, from_beginning=True)
     out = Path(f"{scenario['out']}-{dist.get_global_rank()}.json")
-    out.write_text(json.dumps({"seen": seen, "microbatches": microbatches, "state": state}))
+    out.write_text(json.dumps({"seen": seen, "tokens": tokens, "microbatches": microbatches, "state": state}))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import global_batches
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, composer
+from conftest import ROOT, composer, python
 
 EPOCH = 4  # batches of 8 in an epoch of the 37 clusters
 BATCHES = 10  # two epochs and a half
@@ -23,8 +24,8 @@ Run = dict[str, Any]
 @pytest.fixture
 def scenario(fresh: Callable[[], str]) -> Callable[..., Run]:
     def make(**changes: Any) -> Run:
-        plain = {"evaluation": False, "workers": 0, "budget": 10**6, "state": None, "batches": BATCHES}
-        return {**plain, "shards": fresh(), **changes}
+        plain = {"evaluation": False, "workers": 0, "batch": 8, "budget": 10**6, "max_length": 24}
+        return {**plain, "state": None, "batches": BATCHES, "shards": fresh(), **changes}
 
     return make
 
@@ -46,7 +47,8 @@ def see(ranks: int, folder: Path, scenarios: list[Run]) -> list[Run]:
         assert all(each["microbatches"] == of_rank[0]["microbatches"] for each in of_rank), "on every rank as many"
         shares = zip(*(each["seen"] for each in of_rank), strict=True)
         batches = [sorted(itertools.chain.from_iterable(parts)) for parts in shares]
-        together.append({"batches": batches, "state": of_rank[0]["state"]})
+        tokens = np.array([each["tokens"] for each in of_rank])
+        together.append({"batches": batches, "tokens": tokens, "state": of_rank[0]["state"]})
     return together
 
 
@@ -89,6 +91,20 @@ def test_evaluation_shows_the_same_on_any_ranks_workers_and_budgets(
     one, two = see(1, tmp_path / "1", scenarios()), see(2, tmp_path / "2", scenarios())
     assert sum(map(len, one[0]["batches"])) == 37
     assert all(run["batches"] == one[0]["batches"] for run in (*one, *two))
+
+
+def test_two_ranks_compute_on_equally_many_tokens_of_real_lengths(
+    scenario: Callable[..., Run], real_data: Path, tmp_path: Path
+) -> None:
+    split = tmp_path / "shards"
+    source = ("--clusters", real_data / "tiny/train_clusters.parquet", "--sequences", real_data / "tiny/train.db")
+    assert python(ROOT / "tools/convert.py", *source, "--out", split).returncode == 0
+    (run,) = see(
+        2, tmp_path / "2", [scenario(shards=f"{split}/train", batch=64, max_length=1024, budget=8192, batches=8)]
+    )
+    slowest_over_mean = run["tokens"].max(0) / run["tokens"].mean(0)
+    assert run["tokens"].mean() > 8000
+    assert slowest_over_mean.max() < 1.01
 
 
 def train(shards: Path, out: Path, *overrides: str, ranks: int = 1) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""mds.py: its shards are Streaming's, byte for byte."""
+"""mds.py: its shards are Streaming's, byte for byte, and read as Streaming reads them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstd
 from streaming import MDSWriter
 
 from esm2_composer import mds
-from esm2_composer.mds import ShardWriter, write_durably
+from esm2_composer.mds import MappedShard, ShardWriter, write_durably
 from esm2_composer.records import COLUMNS
 
 
@@ -48,6 +49,21 @@ def test_shards_equal_those_of_streaming(tmp_path: Path, monkeypatch: pytest.Mon
         for data in ("raw_data", "zip_data"):
             del mine[data]["basename"], theirs[data]["basename"]
         assert mine == theirs
+
+
+def test_mapped_samples_are_those_written(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "0")
+    for one in SAMPLES:
+        writer.write(one)
+    (entry,) = writer.finish()
+    (tmp_path / "raw").write_bytes(zstd.decompress((tmp_path / entry["zip_data"]["basename"]).read_bytes()))
+    shard = MappedShard(tmp_path / "raw")
+    for number in reversed(range(len(SAMPLES))):
+        read, written = shard[number], SAMPLES[number]
+        assert read["cluster_id"] == written["cluster_id"]
+        assert np.array_equal(read["lengths"], written["lengths"])
+        assert read["lengths"].dtype == np.int32
+        assert read["residues"] == written["residues"]
 
 
 def test_a_file_is_never_seen_half_written(tmp_path: Path) -> None:

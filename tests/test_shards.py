@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from conftest import cluster
 from moto.server import ThreadedMotoServer
-from streaming import MDSWriter
-from streaming.base.batching import generate_work
-from streaming.base.world import World
+from streaming import MDSWriter, StreamingDataset
+from streaming.base.spanner import Spanner
 from torch.utils.data import DataLoader
 
 from esm2_composer.data import ClusterDraw, evaluation_loader, train_loader
 from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule
 from esm2_composer.records import COLUMNS
+from esm2_composer.shards import ShardBounds
 
 BATCH = 8
 DRAW = ClusterDraw(seed=5, max_length=24, min_length=8, masking=MaskingRule())
@@ -116,13 +116,33 @@ def test_a_shard_of_the_wrong_size_is_named_before_training(fresh: Callable[[], 
         train_loader(DRAW, None, str(folder), BATCH, 0)
 
 
-@pytest.mark.parametrize(("batch", "done"), [(BATCH, 0), (BATCH, 2 * BATCH), (37, 0)])
-def test_an_epoch_is_laid_out_as_streaming_does(fresh: Callable[[], str], batch: int, done: int) -> None:
-    dataset = train_loader(DRAW, None, fresh(), batch, num_workers=0).dataset
-    next(iter(dataset))
-    for world in (World(1, 1, 1, 0), World(1, 1, 3, 0)):
-        for epoch in range(3):
-            methods = (dataset.batching_method, "random")
-            ours, theirs = (generate_work(method, dataset, world, epoch, done) for method in methods)
-            assert np.array_equal(ours, theirs)
-            assert ours.dtype == theirs.dtype
+def test_shards_stay_mapped_and_are_not_locked_again_unless_they_may_be_evicted(
+    fresh: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = []
+    prepare = StreamingDataset.prepare_shard
+    monkeypatch.setattr(
+        StreamingDataset, "prepare_shard", lambda self, *args: prepared.append(args[0]) or prepare(self, *args)
+    )
+    loader = train_loader(DRAW, None, fresh(), BATCH, num_workers=0)
+    contents(loader)
+    assert set(prepared) == set(range(len(loader.dataset.shards)))
+    prepared.clear()
+    contents(loader)
+    assert prepared == []
+
+
+def test_a_shard_that_does_not_stay_is_an_error_that_names_the_setting(
+    fresh: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = train_loader(DRAW, None, fresh(), BATCH, num_workers=0)
+    monkeypatch.setattr(loader.dataset, "prepare_shard", lambda shard_id: None)
+    with pytest.raises(UserError, match=r"evicted.*data\.cache_limit is too low"):
+        loader.dataset[0]
+
+
+def test_shard_bounds_find_every_sample_as_streaming_does() -> None:
+    sizes = np.array([3, 1, 7, 2])
+    ours, theirs = ShardBounds(sizes), Spanner(sizes)
+    assert [ours[i] for i in range(13)] == [theirs[i] for i in range(13)]
+    assert ours[np.int64(4)] == (2, 0)

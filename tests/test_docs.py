@@ -1,0 +1,91 @@
+"""README.md and docs/: their commands are those that there are, their map is the package, their snippet runs.
+
+Whole walk-throughs are run in test_continue.py and test_plot_convergence.py, job files in test_running.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, python
+
+from esm2_composer.config import load_recipe
+from esm2_composer.model import ESM2, ESM2Config
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page's blocks that start Python or Composer, continued lines joined, comments dropped."""
+    text = page.read_text().replace("\\\n", " ")
+    lines = [
+        line.strip() for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()
+    ]
+    lines += [line.strip() for line in re.findall(r"^ {4}(.*)$", text, re.MULTILINE)]
+    return [re.sub(r"\s+#.*", "", line) for line in lines if re.match(r"(\S+=\S+ )*(python|composer) ", line)]
+
+
+COMMANDS = sorted({command for page in PAGES for command in commands(page)})
+
+
+@functools.cache
+def help_of(script: str, *subcommand: str) -> str:
+    result = python(ROOT / script, *subcommand, "--help")
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_commands_are_found() -> None:
+    assert len(COMMANDS) > 20
+    assert {Path(word).name for command in COMMANDS for word in command.split() if word.endswith(".py")} >= {
+        *("train.py", "convert.py", "evaluate.py", "export_hf.py", "embed.py", "benchmark.py", "plan.py")
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_names_a_script_and_options_that_there_are(command: str) -> None:
+    words = shlex.split(re.sub(r"[\[\]…]", "", command).replace("$", ""))
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script, rest = words[at], words[at + 1 :]
+    assert (ROOT / script).is_file()
+    if script == "train.py":
+        recipe, *rest = rest
+        overrides = [word for word in rest if re.match(r"[a-z_.]+=", word) and not re.search("=[A-Z{]", word)]
+        load_recipe(str(ROOT / recipe), overrides, data_is_here=False)
+        rest = [word for word in rest if word.startswith("--")]
+    subcommand = rest[:1] if script.endswith("benchmark.py") else []
+    known = help_of(script, *subcommand)
+    for option in [word for word in rest if word.startswith("--")]:
+        assert re.search(rf"{option}\b(?!-)", known), f"{script} has no {option}"
+
+
+def test_the_map_names_every_file_once() -> None:
+    text = (ROOT / "README.md").read_text()
+    block = text[text.index("    esm2_composer/\n") : text.index("    tools/ ")]
+    named = re.findall(r"^ {6}(\w+\.py) ", block, re.MULTILINE)
+    there = {path.name for path in (ROOT / "esm2_composer").glob("*.py")} - {"__init__.py"}
+    assert len(named) == len(set(named))
+    assert set(named) == there
+    tools = re.search(r"^ {4}tools/ +((?:.+\n)+?) {4}tests/", text, re.MULTILINE)[1]
+    assert set(re.findall(r"\w+", tools)) == {path.stem for path in (ROOT / "tools").glob("*.py")}
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_snippet_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    ESM2(ESM2Config(2, 32, 4, 64)).save_hf("my_esm2")
+    names: dict[str, object] = {}
+    for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        exec(snippet, names)  # our own page
+    assert names["logits"].shape == (10 + 9 + 4, 33)

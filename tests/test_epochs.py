@@ -1,0 +1,106 @@
+"""Which clusters the global batches of an epoch hold, and who reads them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from streaming.base.batching import generate_work
+from streaming.base.partition import get_partitions
+from streaming.base.shuffle import get_shuffle
+from streaming.base.world import World
+
+from esm2_composer.epochs import WHOLE_BATCHES, samples_left_out
+
+SHARDS = [9, 1, 30, 4, 2, 18]  # samples
+SAMPLES = sum(SHARDS)
+SEED = 5
+
+
+def dataset(batch: int, nodes: int = 2) -> SimpleNamespace:
+    """What the layout needs of a dataset whose global batch is `batch`, on one rank."""
+    return SimpleNamespace(
+        num_samples=SAMPLES,
+        samples_per_shard=np.array(SHARDS),
+        epoch_size=SAMPLES // batch * batch,
+        num_canonical_nodes=nodes,
+        shuffle_algo="py1e",
+        shuffle_seed=SEED,
+        shuffle_block_size=20,
+        batch_size=batch,
+    )
+
+
+def lay_out(of: SimpleNamespace, world: World, epoch: int = 0, done: int = 0) -> np.ndarray:
+    """Ids by batch, (batches, nodes, ranks, batch size of a rank); the batches of workers in turns."""
+    ranks = world.num_nodes * world.ranks_per_node
+    shared = SimpleNamespace(**{**vars(of), "batch_size": of.batch_size // ranks})
+    work = generate_work(WHOLE_BATCHES, shared, world, epoch, done)
+    assert work.shape[:3] == (world.num_nodes, world.ranks_per_node, world.workers_per_rank)
+    steps = work.transpose(3, 2, 0, 1, 4).reshape(-1, *work.shape[:2], work.shape[4])
+    return steps[(steps >= 0).all((1, 2, 3))]
+
+
+ONE = World(1, 1, 1, 0)
+
+
+@pytest.mark.filterwarnings("ignore:Shuffle block size")
+@pytest.mark.parametrize("world", [ONE, World(1, 2, 3, 0), World(2, 1, 1, 0), World(4, 2, 2, 0)])
+@pytest.mark.parametrize("done", [0, 8, 24])
+def test_where_nothing_is_left_out_the_layout_is_streamings(world: World, done: int) -> None:
+    of = dataset(8)
+    assert of.epoch_size == SAMPLES
+    shuffled = get_shuffle("py1e", np.array(SHARDS), 2, SEED, 3, 20)
+    ranks = world.num_nodes * world.ranks_per_node
+    places = get_partitions(
+        "orig", SAMPLES, 2, world.num_nodes, world.ranks_per_node, world.workers_per_rank, 8 // ranks, done
+    )
+    theirs = np.where(places < 0, -1, shuffled[places])
+    shared = SimpleNamespace(**{**vars(of), "batch_size": 8 // ranks})
+    assert np.array_equal(generate_work(WHOLE_BATCHES, shared, world, 3, done), theirs)
+
+
+@pytest.mark.filterwarnings("ignore:Shuffle block size")
+@pytest.mark.parametrize("batch", [6, 8, 12, 60])
+def test_global_batches_are_the_same_on_any_nodes_ranks_and_workers_and_after_any_stop(batch: int) -> None:
+    for epoch in range(3):
+        expected = [sorted(step.flat) for step in lay_out(dataset(batch), ONE, epoch)]
+        assert len(expected) == SAMPLES // batch
+        for world in (World(1, 2, 1, 0), World(2, 1, 3, 0), World(1, 1, 4, 0), World(batch // 2, 2, 1, 0)):
+            for done in range(len(expected)):
+                steps = lay_out(dataset(batch), world, epoch, done * batch)
+                assert [sorted(step.flat) for step in steps] == expected[done:]
+
+
+@pytest.mark.filterwarnings("ignore:Shuffle block size")
+def test_a_sample_comes_once_an_epoch_and_those_left_out_are_others_each_time() -> None:
+    left_out: Counter[int] = Counter()
+    epochs = 3000
+    for epoch in range(epochs):
+        ids = lay_out(dataset(12), ONE, epoch).ravel()
+        assert len(set(ids.tolist())) == len(ids) == 60
+        left_out.update(set(range(SAMPLES)) - set(ids.tolist()))
+    counts = np.array([left_out[i] for i in range(SAMPLES)])
+    expected = epochs * 4 / SAMPLES
+    # Samples without replacement vary a little less than chi-square says.
+    assert ((counts - expected) ** 2 / expected).sum() < SAMPLES + 4 * np.sqrt(2 * SAMPLES)
+
+
+def test_what_is_left_out_depends_on_seed_and_epoch() -> None:
+    def left_out(seed: int, epoch: int) -> list[int]:
+        return samples_left_out(100, 90, seed, epoch).tolist()
+
+    assert left_out(1, 2) == left_out(1, 2) == sorted(set(left_out(1, 2)))
+    assert len({tuple(left_out(*key)) for key in [(1, 2), (2, 1), (1, 3), (2, 2)]}) == 4
+    assert samples_left_out(10, 10, 0, 0).tolist() == []
+
+
+@pytest.mark.filterwarnings("ignore:Shuffle block size")
+def test_every_epoch_and_seed_has_an_order_of_its_own() -> None:
+    orders = [tuple(lay_out(dataset(8), ONE, epoch).ravel()) for epoch in range(3)]
+    other = dataset(8)
+    other.shuffle_seed = 6
+    orders += [tuple(lay_out(other, ONE, epoch).ravel()) for epoch in range(3)]
+    assert len(set(orders)) == 6

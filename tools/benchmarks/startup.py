@@ -1,0 +1,159 @@
+"""From launch to the first global batch of a split with as many clusters as UniRef50, and on resume in mid-epoch:
+seconds, peak memory of the processes, and room in /dev/shm.
+
+The index names a thousand shards; their files are links to one, of very short proteins, unpacked already: so this
+is the time that the order of an epoch takes, and not that of the first download.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from esm2_composer.errors import UserError
+
+SHARD = 65_536  # clusters
+SHARED_MEMORY = "/dev/shm"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--clusters", type=int, default=65_182_365, help="of the split; UniRef50's by default")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes")
+    parser.add_argument("--global-batch", type=int, default=2048, help="sequences")
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    if args.workers < 1 or args.global_batch < 1 or args.clusters < args.global_batch:
+        raise UserError("--workers and --global-batch must be at least 1, --clusters at least one global batch")
+    half = args.clusters // args.global_batch // 2 * args.global_batch
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, done in (("from the start", 0), ("resumed in mid-epoch", half)):
+            print(name, file=sys.stderr, flush=True)
+            split = Path(folder, name.replace(" ", "_"))
+            write_split(split, args.clusters)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as launch:  # one of its own
+                rows[name] = launch.submit(first_batch, str(split), args.global_batch, args.workers, done).result()
+    return {
+        "clusters": args.clusters,
+        "workers": args.workers,
+        "global_batch": args.global_batch,
+        "load_average": os.getloadavg()[0],
+        "launches": rows,
+    }
+
+
+def write_split(folder: Path, clusters: int) -> None:
+    """An unpacked split of so many clusters, most of its shards the same file."""
+    import numpy as np
+    import zstd
+
+    from esm2_composer.mds import ShardWriter
+
+    folder.mkdir()
+    entries = []
+    for size in (SHARD, clusters % SHARD):
+        if not size:
+            continue
+        writer = ShardWriter(folder, str(size))
+        for i in range(size):
+            writer.write({"cluster_id": str(i), "lengths": np.array([4], np.int32), "residues": b"MKTA"})
+        (entry,) = writer.finish()
+        packed = folder / entry["zip_data"]["basename"]
+        (folder / entry["raw_data"]["basename"]).write_bytes(zstd.decompress(packed.read_bytes()))
+        entries.append(entry)
+    first, last = entries[0], entries[1:]
+    shards = []
+    for number in range(clusters // SHARD):
+        shard = dict(first)
+        for kind, name in (("raw_data", f"shard.{number:05}.mds"), ("zip_data", f"shard.{number:05}.mds.zstd")):
+            (folder / name).hardlink_to(folder / first[kind]["basename"])
+            shard[kind] = {**first[kind], "basename": name}
+        shards.append(shard)
+    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": shards + last}))
+
+
+def first_batch(split: str, global_batch: int, workers: int, done: int) -> dict[str, float]:
+    """Seconds to the first batch, with and without imports, and the most memory in the meantime."""
+    start = time.perf_counter()
+    from esm2_composer.data import ClusterDraw, train_loader
+    from esm2_composer.masking import MaskingRule
+
+    imported = time.perf_counter()
+    with Peak() as peak:
+        draw = ClusterDraw(seed=17, max_length=1024, min_length=1, masking=MaskingRule())
+        loader = train_loader(draw, None, split, global_batch, workers)
+        if done:
+            state = loader.dataset.state_dict(done, from_beginning=True)
+            loader.dataset.load_state_dict({**state, "epoch": 0, "sample_in_epoch": done})
+        batches = iter(loader)
+        next(batches)
+        end = time.perf_counter()
+    return {
+        "seconds": end - imported,
+        "seconds_with_imports": end - start,
+        "largest_process_mib": peak.process / 2**20,
+        "all_processes_mib": peak.processes / 2**20,
+        "shared_memory_mib": peak.shared / 2**20,
+    }
+
+
+class Peak:
+    """The most memory, looked at every 20 ms: of the largest process, of this one and its children together (pages
+    that they share counted once), and of what is new in /dev/shm."""
+
+    process = processes = shared = 0
+
+    def __enter__(self) -> Peak:
+        self._before = used_in(SHARED_MEMORY)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        import psutil
+
+        me = psutil.Process()
+        while not self._end.wait(0.02):
+            try:
+                family = [each.memory_full_info() for each in (me, *me.children(recursive=True))]
+            except psutil.Error:  # one has just ended
+                continue
+            self.process = max(self.process, *(each.rss for each in family))
+            self.processes = max(self.processes, sum(each.pss for each in family))
+            self.shared = max(self.shared, used_in(SHARED_MEMORY) - self._before)
+
+
+def used_in(place: str) -> int:
+    """Bytes."""
+    told = os.statvfs(place)
+    return (told.f_blocks - told.f_bfree) * told.f_frsize
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['clusters']:,} clusters, global batches of {result['global_batch']:,}, {result['workers']} loader "
+        f"processes; load average {result['load_average']:.1f} at the end",
+        f"{'':22} {'first batch, s':>14} {'with imports':>12} {'largest process, MiB':>20} "
+        f"{'all, MiB':>9} {'/dev/shm, MiB':>13}",
+    ]
+    lines += [
+        f"{name:22} {row['seconds']:14.1f} {row['seconds_with_imports']:12.1f} {row['largest_process_mib']:20,.0f} "
+        f"{row['all_processes_mib']:9,.0f} {row['shared_memory_mib']:13,.0f}"
+        for name, row in result["launches"].items()
+    ]
+    return "\n".join(lines)
