@@ -38,6 +38,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name, make_reference in {"transformers": hugging_face, "fair-esm": fair_esm}.items():
             print(f"{size} beside {name}", file=sys.stderr)
             rows.append({"size": size, "reference": name, **compare(random_model(SIZES[size]), make_reference)})
+            print(rows[-1], file=sys.stderr, flush=True)  # the next may take an hour
             gc.collect()
     return {"lengths": LENGTHS, "torch": torch.__version__, "rows": rows}
 
