@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +150,21 @@ def test_on_a_cpu_there_are_four():
 )
 def test_kernels_and_operators_belong_to_parts(kernel, part):
     assert profile.part_of(kernel) == part
+
+
+def test_time_in_which_kernels_overlap_counts_once():
+    def event(name: str, start: float, end: float, device=torch.autograd.DeviceType.CUDA) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end))
+
+    events = [
+        event("nvjet_tst_64x8", 10e6, 14e6),
+        event("flash_bwd_kernel", 0, 4e6),
+        event("elementwise_kernel", 12e6, 15e6),  # the last second of it alone
+        event("reduce_kernel", 13e6, 13.5e6),
+        event("aten::mm", 0, 20e6, torch.autograd.DeviceType.CPU),
+    ]
+    parts = profile.kernels(SimpleNamespace(events=lambda: events))
+    assert parts == {"attention": 4, "optimizer": 0, "matrix products": 4, profile.OTHER: 1}
 
 
 def test_what_is_best_adds_up_to_the_models_operations_and_bytes():
