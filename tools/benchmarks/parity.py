@@ -21,9 +21,9 @@ from esm2_composer.errors import UserError
 from esm2_composer.model import ESM2, SIZES, ESM2Config
 from esm2_composer.weights import foreign_keys, hugging_face_config
 
-LENGTHS = [1024, 3, 17, 330, 64]
-# References compute these with padding: the longest alone, or their attention would take five times the memory.
-GROUPS = [(0, 1), (1, 5)]
+LENGTHS = [3, 17, 330, 64, 1024]
+# References compute these with padding: the longest alone, or their attention would take four times the memory.
+GROUPS = [(0, 4), (4, 5)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
