@@ -8,7 +8,8 @@ kernel here computes padding, and no token sees another sequence.
             (from 2.11), the operator behind it before; CUDA, fp16 or bf16
     flash   the flash-attn package (version 2 or 3); CUDA, fp16 or bf16
 
-`auto` takes `torch` on a CUDA device, where q, k and v are fp16 or bf16, and `cpu` elsewhere.
+`auto` takes `torch` on a CUDA device, where q, k and v are fp16 or bf16, and `cpu` elsewhere. GPUs older than
+Ampere have neither kernel.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def select_attention(backend: str, device_type: str) -> Attention:
     Raises ValueError if the backend is unknown or cannot run there, naming those that can.
     """
     available = ["cpu"]
-    if device_type == "cuda":
+    too_old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
+    if device_type == "cuda" and not too_old:
         available.insert(0, "torch")
         if importlib.util.find_spec("flash_attn") or importlib.util.find_spec("flash_attn_interface"):
             available.append("flash")

@@ -130,6 +130,7 @@ class Recipe:
     autoresume: bool = True
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
     compile: bool = False
+    fp8: bool = False
     tensorboard_folder: str | None = None
     fsdp: FSDPSection | None = None
     loggers: LoggersSection = field(default_factory=LoggersSection)
@@ -143,7 +144,7 @@ class Recipe:
 
 # What may differ between a checkpoint and the run that resumes it; all else decides what is trained.
 FREE = (
-    *("run_name", "max_duration", "eval_interval", "device_microbatch_tokens", "precision", "compile"),
+    *("run_name", "max_duration", "eval_interval", "device_microbatch_tokens", "precision", "compile", "fp8"),
     *("save_folder", "save_interval", "save_num_checkpoints_to_keep", "autoresume", "tensorboard_folder"),
     *("model.attention", "data.remote", "data.local", "data.num_workers", "fsdp", "loggers", "callbacks"),
 )
@@ -350,6 +351,8 @@ def _problems(r: Recipe, data_is_here: bool) -> typing.Iterator[str]:
         )
     if "://" in r.save_folder and not re.match(r"s3://[^/]+", r.save_folder):
         yield f"'save_folder' is {r.save_folder}; write a folder or s3://bucket/prefix"
+    if r.fp8 and r.precision != "amp_bf16":
+        yield f"'fp8' is true and 'precision' {r.precision}; it needs amp_bf16"
     if r.fsdp is not None:
         yield from _fsdp_problems(r.fsdp)
     yield from _model_problems(r.model)

@@ -75,6 +75,11 @@ class Plan:
         return self.updates * self.step_seconds / 86400
 
 
+def gpu_named(device_name: str) -> GPU | None:
+    """The GPU that CUDA's name of a device, such as "NVIDIA H100 80GB HBM3", tells of; None if it is not here."""
+    return next((gpu for name, gpu in GPUS.items() if name in device_name.lower()), None)
+
+
 @functools.cache
 def skeleton(config: ESM2Config) -> ESM2:
     """The model without memory for its weights, to count on."""
@@ -187,16 +192,20 @@ def useful_gpus(recipe: Recipe, gpu: GPU, mfu: float) -> int:
     return gpus
 
 
+def fitting_microbatch(recipe: Recipe, plan: Plan, gpu: GPU) -> int:
+    """The largest `device_microbatch_tokens`, a multiple of 1,024, with which the plan fits the GPU's memory."""
+    per_token = plan.activation_bytes / min(recipe.device_microbatch_tokens, plan.real_tokens / plan.gpus)
+    free = gpu.memory - (plan.memory - plan.activation_bytes)
+    return max(0, int(free / per_token)) // 1024 * 1024
+
+
 def remedy(recipe: Recipe, plan: Plan, gpu: GPU) -> str | None:
     """What to change where a plan does not fit; None where it does."""
     if plan.memory <= gpu.memory:
         return None
     fixed = plan.memory - plan.activation_bytes
-    if fixed < 0.8 * gpu.memory:
-        per_token = plan.activation_bytes / min(recipe.device_microbatch_tokens, plan.real_tokens / plan.gpus)
-        fitting = int((gpu.memory - fixed) / per_token) // 1024 * 1024
-        if fitting >= recipe.data.max_length:
-            return f"device_microbatch_tokens={fitting}"
+    if fixed < 0.8 * gpu.memory and (fitting := fitting_microbatch(recipe, plan, gpu)) >= recipe.data.max_length:
+        return f"device_microbatch_tokens={fitting}"
     if recipe.fsdp is None:
         return "shard it: fsdp.sharding_strategy=SHARD_GRAD_OP, then FULL_SHARD"
     if recipe.fsdp.sharding_strategy != "FULL_SHARD":
@@ -216,6 +225,7 @@ def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -
     mfu = mfu or usual_mfu(recipe)
     plan = make_plan(recipe, gpus, gpu, mfu)
     change, useful = remedy(recipe, plan, gpu), useful_gpus(recipe, gpu, mfu)
+    fitting = fitting_microbatch(recipe, plan, gpu)
     hours = plan.days * 24 * gpus
     waits = " (it waits for the network)" if plan.communication_seconds > plan.compute_seconds else ""
     rows = {
@@ -225,6 +235,7 @@ def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -
         "tokens a step": f"{plan.real_tokens:,} real ones, {plan.real_tokens // gpus:,} a GPU",
         "memory a GPU": f"{_memory_text(plan)} of {gpu.memory / 1e9:.0f}: "
         + (f"does NOT fit; change: {change}" if change else "fits"),
+        "microbatch": f"{recipe.device_microbatch_tokens:,} tokens; memory holds {fitting:,}",
         "a step": f"{plan.step_seconds:.3f} s: computing {plan.compute_seconds:.3f}, communicating meanwhile "
         f"{plan.communication_seconds:.3f}{waits}, besides {STEP_OVERHEAD}",
         "speed": f"{plan.real_tokens / plan.step_seconds / gpus:,.0f} real tokens a second and GPU",
@@ -234,6 +245,7 @@ def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -
     text = "\n".join([f"{recipe.run_name} on {gpus} x {gpu_name}", *(f"  {k:<15}{v}" for k, v in rows.items())])
     data = {**asdict(plan), "gpu": gpu_name, "mfu": mfu, "memory_bytes": plan.memory, "days": plan.days}
     data |= {"gpu_hours": hours, "fits": change is None, "change": change, "useful_gpus": useful}
+    data["fitting_microbatch"] = fitting
     return text, data
 
 

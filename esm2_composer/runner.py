@@ -31,6 +31,7 @@ from esm2_composer.checkpoints import RECIPE, find_checkpoint, open_folder, take
 from esm2_composer.config import DataSection, FSDPSection, ModelSection, Recipe, batches
 from esm2_composer.data import ClusterDraw, canonical_nodes, count_short_clusters, evaluation_loader, train_loader
 from esm2_composer.errors import UserError
+from esm2_composer.fp8 import use_fp8
 from esm2_composer.gradients import DivideByRanks, means_are_sums
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, SIZES, ESM2Config
@@ -65,6 +66,10 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         select_attention(net.config.attention, "cuda" if on_gpu else "cpu")
     except ValueError as error:
         raise UserError(f"model.attention: {error}") from error
+    if recipe.fp8 and on_gpu:
+        use_fp8(net)
+    elif recipe.fp8:
+        _say("no GPU here: training without fp8")
 
     if not dist.is_initialized():
         dist.initialize_dist(device, timeout=1800)  # before any dataset: Streaming asks which rank it is
@@ -80,7 +85,6 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         keep_newest=recipe.save_num_checkpoints_to_keep,
         keep_best=recipe.callbacks.best_checkpoints,
     )
-
     if recipe.compile:
         net.compile_layers()
     model = MaskedLanguageModel(net)

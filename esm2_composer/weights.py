@@ -60,7 +60,7 @@ _ROTARY_KEYS = (_FAIR_ROTARY, _HF_ROTARY.format(0), "esm.rotary_embeddings.inv_f
 _FAIR_PREFIXES = ("encoder.sentence_encoder.", "encoder.")
 
 
-def _names(num_layers: int, fair: bool) -> Iterable[tuple[str, list[str]]]:
+def foreign_keys(num_layers: int, fair: bool) -> Iterable[tuple[str, list[str]]]:
     """(our key, the foreign keys whose tensors it stacks) of a whole model."""
     for ours, hf_key, fair_key in _TENSORS:
         yield ours, [fair_key if fair else hf_key]
@@ -155,7 +155,7 @@ def _reason(error: Exception) -> str:
 
 def _stack(foreign: State, num_layers: int, fair: bool, path: Path) -> dict[str, torch.Tensor]:
     state = {}
-    for ours, keys in _names(num_layers, fair):
+    for ours, keys in foreign_keys(num_layers, fair):
         if ours.startswith("contact_head") and keys[0] not in foreign:
             continue  # shipped apart, or not at all
         missing = [key for key in keys if key not in foreign]
@@ -354,7 +354,7 @@ def save_hugging_face(model: ESM2, path: str | Path) -> None:
     config = model.config
     state = model.state_dict()
     tensors: dict[str, torch.Tensor] = {}
-    for ours, keys in _names(config.num_layers, fair=False):
+    for ours, keys in foreign_keys(config.num_layers, fair=False):
         parts = state[ours].detach().float().cpu().chunk(len(keys))
         tensors.update(zip(keys, (part.contiguous() for part in parts), strict=True))
     tensors["lm_head.decoder.weight"] = tensors["esm.embeddings.word_embeddings.weight"].clone()

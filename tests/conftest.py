@@ -26,8 +26,8 @@ REAL_DATA = Path(os.environ.get("ESM2_REAL_DATA") or ROOT.parent / "shared" / "d
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# Modules that open no StreamingDataset, nor start what does. Datasets of several processes race for names in shared
-# memory, so all others' tests run in one of pytest's workers, one after the other.
+# Modules that open no StreamingDataset, nor start what does. Datasets of several processes race for names in
+# shared memory, so all others' tests run in one of pytest's workers, one after the other.
 WITHOUT_STREAMING = {
     *("test_alphabet", "test_attention", "test_benchmark_convert", "test_benchmark_step", "test_build_clusters"),
     *("test_callbacks", "test_checkpoints", "test_config", "test_docs", "test_embed", "test_epochs", "test_fasta"),

@@ -1,10 +1,14 @@
 """Every attention backend equals plain softmax attention within each sequence; the wrong one is refused."""
 
+import importlib.machinery
 import itertools
+import sys
+import types
 
 import pytest
 import torch
 
+from esm2_composer import attention
 from esm2_composer.attention import select_attention
 
 LENGTHS = [1, 5, 64, 130]
@@ -35,7 +39,7 @@ def test_cpu_attention_is_exact_forward_and_backward(head_size):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["torch", "flash"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "flash", "cpu"])
 @pytest.mark.parametrize("head_size", [16, 24, 32, 64, 128])
 def test_gpu_kernels_equal_plain_attention_within_bf16(backend, head_size):
     if not torch.cuda.is_available():
@@ -79,3 +83,64 @@ def test_the_choice_is_logged_once(caplog):
     for _ in range(3):
         select_attention("auto", "cpu")
     assert caplog.messages == ["attention on cpu: cpu"]
+
+
+def install(monkeypatch, name: str, **contents) -> None:
+    """A module of that name, as far as importing goes."""
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    module.__dict__.update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def by_sequence(q, k, v, cu_q, cu_k, max_q, max_k):
+    assert cu_q is cu_k
+    assert max_q == max_k == max(LENGTHS)
+    return select_attention("cpu", "cpu")(q, k, v, cu_q, max_q)
+
+
+def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    raise AssertionError("its window is not to be had by keyword")
+
+
+def of_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    assert (return_aux, scale, window_size) == (None, None, (-1, -1))
+    return by_sequence(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+
+
+@pytest.mark.parametrize(("function", "taken"), [(of_2_10, False), (of_2_11, True), (None, False)])
+def test_torchs_public_function_is_taken_where_it_has_the_right_signature(function, taken, monkeypatch):
+    if function is None:
+        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # torch before 2.10
+    else:
+        install(monkeypatch, "torch.nn.attention.varlen", varlen_attn=function)
+    found = attention._torch_varlen_function()
+    assert (found is not None) == taken
+    if taken:
+        *qkv, cu_seqlens = inputs(16, "cpu", torch.float32)
+        check(found, qkv, cu_seqlens, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "flash_attn_interface"])
+@pytest.mark.parametrize("with_sums", [False, True])
+def test_both_versions_of_flash_attn_are_called_as_they_want(name, with_sums, monkeypatch):
+    def function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        out = by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return (out, out.sum(-1)) if with_sums else out
+
+    install(monkeypatch, name, flash_attn_varlen_func=function)
+    *qkv, cu_seqlens = inputs(16, "cpu", torch.float32)
+    check(select_attention.__wrapped__("flash", "cuda"), qkv, cu_seqlens, tolerance=1e-5)
+
+
+def test_a_gpu_older_than_the_kernels_gets_the_reference(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    select = select_attention.__wrapped__
+    assert select("auto", "cuda") is select("cpu", "cpu")
+    with pytest.raises(ValueError, match="'torch' is not available on cuda; available here: auto, cpu"):
+        select("torch", "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert select("torch", "cuda") is not select("cpu", "cpu")

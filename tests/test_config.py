@@ -373,3 +373,8 @@ def test_a_loaded_recipe_cannot_be_changed() -> None:
     recipe: Any = load()
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe.seed = 4
+
+
+def test_fp8_goes_with_bf16_only() -> None:
+    assert load("fp8=true").fp8
+    assert mistake("fp8=true", "precision=fp32") == "'fp8' is true and 'precision' fp32; it needs amp_bf16"

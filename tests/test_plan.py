@@ -9,7 +9,7 @@ from conftest import ROOT, python
 from esm2_composer.config import load_recipe
 from esm2_composer.errors import UserError
 from esm2_composer.model import ESM2, ESM2Config
-from esm2_composer.plan import ACTIVATION, GPUS, make_plan, remedy, report, useful_gpus
+from esm2_composer.plan import ACTIVATION, GPUS, fitting_microbatch, make_plan, remedy, report, useful_gpus
 
 
 def recipe(size: str, *overrides: str):
@@ -77,6 +77,18 @@ def test_what_does_not_fit_fits_with_what_is_told():
     assert remedy(changed, make_plan(changed, 1, GPUS["h100"], 0.4), GPUS["h100"]) is None
     ddp = recipe("15b", "fsdp=null")
     assert "SHARD" in remedy(ddp, make_plan(ddp, 64, GPUS["h100"], 0.4), GPUS["h100"])
+
+
+@pytest.mark.parametrize("size", ["650m", "3b"])
+def test_the_microbatch_that_is_said_to_fit_does_and_a_larger_one_does_not(size):
+    fitting = fitting_microbatch(recipe(size), make_plan(recipe(size), 64, GPUS["h100"], 0.4), GPUS["h100"])
+    assert fitting % 1024 == 0
+    for tokens, fits in ((fitting, True), (fitting + 1024, False)):
+        changed = recipe(
+            size, f"device_microbatch_tokens={tokens}", "global_train_batch_size=65536"
+        )  # which fill it
+        plan = make_plan(changed, 64, GPUS["h100"], 0.4)
+        assert (plan.memory <= GPUS["h100"].memory) == fits
 
 
 def test_more_gpus_stop_helping_where_the_network_or_the_step_itself_takes_over():

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, Run, command, python
-from runs import losses
+from outcomes import losses
 
 from esm2_composer import data
 from esm2_composer.data import ClusterDraw

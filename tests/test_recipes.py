@@ -143,8 +143,9 @@ def start(recipe: str, shards: Path, folder: Path, *overrides: str, ranks: int =
     "size", ["650m", *(pytest.param(s, marks=pytest.mark.slow) for s in SIZES if s != "650m")]
 )
 def test_a_recipe_starts_on_a_cpu_and_says_what_it_leaves_out(size, shards, tmp_path):
-    result = start(size, shards, tmp_path)
+    result = start(size, shards, tmp_path, f"fp8={'true' if size == '650m' else 'false'}")
     assert "training in fp32 instead of amp_bf16" in result.stderr
+    assert ("training without fp8" in result.stderr) == (size == "650m")
     assert ("training unsharded" in result.stderr) == (size in ("650m", "3b", "15b"))
     assert len(read_scalars(tmp_path / f"runs/esm2_{size}/tensorboard", LOSS)) == 4
 

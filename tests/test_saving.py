@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import Run, command, python
 from moto.server import DomainDispatcherApplication, create_backend_app
-from runs import assert_same_weights, assert_user_error, final_weights, losses
+from outcomes import assert_same_weights, assert_user_error, final_weights, losses
 from werkzeug.serving import make_server
 
 from esm2_composer.model import ESM2

@@ -13,7 +13,7 @@ import plot_convergence
 import pytest
 import torch
 from conftest import Run, command, composer, python
-from runs import assert_same_weights, assert_user_error, final_weights, losses, scalars
+from outcomes import assert_same_weights, assert_user_error, final_weights, losses, scalars
 from transformers import AutoModelForMaskedLM
 
 from esm2_composer.config import load_recipe

@@ -1,6 +1,7 @@
 """Measure this project beside its peers, in one run.
 
     python tools/benchmark.py step      training steps, beside transformers
+    python tools/benchmark.py profile   where a training step's time goes, and what each part could take at best
     python tools/benchmark.py loader    from shards to balanced microbatches, beside transformers' collator
     python tools/benchmark.py startup   from launch to the first batch of 65 million clusters
     python tools/benchmark.py convert   from raw UniRef to shards, by size of the input and number of workers
@@ -20,7 +21,7 @@ import sys
 
 from esm2_composer.errors import run_command
 
-BENCHMARKS = ("step", "loader", "startup", "convert", "embed", "parity")
+BENCHMARKS = ("step", "profile", "loader", "startup", "convert", "embed", "parity")
 
 
 def main() -> None:

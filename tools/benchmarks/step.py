@@ -1,183 +1,220 @@
-"""Training steps (forward, backward, clip, AdamW) of one model on the same batches of UniRef-like lengths, by this
-project and by transformers' EsmForMaskedLM, padded to 1,024 and to the longest of a batch: real tokens a second,
-and by how much the process's memory grew at most.
+"""Training steps (forward, backward, clip, AdamW) of one model on the same sequences of UniRef-like lengths, by
+this project through Composer's Trainer and by transformers' EsmForMaskedLM in plain PyTorch, padded to 1,024 and
+to the longest of a microbatch; on a GPU compiled too, with flash-attn if that is installed, and by faesm if that
+is: real tokens a second, the model's operations as a share of the peak and of a matrix product measured in the
+same run (operations on real tokens only, the same number for all), and peak memory.
 
-Every contender runs in a process of its own, the contenders in turns, so that none profits from another's
-memory or from a quiet moment of the machine.
+Every contender runs in a process of its own, the contenders in turns, so that none profits from another's memory
+or from a quiet moment of the machine. On a CPU peak memory is what the steps added to the process; on a GPU it is
+what was allocated at most, weights and optimizer included.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import multiprocessing
-import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+import torch
+from benchmarks.contenders import Outcome, Work, contenders, recipe_of, run_contender
 from benchmarks.lengths import uniref_like_lengths
+from benchmarks.limits import Limits, measure_limits
 
 from esm2_composer.errors import UserError
+from esm2_composer.model import SIZES
+from esm2_composer.plan import GPU, fitting_microbatch, make_plan, skeleton
 
-CONTENDERS = ("esm2_composer", "transformers, padded to 1024", "transformers, padded to longest")
+LONGEST = 1024
+ON_CPU = 16 * LONGEST  # tokens of a microbatch: one of transformers' batches of 16
+ON_GPU = 64 * LONGEST  # at most: from half of that on, more hardly speed a GPU up
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_work_arguments(parser)
+    parser.add_argument("--rounds", type=int, default=2, help="turns of every contender")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="contenders whose names have one of these")
+
+
+def add_work_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="8m", help="8m, 35m, 150m, 650m, 3b or 15b")
-    parser.add_argument("--sequences", type=int, default=16, help="sequences a batch, of UniRef-like lengths")
-    parser.add_argument("--batches", type=int, default=4, help="different batches")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every contender, over all batches")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--batches", type=int, default=2, help="different batches, in turns")
+    parser.add_argument(
+        "--sequences", type=int, help="a batch; by default 16 on a CPU, on a GPU a full microbatch"
+    )
+    parser.add_argument(
+        "--microbatch-tokens", type=int, help="by default what `plan` finds room for, at most 65,536"
+    )
+    parser.add_argument("--steps", type=int, help="that count, a round; by default 2 on a CPU, 20 on a GPU")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Run every contender over all batches, `rounds` times in turns."""
-    import torch
+    """Run every contender in turns, `rounds` times."""
+    if args.rounds < 1:
+        raise UserError("--rounds must be at least 1")
+    check(args)
+    limits = [in_own_process(measure_limits, args.device)]
+    work = make_work(args, limits[0])
+    names = [n for n in contenders(args.device) if not args.only or any(word in n for word in args.only)]
+    if not names:
+        raise UserError(f"--only {' '.join(args.only)}: there are {', '.join(contenders(args.device))}")
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
+    budgets = dict.fromkeys(names, work.microbatch_tokens)
+    for turn in range(args.rounds):
+        for name in names:
+            print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
+            found = None
+            while found is None and budgets[name] >= LONGEST:
+                smaller = dataclasses.replace(work, microbatch_tokens=budgets[name])
+                found = in_own_process(run_contender, name, smaller)
+                if found is None:
+                    print(f"out of memory at {budgets[name]:,} tokens a microbatch", file=sys.stderr, flush=True)
+                    budgets[name] //= 2
+            if found is not None:
+                outcomes[name].append(found)
+        limits.append(in_own_process(measure_limits, args.device))
+    return summary(work, limits, outcomes, budgets)
 
-    from esm2_composer.model import SIZES
 
+def check(args: argparse.Namespace) -> None:
     if args.size not in SIZES:
         raise UserError(f"--size {args.size}; there are: {', '.join(SIZES)}")
-    if min(args.sequences, args.batches, args.rounds) < 1:
-        raise UserError("--sequences, --batches and --rounds must be at least 1")
-    batches = [uniref_like_lengths(args.sequences, seed).tolist() for seed in range(args.batches)]
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    memory: dict[str, list[int]] = {name: [] for name in CONTENDERS}
-    context = multiprocessing.get_context("spawn")
-    for turn in range(args.rounds):
-        for name in CONTENDERS:
-            print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
-            with context.Pool(1) as pool:  # a new process each time
-                elapsed, peak = pool.apply(run_steps, (name, args.size, batches))
-            seconds[name].append(elapsed)
-            memory[name].append(peak)
-    tokens = sum(map(sum, batches))
-    ours = statistics.median(seconds[CONTENDERS[0]])
-    return {
-        "size": args.size,
-        "batches": len(batches),
-        "sequences": len(batches[0]),
-        "real_tokens": tokens,
-        "fill_at_1024": tokens / (1024 * sum(map(len, batches))),
-        "fill_at_longest": tokens / sum(max(lengths) * len(lengths) for lengths in batches),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "contenders": [
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU here")
+    for name, least in (("batches", 1), ("sequences", 1), ("steps", 1), ("microbatch_tokens", LONGEST)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}; it must be at least {least}")
+
+
+def make_work(args: argparse.Namespace, limits: Limits) -> Work:
+    on_gpu = args.device == "cuda"
+    microbatch = args.microbatch_tokens or (_by_plan(args.size, limits) if on_gpu else ON_CPU)
+    sequences = args.sequences or (None if on_gpu else 16)
+    return Work(
+        size=args.size,
+        device=args.device,
+        batches=[_batch(sequences, microbatch, seed) for seed in range(args.batches)],
+        microbatch_tokens=microbatch,
+        warmup=10 if on_gpu else 1,
+        steps=args.steps or (20 if on_gpu else 2),
+    )
+
+
+def _by_plan(size: str, limits: Limits) -> int:
+    """The largest microbatch for which the whole training state leaves room on this GPU."""
+    gpu = GPU(limits.peak_flops or limits.product_flops, limits.memory, 1, 1)  # alone: it sends nothing
+    recipe = recipe_of(size)
+    fitting = fitting_microbatch(recipe, make_plan(recipe, 1, gpu, mfu=0.4), gpu)
+    if fitting < LONGEST:
+        raise UserError(f"--size {size}: weights and optimizer leave no room on {limits.device}")
+    return min(ON_GPU, fitting)
+
+
+def _batch(sequences: int | None, microbatch: int, seed: int) -> list[int]:
+    """Tokens of each of so many sequences, or of as many as fill a microbatch."""
+    if sequences is not None:
+        return uniref_like_lengths(sequences, seed).tolist()
+    lengths = uniref_like_lengths(microbatch // 30, seed)  # none has fewer tokens
+    return lengths[lengths.cumsum() <= microbatch].tolist()
+
+
+def in_own_process(function: Callable, *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
+def summary(
+    work: Work, limits: list[Limits], outcomes: dict[str, list[Outcome]], budgets: dict[str, int]
+) -> dict[str, Any]:
+    tokens = [sum(lengths) for lengths in work.batches]
+    product = statistics.median(limit.product_flops for limit in limits)
+    peak = limits[0].peak_flops
+    rows = []
+    for name, rounds in outcomes.items():
+        if not rounds:
+            rows.append({"name": name, "real_tokens_per_second": None})
+            continue
+        by_batch: dict[int, list[float]] = {}
+        for found in rounds:
+            for i, seconds in enumerate(found.seconds, start=work.warmup):
+                by_batch.setdefault(i % len(work.batches), []).append(seconds)
+        medians = {batch: statistics.median(seconds) for batch, seconds in by_batch.items()}
+        spread = np.concatenate([np.array(by_batch[batch]) / median for batch, median in medians.items()])
+        seconds = sum(medians.values())
+        flops = sum(operations(work, batch) for batch in medians) / seconds
+        rows.append(
             {
                 "name": name,
-                "seconds_per_step": statistics.median(seconds[name]) / len(batches),
-                "real_tokens_per_second": tokens / statistics.median(seconds[name]),
-                "speed_of_ours_over_it": statistics.median(seconds[name]) / ours,
-                "peak_mib": max(memory[name]) / 2**20,
+                "microbatch_tokens": budgets[name],
+                "steps": sum(map(len, by_batch.values())),
+                "seconds_per_step": seconds / len(medians),
+                "spread": [float(q) - 1 for q in np.percentile(spread, [10, 90])],
+                "real_tokens_per_second": sum(tokens[batch] for batch in medians) / seconds,
+                "mfu": peak and flops / peak,
+                "share_of_product": flops / product,
+                "peak_mib": max(found.peak_bytes for found in rounds) / 2**20,
             }
-            for name in CONTENDERS
-        ],
+        )
+    slots = [max(lengths) * len(lengths) for lengths in work.batches]
+    return {
+        "size": work.size,
+        "device": limits[0].device,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "batches": len(work.batches),
+        "sequences": [len(lengths) for lengths in work.batches],
+        "real_tokens": tokens,
+        "microbatch_tokens": work.microbatch_tokens,
+        "fill_at_1024": sum(tokens) / sum(LONGEST * len(lengths) for lengths in work.batches),
+        "fill_at_longest": sum(tokens) / sum(slots),
+        "peak_tflops": peak and peak / 1e12,
+        "product_tflops": product / 1e12,
+        "contenders": rows,
     }
 
 
-def run_steps(name: str, size: str, batches: list[list[int]]) -> tuple[float, int]:
-    """Seconds for a step on every batch, after a first one, and bytes by which all that raised peak memory."""
-    import torch
-    from transformers import EsmConfig, EsmForMaskedLM
-
-    from esm2_composer.model import ESM2, SIZES
-    from esm2_composer.weights import hugging_face_config
-
-    torch.manual_seed(0)
-    if name == CONTENDERS[0]:
-        model, prepare, loss = ESM2(SIZES[size]), flat_batch, flat_loss
-    else:
-        model = EsmForMaskedLM(EsmConfig(**hugging_face_config(SIZES[size])))
-        prepare, loss = padded_batch(1024 if name.endswith("1024") else None), padded_loss
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    prepared = [prepare(lengths) for lengths in batches]
-
-    def train(batch: tuple) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss(model, *batch).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-
-    before = peak_memory()
-    train(prepared[0])  # the first step allocates optimizer state
-    start = time.perf_counter()
-    for batch in prepared:
-        train(batch)
-    return time.perf_counter() - start, peak_memory() - before
-
-
-def peak_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def sample(lengths: list[int]):
-    """(inputs, labels), int64, of one sequence a length: random residues under the recipes' mask."""
-    import numpy as np
-    import torch
-
-    from esm2_composer.alphabet import AMINO_ACIDS, CLS, EOS
-    from esm2_composer.masking import MaskingRule
-
-    generator = np.random.default_rng(1)
-    pairs = []
-    for length in lengths:
-        tokens = generator.choice(AMINO_ACIDS, length)
-        tokens[0], tokens[-1] = CLS, EOS
-        masked = MaskingRule().apply(tokens, generator.random(length))
-        pairs.append([torch.from_numpy(part.astype(np.int64)) for part in masked])
-    return pairs
-
-
-def flat_batch(lengths: list[int]) -> tuple:
-    import torch
-
-    from esm2_composer.alphabet import PAD
-
-    inputs, labels = (torch.cat(parts) for parts in zip(*sample(lengths), strict=True))
-    (positions,) = torch.nonzero(labels != PAD, as_tuple=True)
-    return inputs, torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths), positions, labels[positions]
-
-
-def flat_loss(model, tokens, cu_seqlens, max_seqlen, positions, targets):
-    from torch.nn.functional import cross_entropy
-
-    return cross_entropy(model(tokens, cu_seqlens, max_seqlen, positions), targets)
-
-
-def padded_batch(width: int | None) -> Callable[[list[int]], tuple]:
-    """Batches padded to `width` tokens, or to their longest sequence."""
-    import torch
-    import torch.nn.functional as F
-
-    from esm2_composer.alphabet import PAD
-
-    def prepare(lengths: list[int]) -> tuple:
-        target = width or max(lengths)
-        inputs, labels = (
-            torch.stack([F.pad(part, (0, target - len(part)), value=PAD) for part in parts])
-            for parts in zip(*sample(lengths), strict=True)
-        )
-        return inputs, (inputs != PAD).long(), labels.masked_fill(labels == PAD, -100)
-
-    return prepare
-
-
-def padded_loss(model, inputs, attention_mask, labels):
-    return model(inputs, attention_mask=attention_mask, labels=labels).loss
+def operations(work: Work, batch: int) -> int:
+    """Of a training step on a batch; the head's, as in training, on 15 % of tokens."""
+    lengths = work.batches[batch]
+    return skeleton(SIZES[work.size]).flops(lengths, round(0.15 * sum(lengths)))
 
 
 def table(result: dict[str, Any]) -> str:
+    peak = f"peak {result['peak_tflops']:,.0f} TFLOP/s, " if result["peak_tflops"] else ""
     lines = [
-        f"ESM-2 {result['size']}, {result['batches']} batches of {result['sequences']} sequences, "
-        f"{result['real_tokens']:,} real tokens: {result['fill_at_1024']:.0%} of the slots at 1,024, "
-        f"{result['fill_at_longest']:.0%} at the longest; torch {result['torch']}, {result['threads']} threads",
-        f"{'':32} {'s/step':>8} {'real tok/s':>11} {'ours is':>8} {'peak MiB':>9}",
+        f"ESM-2 {result['size']} on {result['device']}, torch {result['torch']}, transformers "
+        f"{result['transformers']}; {peak}a matrix product reaches {result['product_tflops']:,.2f} TFLOP/s",
+        f"{result['batches']} batches of {', '.join(map(str, result['sequences']))} sequences, "
+        f"{sum(result['real_tokens']):,} real tokens: {result['fill_at_1024']:.0%} of the slots at 1,024, "
+        f"{result['fill_at_longest']:.0%} at the longest; {result['microbatch_tokens']:,} tokens a microbatch",
+        f"{'':42} {'s/step':>9} {'10 to 90 %':>12} {'real tok/s':>11} {'ours is':>8} {'MFU':>6} "
+        f"{'of product':>10} {'peak MiB':>9}",
     ]
-    lines += [
-        f"{row['name']:32} {row['seconds_per_step']:8.3f} {row['real_tokens_per_second']:11,.0f} "
-        f"{row['speed_of_ours_over_it']:7.2f}x {row['peak_mib']:9,.0f}"
-        for row in result["contenders"]
-    ]
+    lines += [_row(row, result) for row in result["contenders"]]
     return "\n".join(lines)
+
+
+def _row(row: dict[str, Any], result: dict[str, Any]) -> str:
+    speed, first = row["real_tokens_per_second"], result["contenders"][0]
+    if speed is None:
+        return f"{row['name']:42} out of memory"
+    low, high = row["spread"]
+    ours = first["real_tokens_per_second"] if first["name"] == "esm2_composer" else None
+    ratio = f"{ours / speed:.2f}x" if ours else "-"
+    mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
+    smaller = row["microbatch_tokens"] != result["microbatch_tokens"]
+    return (
+        f"{row['name']:42} {row['seconds_per_step']:9.3f} {f'{low:+.0%} {high:+.0%}':>12} {speed:11,.0f} "
+        f"{ratio:>8} {mfu:>6} {row['share_of_product']:10.1%} {row['peak_mib']:9,.0f}"
+        + (f"  ({row['microbatch_tokens']:,} tokens a microbatch)" if smaller else "")
+    )

@@ -1,0 +1,243 @@
+"""benchmark.py step and profile: all contenders get the same work, and figures follow from what was timed."""
+
+from __future__ import annotations
+
+import argparse
+from types import SimpleNamespace
+
+import pytest
+import torch
+from benchmarks import profile, step
+from benchmarks.contenders import (
+    Outcome,
+    Work,
+    contenders,
+    make_trainer,
+    ours,
+    padded,
+    padded_microbatches,
+    share_of,
+)
+from benchmarks.limits import Limits
+
+from esm2_composer.alphabet import PAD
+from esm2_composer.errors import UserError
+from esm2_composer.model import ESM2, SIZES
+from esm2_composer.plan import GPUS, gpu_named, skeleton
+
+H200 = Limits("NVIDIA H200", 989e12, 780e12, 4.3e12, 141e9)
+CPU = Limits("CPU, 2 threads", None, 1e11, 1e10, None)
+TINY = Work("8m", "cpu", [[40, 9, 20], [30, 12]], microbatch_tokens=1024, warmup=1, steps=2)
+
+
+def arguments(*given: str, module=step) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_args(given)
+
+
+@pytest.mark.parametrize(("width", "slots"), [(1024, 2048), (None, 60), (None, 10**6)])
+def test_padded_batches_hold_the_same_sequences_and_masks_within_their_slots(width, slots):
+    lengths = [30, 7, 31, 29, 5]
+    share = share_of(lengths)
+    tokens, labels = [], []
+    for inputs, targets in padded_microbatches(lengths, width, slots):
+        assert inputs.numel() <= slots
+        assert width is None or inputs.shape[1] == width
+        tokens += [row[row != PAD] for row in inputs]
+        labels += [each[: len(row[row != PAD])] for row, each in zip(inputs, targets, strict=True)]
+    assert torch.equal(torch.cat(tokens), share["tokens"].long())
+    assert torch.equal(torch.cat(labels), share["labels"].long())
+
+
+def test_a_gpu_gets_batches_that_fill_a_microbatch_of_the_size_that_plan_finds():
+    found = {}
+    for size in ("650m", "3b"):
+        work = step.make_work(arguments("--size", size, "--device", "cuda"), H200)
+        found[size] = work.microbatch_tokens
+        assert all(0.98 < sum(lengths) / work.microbatch_tokens <= 1 for lengths in work.batches)
+        assert work.batches[0] != work.batches[1]
+    assert found["650m"] == step.ON_GPU
+    assert 16384 <= found["3b"] < found["650m"]
+    with pytest.raises(UserError, match="leave no room"):
+        step.make_work(arguments("--size", "15b", "--device", "cuda"), H200)
+
+
+def test_a_650m_on_80_gb_takes_32k_tokens_a_microbatch():
+    h100 = Limits("NVIDIA H100 80GB HBM3", 989e12, 700e12, 2.8e12, 80e9)
+    assert step.make_work(arguments("--size", "650m", "--device", "cuda"), h100).microbatch_tokens >= 32768
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_gpus_are_known_by_name(name, gpu):
+    assert gpu_named(name) is (gpu and GPUS[gpu])
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (["--size", "9m"], "--size 9m; there are: 8m"),
+        (["--batches", "0"], "--batches 0; it must be at least 1"),
+        (["--microbatch-tokens", "1000"], "--microbatch-tokens 1000; it must be at least 1024"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--device", "cuda"], "no GPU here"),
+    ],
+)
+def test_impossible_measurements_are_refused(given, complaint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=complaint):
+        step.measure(arguments(*given))
+
+
+@pytest.mark.parametrize("contender", [ours, padded])
+def test_a_contender_times_the_steps_that_count(contender):
+    found = contender(TINY)
+    assert len(found.seconds) == TINY.steps
+    assert min(found.seconds) > 0
+    assert found.peak_bytes > 12 * 7_500_000  # gradients and two moments at least
+
+
+def test_figures_are_medians_by_batch():
+    batches = [[100] * 4, [200] * 4]
+    work = Work("8m", "cuda", batches, microbatch_tokens=1024, warmup=1, steps=4)
+    rounds = [Outcome([2.0, 1.0, 2.2, 1.1], 2**20), Outcome([2.0, 1.0, 1.8, 9.0], 2**21)]  # begins with the second
+    result = step.summary(work, [H200], {"esm2_composer": rounds, "b": []}, {"esm2_composer": 1024, "b": 512})
+    row, none = result["contenders"]
+    assert row["seconds_per_step"] == pytest.approx((2.0 + 1.05) / 2)
+    assert row["real_tokens_per_second"] == pytest.approx(1200 / 3.05)
+    assert (row["steps"], row["peak_mib"]) == (8, 2)
+    flops = sum(skeleton(SIZES["8m"]).flops(b, round(0.15 * sum(b))) for b in batches)
+    assert row["mfu"] == pytest.approx(flops / 3.05 / 989e12)
+    assert row["share_of_product"] == pytest.approx(flops / 3.05 / 780e12)
+    assert none["real_tokens_per_second"] is None
+    lines = step.table(result).splitlines()
+    assert "1.00x" in lines[-2]
+    assert lines[-1].endswith("out of memory")
+
+
+def test_on_a_cpu_there_are_four():
+    assert [name for name in contenders("cpu") if "faesm" not in name] == [
+        *("esm2_composer", "esm2_composer, compiled"),
+        *("transformers, padded to 1024", "transformers, padded to longest"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "part"),
+    [
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, cutlass::bfloat16_t>>", "attention"),
+        ("fmha_cutlassB_bf16_aligned_64x64_k64_sm80", "attention"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", "matrix products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matrix products"),
+        ("aten::addmm", "matrix products"),
+        ("mkl::_mkl_linear", "matrix products"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>", "optimizer"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("aten::_foreach_norm", "optimizer"),
+        ("triton_per_fused__to_copy_add_native_layer_norm_0", profile.OTHER),
+        ("aten::gelu_backward", profile.OTHER),
+        ("Memcpy HtoD (Pinned -> Device)", profile.OTHER),
+    ],
+)
+def test_kernels_and_operators_belong_to_parts(kernel, part):
+    assert profile.part_of(kernel) == part
+
+
+def test_time_in_which_kernels_overlap_counts_once():
+    def event(name: str, start: float, end: float, device=torch.autograd.DeviceType.CUDA) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end))
+
+    events = [
+        event("nvjet_tst_64x8", 10e6, 14e6),
+        event("flash_bwd_kernel", 0, 4e6),
+        event("elementwise_kernel", 12e6, 15e6),  # the last second of it alone
+        event("reduce_kernel", 13e6, 13.5e6),
+        event("aten::mm", 0, 20e6, torch.autograd.DeviceType.CPU),
+    ]
+    parts = profile.kernels(SimpleNamespace(events=lambda: events))
+    assert parts == {"attention": 4, "optimizer": 0, "matrix products": 4, profile.OTHER: 1}
+
+
+def test_what_is_best_adds_up_to_the_models_operations_and_bytes():
+    lengths = [300, 700]
+    work = Work("650m", "cuda", [lengths], microbatch_tokens=1024, warmup=1, steps=1)
+    best = profile.at_best(work, H200)
+    flops = skeleton(SIZES["650m"]).flops(lengths, 150)
+    assert (best["attention"] + best["matrix products"]) * 780e12 == pytest.approx(flops)
+    assert best["attention"] * 780e12 == pytest.approx(12 * 33 * 1280 * (300**2 + 700**2))
+    assert best[profile.OTHER] * 4.3e12 == pytest.approx(120 * 33 * 1280 * 1000)
+    assert best["optimizer"] * 4.3e12 == pytest.approx(40 * 651e6, rel=1e-3)
+
+
+def test_a_profile_accounts_for_the_whole_step():
+    found = profile.profile_steps(TINY, compiled=False)
+    assert sum(found["parts"].values()) >= found["seconds_per_step"] * 0.999
+    assert min(found["parts"][part] for part in profile.PARTS) > 0
+    result = {
+        "size": "8m",
+        "device": "CPU",
+        "torch": "2",
+        "compile": False,
+        "steps": 2,
+        "real_tokens_per_step": 56,
+    }
+    text = profile.table({**result, **found, "at_best": profile.at_best(TINY, CPU)})
+    assert len(text.splitlines()) == 2 + len(profile.PARTS) + 2 + 2
+
+
+def profiled(work: Work) -> dict[str, float]:
+    return profile.profile_steps(work, compiled=False)["waits_per_step"]
+
+
+def without_a_model(self, tokens, cu_seqlens, max_seqlen, positions):
+    """Logits that depend on all parameters, which the optimizer then steps, and on nothing else."""
+    nothing = sum(0 * parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
+    return (self.head.bias + nothing).expand(len(positions), -1)
+
+
+def test_the_step_reads_no_value_that_composers_own_does_not(monkeypatch):
+    """On a CPU, where the batch is checked and its attention cut by its values: but for these two."""
+    monkeypatch.setattr("esm2_composer.model._check_batch", lambda *_: None)
+    monkeypatch.setattr("esm2_composer.model.select_attention", lambda *_: lambda q, k, v, *_: q + k + v)
+    with_model = profiled(TINY)
+    monkeypatch.setattr(ESM2, "forward", without_a_model)
+    assert with_model == profiled(TINY)
+    assert with_model["item"] > 0  # Composer's
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_step_waits_where_composers_own_does_and_nowhere_else(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    work = Work("8m", "cuda", [[300, 40, 500], [100, 700]], microbatch_tokens=1024, warmup=5, steps=10)
+    with_model = profiled(work)
+    monkeypatch.setattr(ESM2, "forward", without_a_model)
+    assert with_model == profiled(work)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_contender_runs():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    given = ["--device", "cuda", "--microbatch-tokens", "2048", "--steps", "2", "--rounds", "1", "--batches", "1"]
+    result = step.measure(arguments(*given))
+    assert all(row["real_tokens_per_second"] for row in result["contenders"])
+    assert result["contenders"][0]["peak_mib"] > 100
+
+
+def test_the_trainer_is_set_up_as_the_recipe_says():
+    trainer = make_trainer(TINY)
+    (optimizer,) = trainer.state.optimizers
+    assert optimizer.defaults["betas"] == (0.9, 0.98)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
+    assert trainer.state.precision.value == "fp32"
+    trainer.close()

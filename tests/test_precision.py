@@ -1,0 +1,183 @@
+"""Training in bf16, compiled, and in fp8 loses what training in fp32 loses, from the same weights and batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from esm2_composer.alphabet import AMINO_ACIDS, CLS, EOS
+from esm2_composer.errors import UserError
+from esm2_composer.fp8 import use_fp8
+from esm2_composer.masking import MaskingRule
+from esm2_composer.model import ESM2, ESM2Config
+from esm2_composer.optim import build_adamw, build_schedule
+from esm2_composer.pool import Microbatch, pack
+
+SMALL = ESM2Config(2, 64, 4, 256)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Products are so small that threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def batches(steps: int, sequences: int) -> list[Microbatch]:
+    """Mutants of four proteins, masked: something that can be learnt."""
+    rng = np.random.default_rng(0)
+    families = [rng.choice(AMINO_ACIDS, length) for length in (31, 47, 62, 90)]
+    made = []
+    for _ in range(steps):
+        inputs, labels, lengths = [], [], []
+        for _ in range(sequences):
+            residues = families[rng.integers(4)].copy()
+            mutated = rng.random(len(residues)) < 0.1
+            residues[mutated] = rng.choice(AMINO_ACIDS, mutated.sum())
+            tokens = np.concatenate(([CLS], residues, [EOS])).astype(np.uint8)
+            shown, hidden = MaskingRule().apply(tokens, rng.random(len(tokens)))
+            inputs.append(shown)
+            labels.append(hidden)
+            lengths.append(len(tokens))
+        made.append(pack(np.concatenate(inputs), np.concatenate(labels), np.array(lengths, np.int32)))
+    return made
+
+
+def train(
+    config: ESM2Config,
+    made: list[Microbatch],
+    device: str,
+    bf16: bool = True,
+    fp8: bool = False,
+    **compile_options,
+) -> np.ndarray:
+    """The loss of every step: as in training, but for Composer."""
+    torch.manual_seed(0)
+    net = ESM2(config)
+    if fp8:
+        use_fp8(net, emulate=device == "cpu")
+    if compile_options:
+        net.compile_layers(**compile_options)
+    net.to(device)
+    optimizer = build_adamw(net, 1e-3, (0.9, 0.98), 1e-8, 0.01)
+    schedule = build_schedule(optimizer, warmup=10, updates=1000, decay_fraction=1.0, floor=1.0)
+    losses = []
+    for batch in made:
+        tokens, cu_seqlens, positions, targets = (
+            batch[key].to(device) for key in ("tokens", "cu_seqlens", "positions", "targets")
+        )
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            logits = net(tokens, cu_seqlens, batch["max_seqlen"], positions)
+        loss = F.cross_entropy(logits.float(), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return np.array(losses)
+
+
+def check(losses: np.ndarray, exact: np.ndarray, one: float, mean: float) -> None:
+    """No loss is off by more than the share `one` of it, and those of the last half not by `mean` on average."""
+    assert exact[-5:].mean() < 0.9 * exact[:5].mean(), "something is learnt"
+    apart = losses / exact - 1
+    half = len(exact) // 2
+    print(f"{exact[0]:.3f} to {exact[-1]:.3f}: {abs(apart).max():.1e}, {apart[half:].mean():+.1e}")  # for -s
+    assert 0 < abs(apart).max() <= one
+    assert abs(apart[half:].mean()) <= mean
+
+
+def test_the_loss_of_compiled_bf16_follows_fp32() -> None:
+    made = batches(60, sequences=12)
+    torch._dynamo.reset()
+    check(train(SMALL, made, "cpu", backend="aot_eager"), train(SMALL, made, "cpu", bf16=False), 2e-3, 5e-4)
+
+
+def test_the_loss_in_fp8_follows_fp32() -> None:
+    """Emulated: rounded as fp8 is, and multiplied in fp32."""
+    made = batches(60, sequences=12)
+    check(train(SMALL, made, "cpu", fp8=True), train(SMALL, made, "cpu", bf16=False), 2e-2, 2e-3)
+
+
+@pytest.mark.slow
+def test_the_loss_of_200_steps_in_machine_code_follows_fp32() -> None:
+    made = batches(200, sequences=12)
+    torch._dynamo.reset()
+    check(train(SMALL, made, "cpu", backend="inductor"), train(SMALL, made, "cpu", bf16=False), 1e-2, 2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True])
+def test_on_a_gpu_the_loss_of_200_compiled_steps_follows_fp32(fp8: bool) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if fp8:
+        pytest.importorskip("torchao")
+        if torch.cuda.get_device_capability() < (8, 9):
+            pytest.skip("no fp8 here")
+    made, config = batches(200, sequences=50), ESM2Config(6, 320, 20, 1280)
+    exact = train(config, made, "cuda", bf16=False)
+    compiled = train(config, made, "cuda", fp8=fp8, backend="inductor")
+    check(compiled, exact, *((0.05, 0.01) if fp8 else (0.02, 0.005)))
+
+
+def test_fp8_is_for_the_layers_products_and_leaves_names_and_compiling_as_they_are() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, net = ESM2(SMALL), ESM2(SMALL)
+    use_fp8(net, emulate=True)
+    assert list(net.state_dict()) == list(plain.state_dict())
+    kinds = {
+        type(module).__name__ for layer in net.layers for module in (layer.qkv, layer.out, layer.fc1, layer.fc2)
+    }
+    assert kinds == {"Float8Linear"}
+    assert type(net.head.dense) is torch.nn.Linear
+    net.compile_layers(backend="aot_eager")
+    for batch in batches(3, sequences=2):  # token counts that are no multiple of 16
+        net(batch["tokens"], batch["cu_seqlens"], batch["max_seqlen"]).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_fp8_and_compiled_layers_can_be_sharded(tmp_path) -> None:
+    (batch,) = batches(1, sequences=3)
+
+    def loss(net: ESM2) -> torch.Tensor:
+        logits = net(batch["tokens"], batch["cu_seqlens"], batch["max_seqlen"], batch["positions"])
+        return F.cross_entropy(logits, batch["targets"])
+
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        nets.append(ESM2(SMALL))
+        use_fp8(nets[-1], emulate=True)
+    nets[1].compile_layers(backend="aot_eager")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for module in (*nets[1].layers, nets[1]):
+            fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+        losses = [loss(net) for net in nets]
+        for each in losses:
+            each.backward()
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+        for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+            if p.grad is not None and not name.endswith("qkv.bias"):
+                assert (p.grad - q.grad.full_tensor()).norm() <= 1e-4 * p.grad.norm(), name
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_what_has_no_fp8_is_refused(monkeypatch) -> None:
+    with pytest.raises(UserError, match="multiples of 16"):
+        use_fp8(ESM2(ESM2Config(1, 72, 3, 288)), emulate=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    with pytest.raises(UserError, match="NVIDIA A100 has no fp8"):
+        use_fp8(ESM2(SMALL))

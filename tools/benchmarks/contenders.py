@@ -1,0 +1,266 @@
+"""Who takes part in `benchmark.py step`, and how each of them makes a training step.
+
+All get the same random sequences under the same masks, clip the gradient's norm and step AdamW with the recipe's
+settings; on a GPU all compute under bf16 autocast on fp32 weights. This project trains through Composer's Trainer,
+with all that its runs do in a step; the others in the shortest loop that is right: microbatches of at most so many
+slots, padding counted, each weighted by its masked tokens, and the loss read once a step, as the Trainer does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from esm2_composer.alphabet import AMINO_ACIDS, CLS, EOS, PAD
+from esm2_composer.config import Recipe, load_recipe
+from esm2_composer.masking import MaskingRule
+from esm2_composer.model import ESM2, SIZES
+from esm2_composer.weights import hugging_face_config
+
+YAMLS = Path(__file__).parents[2] / "yamls"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What to train on, and for how long."""
+
+    size: str
+    device: str  # cpu or cuda
+    batches: list[list[int]]  # tokens of each sequence
+    microbatch_tokens: int  # slots computed at a time
+    warmup: int  # steps before the first that counts
+    steps: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    seconds: list[float]  # of each step that counts; step i is on batch (warmup + i) % len(batches)
+    peak_bytes: int  # on a GPU what was allocated at most, on a CPU by how much the process grew at most
+
+
+def contenders(device: str) -> dict[str, Callable[[Work], Outcome]]:
+    """Those that can run here, ours first."""
+    found = {"esm2_composer": ours, "esm2_composer, compiled": partial(ours, compiled=True)}
+    to_1024, to_longest = "transformers, padded to 1024", "transformers, padded to longest"
+    found |= {to_1024: partial(padded, width=1024), to_longest: padded}
+    if device == "cuda":
+        found[f"{to_1024}, compiled"] = partial(padded, width=1024, compiled=True)
+        found[f"{to_longest}, compiled"] = partial(padded, compiled=True)
+        if importlib.util.find_spec("flash_attn"):
+            found["esm2_composer, flash-attn, compiled"] = partial(ours, compiled=True, attention="flash")
+            found["transformers, flash-attn"] = partial(padded, attention="flash_attention_2")
+    if importlib.util.find_spec("faesm"):
+        found["faesm, padded to longest"] = partial(padded, make=faesm)
+    return found
+
+
+def run_contender(name: str, work: Work) -> Outcome | None:
+    """None if it ran out of the GPU's memory."""
+    torch.manual_seed(0)
+    try:
+        return contenders(work.device)[name](work)
+    except torch.OutOfMemoryError:
+        return None
+
+
+# This project
+
+
+class Batches(IterableDataset):
+    """The batches over and over, as the loader's shares of a global batch."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._shares = [share_of(lengths) for lengths in work.batches]
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for step in range(self._work.warmup + self._work.steps):
+            yield self._shares[step % len(self._shares)]
+
+
+def recipe_of(size: str) -> Recipe:
+    """The recipe of a size, on one device."""
+    return load_recipe(str(YAMLS / f"{size}.yaml"), ["fsdp=null"], data_is_here=False)
+
+
+def make_trainer(work: Work, compiled: bool = False, attention: str = "auto", callbacks: tuple = ()) -> Any:
+    """Composer's Trainer, with what the runner gives it that does work in a step."""
+    from composer import Trainer
+    from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
+
+    from esm2_composer.callbacks import GradientClipping, TokenMonitor
+    from esm2_composer.optim import build_adamw, build_schedule
+    from esm2_composer.pool import data_spec
+    from esm2_composer.task import MaskedLanguageModel
+
+    recipe = recipe_of(work.size)
+    net = ESM2(dataclasses.replace(SIZES[work.size], attention=attention))
+    if compiled:
+        net.compile_layers()
+    model = MaskedLanguageModel(net)
+    o = recipe.optimizer
+    optimizer = build_adamw(net, o.lr, o.betas, o.eps, o.weight_decay)
+    monitors = [SpeedMonitor(window_size=10), LRMonitor(), TokenMonitor(model, work.microbatch_tokens)]
+    loader = DataLoader(Batches(work), batch_size=1, collate_fn=lambda shares: shares[0])
+    return Trainer(
+        model=model,
+        optimizers=optimizer,
+        schedulers=build_schedule(optimizer, **dataclasses.asdict(recipe.schedule)),
+        step_schedulers_every_batch=True,
+        train_dataloader=data_spec(loader, work.microbatch_tokens),
+        accumulate_train_batch_on_tokens=True,
+        max_duration=f"{work.warmup + work.steps}ba",
+        device="gpu" if work.device == "cuda" else "cpu",
+        precision="amp_bf16" if work.device == "cuda" else "fp32",
+        callbacks=[
+            *monitors,
+            *([MemoryMonitor()] if work.device == "cuda" else []),
+            GradientClipping(o.clip_norm),
+            *callbacks,
+        ],
+        progress_bar=False,
+        seed=0,
+    )
+
+
+def ours(work: Work, compiled: bool = False, attention: str = "auto") -> Outcome:
+    from composer.core import Callback
+
+    ends: list[float] = []
+
+    class Clock(Callback):
+        def batch_end(self, state: Any, logger: Any) -> None:
+            ends.append(time.perf_counter())
+
+    trainer = make_trainer(work, compiled, attention, (Clock(),))
+    before = resident_bytes()
+    trainer.fit()
+    trainer.close()
+    return outcome(ends, before, work)
+
+
+# Models on padded batches
+
+
+def transformers_esm(size: str, attention: str | None) -> torch.nn.Module:
+    """By default on torch's sdpa, if this transformers has that for ESM (4.53 has not), else on plain products."""
+    from transformers import EsmConfig, EsmForMaskedLM
+
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    return EsmForMaskedLM(EsmConfig(**hugging_face_config(SIZES[size]), **chosen))
+
+
+def faesm(size: str, _: str | None) -> torch.nn.Module:
+    """On flash-attn if that is installed, else on torch's sdpa."""
+    from faesm.esm import FAEsmForMaskedLM, flash_attn_installed
+
+    with tempfile.TemporaryDirectory() as folder:  # it wants a tokenizer beside the weights
+        ESM2(SIZES[size]).save_hf(folder)
+        return FAEsmForMaskedLM.from_pretrained(folder, flash_attn_installed, 0.0)
+
+
+def padded(
+    work: Work,
+    width: int | None = None,
+    compiled: bool = False,
+    attention: str | None = None,
+    make: Callable[[str, str | None], torch.nn.Module] = transformers_esm,
+) -> Outcome:
+    """A plain training loop on batches padded to `width` tokens, or to the longest of a microbatch."""
+    o = recipe_of(work.size).optimizer
+    model = make(work.size, attention).to(work.device).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, o.lr, o.betas, o.eps, o.weight_decay, fused=True)
+    forward = torch.compile(model, dynamic=width is None) if compiled else model
+    batches = [padded_microbatches(lengths, width, work.microbatch_tokens) for lengths in work.batches]
+    ends: list[float] = []
+    before = resident_bytes()
+    for step in range(work.warmup + work.steps):
+        microbatches = batches[step % len(batches)]
+        masked = sum(int((labels != PAD).sum()) for _, labels in microbatches)
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=work.device)
+        for inputs, labels in microbatches:
+            inputs, labels = (x.to(work.device, non_blocking=True) for x in (inputs, labels))
+            with torch.autocast(work.device, torch.bfloat16, enabled=work.device == "cuda"):
+                logits = forward(input_ids=inputs, attention_mask=(inputs != PAD).long())["logits"]
+            labels = labels.flatten()
+            loss = (
+                F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=PAD, reduction="sum") / masked
+            )
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(parameters, o.clip_norm)
+        optimizer.step()
+        assert total.isfinite()
+        ends.append(time.perf_counter())
+    return outcome(ends, before, work)
+
+
+def padded_microbatches(
+    lengths: list[int], width: int | None, slots: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(inputs, labels), int64 (B, width), of as many sequences in their order as `slots` hold."""
+    share = share_of(lengths)
+    rows = [share[key].long().split(lengths) for key in ("tokens", "labels")]
+    piles: list[list[int]] = [[]]
+    for i in range(len(lengths)):
+        pile = [*piles[-1], i]
+        if len(pile) * (width or max(lengths[j] for j in pile)) <= slots or not piles[-1]:
+            piles[-1] = pile
+        else:
+            piles.append([i])
+
+    def padded_rows(row: tuple[torch.Tensor, ...], pile: list[int]) -> torch.Tensor:
+        target = width or max(lengths[i] for i in pile)
+        return torch.stack([F.pad(row[i], (0, target - lengths[i]), value=PAD) for i in pile])
+
+    return [tuple(padded_rows(row, pile) for row in rows) for pile in piles]
+
+
+# What all share
+
+
+def share_of(lengths: list[int]) -> dict[str, torch.Tensor]:
+    """Random residues under the recipes' mask: tokens and labels uint8 (T,), lengths int32 (B,)."""
+    generator = np.random.default_rng(1)
+    parts = []
+    for length in lengths:
+        tokens = generator.choice(AMINO_ACIDS, length)
+        tokens[0], tokens[-1] = CLS, EOS
+        parts.append(MaskingRule().apply(tokens, generator.random(length)))
+    tokens, labels = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
+    return {"tokens": tokens, "labels": labels, "lengths": torch.tensor(lengths, dtype=torch.int32)}
+
+
+def outcome(ends: list[float], before: int, work: Work) -> Outcome:
+    """From the times at which steps ended, and the process's memory before the first."""
+    if work.device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    counted = ends[work.warmup - 1 :]
+    return Outcome([stop - start for start, stop in itertools.pairwise(counted)], peak)
+
+
+def resident_bytes() -> int:
+    return psutil.Process().memory_info().rss

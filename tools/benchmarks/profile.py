@@ -1,0 +1,182 @@
+"""Where the time of a training step goes: matrix products, attention, the optimizer, all else that computes
+(norms, GELU, rotation, casts, sums), and the time in which nothing does; and what each part would take at the
+speed of a large matrix product and of a large copy, both measured in the same run.
+
+By torch's profiler, over steps of this project through Composer's Trainer. On a GPU the parts are the kernels it
+ran and the rest is its idle time; on a CPU they are torch's operators, and the rest is Python, Composer and the
+profiler. Counted too: how often a step read a value to the host, and how often the host waited for the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from benchmarks.contenders import Work, make_trainer
+from benchmarks.limits import Limits, compute_type, measure_limits
+from benchmarks.step import add_work_arguments, check, in_own_process, make_work
+
+from esm2_composer.model import SIZES
+from esm2_composer.plan import skeleton
+
+# The first that fits names the part of a kernel or an operator. FlashAttention's kernels name CUTLASS too.
+PARTS = {
+    "attention": r"flash|fmha|scaled_dot_product",
+    "optimizer": r"adam|multi_tensor|_foreach_|Optimizer|lpnorm|linalg_vector_norm",
+    "matrix products": r"gemm|cutlass|nvjet|cublas|xmma|aten::(addmm|mm|bmm|linear)$|mkl|_mm\b",
+}
+OTHER = "all else that computes"
+REST = "nothing computes"
+WAITS = {"item": r"^aten::_local_scalar_dense$", "device": r"^cuda(Stream|Device|Event)Synchronize$"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_work_arguments(parser)
+    parser.add_argument("--compile", action="store_true", help="the layers")
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    check(args)
+    limits = in_own_process(measure_limits, args.device)
+    work = make_work(args, limits)
+    found = in_own_process(profile_steps, work, args.compile)
+    return {
+        "size": work.size,
+        "device": limits.device,
+        "torch": torch.__version__,
+        "compile": args.compile,
+        "steps": work.steps,
+        "real_tokens_per_step": _mean(sum(lengths) for lengths in _profiled(work)),
+        **found,
+        "at_best": at_best(work, limits),
+    }
+
+
+def _profiled(work: Work) -> list[list[int]]:
+    return [work.batches[(work.warmup + step) % len(work.batches)] for step in range(work.steps)]
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def profile_steps(work: Work, compiled: bool) -> dict[str, Any]:
+    """Seconds of a step, of each part of it, and how often it waits."""
+    from composer.core import Callback
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = work.device == "cuda"
+    profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
+    moments: list[float] = []
+
+    class Profile(Callback):
+        def batch_end(self, state: Any, logger: Any) -> None:
+            done = state.timestamp.batch.value
+            if done == work.warmup:
+                profiler.start()
+                moments.append(time.perf_counter())
+            elif done == work.warmup + work.steps:
+                if on_gpu:
+                    torch.cuda.synchronize()
+                moments.append(time.perf_counter())
+                profiler.stop()
+
+    trainer = make_trainer(work, compiled, callbacks=(Profile(),))
+    trainer.fit()
+    trainer.close()
+    seconds = (moments[1] - moments[0]) / work.steps
+    parts = kernels(profiler) if on_gpu else operators(profiler)
+    shares = {part: spent / work.steps for part, spent in parts.items()}
+    shares[REST] = max(0.0, seconds - sum(shares.values()))
+    return {"seconds_per_step": seconds, "parts": shares, "waits_per_step": waits(profiler, work.steps)}
+
+
+def waits(profiler: Any, steps: int) -> dict[str, float]:
+    """How often a step read a value to the host, and how often the host waited for the device."""
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    return {
+        wait: sum(count for name, count in counts.items() if re.search(pattern, name)) / steps
+        for wait, pattern in WAITS.items()
+    }
+
+
+def part_of(name: str) -> str:
+    return next((part for part, pattern in PARTS.items() if re.search(pattern, name, re.IGNORECASE)), OTHER)
+
+
+def operators(profiler: Any) -> dict[str, float]:
+    """Seconds that each part's operators took themselves, in all threads."""
+    parts = dict.fromkeys([*PARTS, OTHER], 0.0)
+    for event in profiler.key_averages():
+        parts[part_of(event.key)] += event.self_cpu_time_total / 1e6
+    return parts
+
+
+def kernels(profiler: Any) -> dict[str, float]:
+    """Seconds in which a kernel of each part ran; of two that overlap the later has the rest."""
+    parts = dict.fromkeys([*PARTS, OTHER], 0.0)
+    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    end = 0.0
+    for event in sorted(events, key=lambda e: e.time_range.start):
+        start, stop = event.time_range.start, event.time_range.end
+        parts[part_of(event.name)] += max(0.0, stop - max(start, end)) / 1e6
+        end = max(end, stop)
+    return parts
+
+
+def at_best(work: Work, limits: Limits) -> dict[str, float]:
+    """Seconds of a step that each part takes at the limits measured: its operations at the speed of a large
+    product, or its bytes at that of a large copy, whichever limits it."""
+    c = SIZES[work.size]
+    model = skeleton(c)
+    batches = _profiled(work)
+    tokens = _mean(map(sum, batches))
+    attention = _mean(model.flops(lengths, 0) for lengths in batches) - _products(c) * tokens
+    head = model.flops([], round(0.15 * tokens))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "attention": attention / limits.product_flops,
+        # AdamW reads weight, gradient and two moments and writes three; clipping reads and scales gradients.
+        "optimizer": (28 + 12) * trained / limits.copy_bytes,
+        "matrix products": (_products(c) * tokens + head) / limits.product_flops,
+        OTHER: _pointwise_bytes(c, compute_type(work.device).itemsize) * tokens / limits.copy_bytes,
+        REST: 0.0,
+    }
+
+
+def _products(c: Any) -> int:
+    """Operations a token in the layers' products, forward and backward."""
+    return 6 * c.num_layers * (4 * c.hidden_size**2 + 2 * c.hidden_size * c.ffn_hidden_size)
+
+
+def _pointwise_bytes(c: Any, itemsize: int) -> float:
+    """Bytes a token that the layers' norms, sums, rotations and GELUs move, forward and backward, if what lies
+    between two products is one pass that reads its inputs and writes its outputs once.
+
+    In hidden sizes: 12 times the fp32 residual stream or its gradient; 16 times numbers of `itemsize`; and 5 times
+    the width of the feed-forward in such (GELU reads and writes once, its gradient reads twice and writes once).
+    """
+    wide = c.ffn_hidden_size / c.hidden_size
+    return c.num_layers * c.hidden_size * (4 * 12 + itemsize * (16 + 5 * wide))
+
+
+def table(result: dict[str, Any]) -> str:
+    seconds, best = result["seconds_per_step"], result["at_best"]
+    lines = [
+        f"ESM-2 {result['size']}{', compiled' if result['compile'] else ''} on {result['device']}, torch "
+        f"{result['torch']}: a step of {result['real_tokens_per_step']:,.0f} tokens, mean of {result['steps']}",
+        f"{'':24} {'ms':>10} {'share':>7} {'at best, ms':>12}",
+    ]
+    lines += [
+        f"{part:24} {spent * 1e3:10,.1f} {spent / seconds:7.1%} {best[part] * 1e3:12,.1f}"
+        for part, spent in result["parts"].items()
+    ]
+    lines.append(f"{'a step':24} {seconds * 1e3:10,.1f} {1:7.0%} {sum(best.values()) * 1e3:12,.1f}")
+    waits = result["waits_per_step"]
+    lines.append(f"a step reads {waits['item']:.1f} values and waits {waits['device']:.1f} times for the device")
+    return "\n".join(lines)
