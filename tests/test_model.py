@@ -236,7 +236,7 @@ def check_compiled_layers(bf16=False, **options):
                 logits = each(tokens, cu_seqlens)
             F.cross_entropy(logits.float(), tokens.clamp(max=31)).backward()
         for (name, p), q in zip(model.named_parameters(), compiled.parameters(), strict=True):
-            if p.grad is not None and not name.endswith("qkv.bias"):
+            if p.grad is not None:
                 assert (p.grad - q.grad).norm() <= (3e-2 if bf16 else 1e-4) * p.grad.norm(), name
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -307,7 +307,7 @@ def test_on_a_gpu_logits_and_gradients_are_those_of_the_cpu(head_size, bf16):
     (exact, _), (logits, _) = a_training_step(ours, "cpu"), a_training_step(theirs, "cuda", bf16)
     assert (logits.cpu() - exact).norm() <= (3e-2 if bf16 else 1e-4) * exact.norm()
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        if p.grad is not None and not name.endswith("qkv.bias"):
+        if p.grad is not None:
             assert (q.grad.cpu() - p.grad).norm() <= (0.1 if bf16 else 1e-3) * p.grad.norm(), name
 
 
