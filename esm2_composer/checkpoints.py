@@ -204,7 +204,11 @@ Folder = LocalFolder | S3Folder
 
 
 def open_folder(uri: str) -> Folder:
-    return S3Folder(uri) if uri.startswith("s3://") else LocalFolder(uri)
+    """Raises UserError if the store's endpoint or profile is none."""
+    try:
+        return S3Folder(uri) if uri.startswith("s3://") else LocalFolder(uri)
+    except (BotoCoreError, ValueError) as error:
+        raise UserError(f"save_folder {uri}: {error}") from error
 
 
 def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool) -> str | None:
@@ -218,9 +222,9 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
     with _refusals(folder):
         folder.make()
         names = folder.names()
+        if not names:
+            return None
         before = folder.read(RECIPE)
-    if not names:
-        return None
     last = names[-1]
     if not resume:
         raise UserError(

@@ -268,7 +268,7 @@ def _read_record(path: Path) -> tuple[list[dict[str, Any]], Report]:
 def _finish(work: Path, parts: int, conversion: dict[str, Any], destination: LocalSplit | RemoteSplit) -> None:
     """Join what the parts left, and let the split appear."""
     for aside in (work / "shards").glob(".*"):  # of a writer that was killed
-        aside.unlink()
+        aside.unlink(missing_ok=True)  # or of one on another machine, that has just ended
     shards = []
     schema = pa.schema({"cluster_id": pa.string()})
     with pq.ParquetWriter(work / "shards" / "cluster_ids.parquet", schema, compression="zstd") as ids:

@@ -98,7 +98,9 @@ class ClusterDataset(MappedDataset):
         except RuntimeError:  # "Background thread failed"
             self._raise_failure()
             raise
-        self._raise_failure()  # or the epoch just ended
+        self._raise_failure()
+        if hasattr(self, "_event") and self._event.is_set():  # or the epoch would just have ended
+            raise RuntimeError("shards cannot be fetched; the traceback above says why")
 
     def _raise_failure(self) -> None:
         (stream,) = self.streams

@@ -8,7 +8,6 @@ itself is small: a count, offsets, the columns as JSON, and the samples end to e
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import struct
 import uuid
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 import zstd
 
@@ -53,12 +53,18 @@ def _encode_vector(values: np.ndarray) -> bytes:
     return struct.pack(_SHAPE_FORMATS[code], 1 << 2 | code, len(values)) + values.tobytes()
 
 
-class MappedShard:
-    """An unpacked shard, mapped into memory: to read a sample takes no system call, and copies none of it."""
+class Shard:
+    """The samples of an unpacked shard, read where they lie."""
 
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    def __init__(self, content: memoryview) -> None:
+        self._bytes = content
+
+    @classmethod
+    def mapped(cls, path: Path) -> Shard:
+        """A file mapped into memory: to read a sample takes no system call. The mapping outlives the open file
+        (Python's own mmap keeps a descriptor for each, and a run may read thousands of shards)."""
+        with pa.memory_map(str(path)) as file:
+            return cls(memoryview(file.read_buffer()))
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Sample `number`: as `records` makes it, but its residues are a memoryview."""

@@ -164,8 +164,15 @@ class Processes:
                 raise EngineError(error) from error
 
 
-def as_done(pool: Executor, build: Callable[[int], Part], numbers: Sequence[int], at_once: int) -> Iterator[Part]:
-    """What `build` makes of each number, as it is done; at most `at_once` are in the pool, which ends with it."""
+def as_done(
+    pool: Executor,
+    build: Callable[[int], Part],
+    numbers: Sequence[int],
+    at_once: int,
+    stop: Callable[[], None] = lambda: None,
+) -> Iterator[Part]:
+    """What `build` makes of each number, as it is done; at most `at_once` are in the pool, which ends with it.
+    `stop` ends those that are running, should one fail."""
     waiting = list(reversed(numbers))
     running: set[Future[Part]] = set()
     try:
@@ -176,6 +183,7 @@ def as_done(pool: Executor, build: Callable[[int], Part], numbers: Sequence[int]
             for future in done:
                 yield future.result()
     finally:
+        stop()
         pool.shutdown(cancel_futures=True)
 
 

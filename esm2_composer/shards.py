@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 from streaming import Stream, StreamingDataset
 from streaming.base.constant import EPOCH_DATA
+from streaming.base.dataset import _ShardState
 from streaming.base.format import Reader
 from streaming.base.shared import SharedMemory, _get_path
 
 from esm2_composer.epochs import WHOLE_BATCHES
 from esm2_composer.errors import UserError
-from esm2_composer.mds import MappedShard
+from esm2_composer.mds import Shard
 
 
 class MappedDataset(StreamingDataset):
     """A StreamingDataset of one stream of clusters that keeps the shards it reads mapped into memory.
 
-    Streaming opens a shard's file for every sample, and two of its threads take a lock of the whole node for every
+    Streaming opens a shard's file for every sample, and a thread of its takes a lock of the whole node for every
     sample, to learn that the shard is there. A mapped one is, so neither is needed. Under a cache limit shards are
     not kept: a file that is mapped would hold its place on the disk after it has been evicted.
     """
@@ -31,11 +32,17 @@ class MappedDataset(StreamingDataset):
         super().__init__(streams=[stream], **arguments)
         self.batching_method = WHOLE_BATCHES
         self.spanner = ShardBounds(self.samples_per_shard)
-        self._mapped: dict[int, MappedShard] = {}
+        self._mapped: dict[int, Shard] = {}
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        if shard_id not in self._mapped:
+        if shard_id in self._mapped:
+            return
+        try:
             super().prepare_shard(shard_id, blocking)
+        except BaseException:
+            # Streaming leaves it as being prepared, and other workers would wait for that without end.
+            self._shard_states[shard_id] = _ShardState.LOCAL
+            raise
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         """A cluster as `records` makes it, but its residues are a memoryview."""
@@ -45,12 +52,12 @@ class MappedDataset(StreamingDataset):
             shard = self._map(shard_id, retry)
         return shard[number]
 
-    def _map(self, shard_id: int, retry: int) -> MappedShard:
+    def _map(self, shard_id: int, retry: int) -> Shard:
         (stream,) = self.streams
         path = Path(stream.local, stream.split, self.shards[shard_id].raw_data.basename)
-        for _ in range(retry):
+        for _ in range(1 + retry):
             try:
-                shard = MappedShard(path)
+                shard = Shard.mapped(path)
             except FileNotFoundError:  # not there yet, or evicted again
                 self.prepare_shard(shard_id)
                 continue
@@ -59,7 +66,8 @@ class MappedDataset(StreamingDataset):
             else:
                 self._mapped[shard_id] = shard
             return shard
-        raise UserError(f"{path}: evicted as soon as it is there; data.cache_limit is too low")
+        why = "; data.cache_limit is too low" if self.cache_limit else ""
+        raise UserError(f"{path}: gone as soon as it is there{why}")
 
     def _share_work(self, sample_ids: np.ndarray) -> tuple[SharedMemory, SharedMemory | None]:
         """Streaming's, without the copy it makes of an epoch on the way into shared memory."""

@@ -15,6 +15,7 @@ same paths, and have this package with its Python. Uploads are the driver's.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -66,7 +67,12 @@ class Spark:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._context.stop()
+        with contextlib.suppress(self._failure, OSError):  # Java may have died
+            self._context.stop()
+
+    def _cancel(self) -> None:
+        with contextlib.suppress(self._failure, OSError):
+            self._context.cancelAllJobs()
 
     def stage(self, layout: Layout, work: Path, progress: Progress) -> Report:
         """Find the slices. Flat parquet is read where it lies; for FASTA an SQLite file is made first, here."""
@@ -95,12 +101,14 @@ class Spark:
         try:
             # A job a part, so that each is told as it is done; they share what was shuffled.
             yield from as_done(
-                pool, lambda place: self._context.runJob(built, list, [place])[0], range(count), PARTS_AT_ONCE
+                pool,
+                lambda place: self._context.runJob(built, list, [place])[0],
+                range(count),
+                PARTS_AT_ONCE,
+                stop=self._cancel,
             )
         except self._failure as error:
             raise _cause(error) from error
-        finally:
-            self._context.cancelAllJobs()
 
 
 def _wanted(builder: PartBuilder, part: tuple[int, int]) -> Iterator[tuple[bytes, int]]:

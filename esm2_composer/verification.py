@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from esm2_composer.errors import UserError
-from esm2_composer.mds import MappedShard
+from esm2_composer.mds import Shard
 from esm2_composer.records import COLUMNS, RESIDUES
 from esm2_composer.storage import Store, is_remote
 
@@ -107,10 +107,7 @@ def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndar
         for algorithm, expected in entry["zip_data"]["hashes"].items():
             if get_hash(algorithm, packed) != expected:
                 raise UserError(f"{place}/{name}: its {algorithm} is not that of index.json; the shard is damaged")
-        raw = Path(folder) / entry["raw_data"]["basename"]
-        raw.write_bytes(decompress(entry["compression"], packed))
-        del packed
-        shard = MappedShard(raw)
+        shard = Shard(memoryview(decompress(entry["compression"], packed)))
         lengths, draws = np.zeros(0), np.zeros(0)
         for number in range(entry["samples"]):
             sample = shard[number]

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import zstd
 from streaming import MDSWriter
 
 from esm2_composer import mds
-from esm2_composer.mds import MappedShard, ShardWriter, write_durably
+from esm2_composer.mds import Shard, ShardWriter, write_durably
 from esm2_composer.records import COLUMNS
 
 
@@ -57,13 +58,21 @@ def test_mapped_samples_are_those_written(tmp_path: Path) -> None:
         writer.write(one)
     (entry,) = writer.finish()
     (tmp_path / "raw").write_bytes(zstd.decompress((tmp_path / entry["zip_data"]["basename"]).read_bytes()))
-    shard = MappedShard(tmp_path / "raw")
+    shard = Shard.mapped(tmp_path / "raw")
     for number in reversed(range(len(SAMPLES))):
         read, written = shard[number], SAMPLES[number]
         assert read["cluster_id"] == written["cluster_id"]
         assert np.array_equal(read["lengths"], written["lengths"])
         assert read["lengths"].dtype == np.int32
         assert read["residues"] == written["residues"]
+
+
+def test_a_mapped_shard_keeps_no_file_open(tmp_path: Path) -> None:
+    (tmp_path / "raw").write_bytes(b"content")
+    before = psutil.Process().num_fds()
+    shards = [Shard.mapped(tmp_path / "raw") for _ in range(50)]
+    assert psutil.Process().num_fds() < before + 10
+    del shards
 
 
 def test_a_file_is_never_seen_half_written(tmp_path: Path) -> None:

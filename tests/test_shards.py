@@ -85,7 +85,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(bucket: str, many: Path, t
     assert contents(train_loader(DRAW, bucket, str(cache), 32, num_workers=0)) == contents(local)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("open_loader", [train_loader, evaluation_loader])
 def test_a_shard_damaged_at_its_source_is_named(
     open_loader: Callable[..., DataLoader], fresh: Callable[[], str], tmp_path: Path, workers: int
@@ -98,7 +98,7 @@ def test_a_shard_damaged_at_its_source_is_named(
         contents(loader)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_shard_read_in_place_is_named_and_left(fresh: Callable[[], str], workers: int) -> None:
     folder = Path(fresh())
     damaged = sorted(folder.glob("*.zstd"))[1]
@@ -137,8 +137,32 @@ def test_a_shard_that_does_not_stay_is_an_error_that_names_the_setting(
 ) -> None:
     loader = train_loader(DRAW, None, fresh(), BATCH, num_workers=0)
     monkeypatch.setattr(loader.dataset, "prepare_shard", lambda shard_id: None)
-    with pytest.raises(UserError, match=r"evicted.*data\.cache_limit is too low"):
+    loader.dataset.cache_limit = 10_000
+    with pytest.raises(UserError, match=r"gone as soon.*data\.cache_limit is too low"):
         loader.dataset[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_does_not_just_end_when_shards_cannot_be_fetched(
+    fresh: Callable[[], str], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    def fail(self: StreamingDataset, *_: object) -> None:
+        raise OSError("no more locks")
+
+    monkeypatch.setattr(StreamingDataset, "prepare_shard", fail)
+    loader = train_loader(DRAW, None, fresh(), BATCH, workers)
+    with pytest.raises((RuntimeError, OSError), match=r"shards cannot be fetched|no more locks"):
+        contents(loader)
+
+
+def test_a_worker_waits_for_no_other_that_failed(fresh: Callable[[], str], tmp_path: Path) -> None:
+    source = Path(fresh())
+    for damaged in source.glob("*.zstd"):
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    dataset = evaluation_loader(DRAW, str(source), str(tmp_path / "cache"), BATCH, 0).dataset._clusters
+    for _ in range(2):  # the second as another worker would
+        with pytest.raises(UserError, match="cannot be read"):
+            dataset.prepare_shard(0)
 
 
 def test_shard_bounds_find_every_sample_as_streaming_does() -> None:
