@@ -238,8 +238,10 @@ def _open(remote: str | None, local: str, **arguments: Any) -> ClusterDataset:
         stream = CheckedStream(remote=remote, local=local, validate_hash="xxh64")
         clusters = ClusterDataset(stream, **arguments)
     except Exception as error:  # each store raises its own types
-        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
-            raise  # another rank was lost: no mistake, and worth another start
+        # Another rank was lost, or a run that started at the same moment took the name in shared memory: no
+        # mistake, and worth another start.
+        if isinstance(error, dist.DistError | FileExistsError) or "/gloo/" in str(error):
+            raise
         raise UserError(f"{place}: cannot be opened as MDS shards ({error})") from error
     shard = clusters.shards[0]
     columns = dict(zip(shard.column_names, shard.column_encodings, strict=True))

@@ -36,6 +36,7 @@ WITHOUT_STREAMING = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem not in WITHOUT_STREAMING:

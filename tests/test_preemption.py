@@ -163,7 +163,7 @@ def test_ranks_do_not_outlive_their_launcher(shards, tmp_path):
 
 
 def test_a_rank_lost_while_shards_are_opened_is_no_mistake_of_the_user(monkeypatch):
-    def lost(**_):
+    def lost(*_, **__):
         raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
 
     monkeypatch.setattr(data, "ClusterDataset", lost)
