@@ -43,7 +43,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         return {
             "clusters": args.clusters,
             **measure_core(shards, args.rounds),
-            "workers": [measure_workers(shards, workers, args.rounds) for workers in args.workers],
+            "workers": [
+                measure_workers(shards, workers, args.rounds, args.microbatch_tokens) for workers in args.workers
+            ],
             "ranks": [measure_ranks(ranks, args.global_batch, args.microbatch_tokens) for ranks in args.ranks],
         }
 
@@ -156,13 +158,15 @@ def parts_of_time(dataset, batches: Iterator[Any], count: int = 8) -> dict[str, 
     }
 
 
-def measure_workers(shards: Path, workers: int, rounds: int) -> dict[str, Any]:
-    """What a model that does nothing is fed with by so many loader processes."""
+def measure_workers(shards: Path, workers: int, rounds: int, microbatch_tokens: int) -> dict[str, Any]:
+    """What a model that does nothing is fed with by so many loader processes, cut into microbatches."""
+    from esm2_composer.pool import PooledLoader
+
     print(f"{workers} loader processes", file=sys.stderr)
-    batches = endless(open_loader(shards, workers))
+    batches = endless(PooledLoader(open_loader(shards, workers), microbatch_tokens))
     for _ in range(2 * workers + 2):
         next(batches)
-    rates = [rate(batches, lambda batch: len(batch["tokens"])) for _ in range(rounds)]
+    rates = [rate(batches, lambda batch: batch["num_tokens"]) for _ in range(rounds)]
     return {"workers": workers, "tokens_per_second": statistics.median(rates)}
 
 
@@ -195,7 +199,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"  {name:28} {each:12,.0f}" for name, each in result["tokens_per_second"].items()]
     lines += [f"  {'ratio':28} {result['ratio']:12,.0f}x", "microseconds a sequence:"]
     lines += [f"  {name:28} {each:12.1f}" for name, each in result["microseconds_per_sequence"].items()]
-    lines += ["loader processes, real tokens a second:"]
+    lines += ["loader processes, real tokens a second in microbatches:"]
     lines += [f"  {each['workers']:<28} {each['tokens_per_second']:12,.0f}" for each in result["workers"]]
     lines += [
         "tokens of the slowest rank over the mean, 20 global batches:",

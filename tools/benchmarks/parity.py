@@ -9,6 +9,7 @@ import gc
 import itertools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import esm
@@ -28,16 +29,24 @@ GROUPS = [(0, 4), (4, 5)]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", nargs="+", default=["8m", "35m", "150m"], help="650m takes 14 GB")
+    parser.add_argument(
+        "--layers", type=int, help="at most so many of a model's, at its full width, to fit memory"
+    )
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     if unknown := set(args.sizes) - set(SIZES):
         raise UserError(f"--sizes: no {', '.join(sorted(unknown))}; there are: {', '.join(SIZES)}")
+    if args.layers is not None and args.layers < 1:
+        raise UserError("--layers must be at least 1")
     rows = []
     for size in args.sizes:
+        layers = min(args.layers or SIZES[size].num_layers, SIZES[size].num_layers)
+        config = replace(SIZES[size], num_layers=layers)
         for name, make_reference in {"transformers": hugging_face, "fair-esm": fair_esm}.items():
             print(f"{size} beside {name}", file=sys.stderr)
-            rows.append({"size": size, "reference": name, **compare(random_model(SIZES[size]), make_reference)})
+            found = compare(random_model(config), make_reference)
+            rows.append({"size": size, "layers": layers, "reference": name, **found})
             print(rows[-1], file=sys.stderr, flush=True)  # the next may take an hour
             gc.collect()
     return {"lengths": LENGTHS, "torch": torch.__version__, "rows": rows}
@@ -133,14 +142,14 @@ def reference_logits(reference: torch.nn.Module, tokens: torch.Tensor, lengths: 
 
 
 def table(result: dict[str, Any]) -> str:
+    lengths = ", ".join(map(str, result["lengths"]))
     lines = [
-        f"random weights, fp32, sequences of "
-        f"{', '.join(map(str, result['lengths']))} tokens; torch {result['torch']}",
-        f"{'size':>5} {'reference':14} {'largest logit error':>20} {'largest relative gradient error':>32}",
+        f"random weights, fp32, sequences of {lengths} tokens; torch {result['torch']}; largest differences",
+        f"{'size':>5} {'layers':>6} {'reference':14} {'logits':>8} {'gradients, relative':>20}",
     ]
     lines += [
-        f"{row['size']:>5} {row['reference']:14} {row['logit_error']:20.1e} {row['gradient_error']:32.1e}"
-        f"  ({row['worst_gradient']})"
+        f"{row['size']:>5} {row['layers']:6} {row['reference']:14} {row['logit_error']:8.1e} "
+        f"{row['gradient_error']:20.1e}  ({row['worst_gradient']})"
         for row in result["rows"]
     ]
     return "\n".join(lines)
