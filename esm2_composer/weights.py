@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from esm2_composer import alphabet
 from esm2_composer.errors import UserError
@@ -298,7 +298,7 @@ def _read_sharded(folder: Path) -> State:
         tensors = {
             key.removeprefix(prefix): torch.empty(stored.size, dtype=stored.properties.dtype)
             for key, stored in reader.read_metadata().state_dict_metadata.items()
-            if key.startswith(prefix)
+            if key.startswith(prefix) and type(stored) is TensorStorageMetadata  # others would be unpickled
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says that there is a single process: so it shall be
