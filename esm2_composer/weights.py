@@ -213,10 +213,10 @@ def _from_hugging_face(folder: Path) -> tuple[dict, State]:
 def _read_hugging_face(folder: Path) -> State:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
-        if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        elif (folder / name).exists():
+        if (folder / name).exists():  # first, as transformers does: an index may be of older weights
             files = [name]
+        elif index.exists():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         else:
             continue
         state: dict[str, torch.Tensor] = {}

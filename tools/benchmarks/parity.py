@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -78,7 +79,7 @@ def compare(model: ESM2, make_reference: Callable[[ESM2], torch.nn.Module]) -> d
             continue
         for ours, key in zip(model.get_parameter(name).grad.chunk(len(keys)), keys, strict=True):
             errors[key] = ((ours - gradients[key]).norm() / gradients[key].norm()).item()
-    worst = max(errors, key=errors.__getitem__)
+    worst = max(errors, key=lambda key: math.inf if math.isnan(errors[key]) else errors[key])
     return {
         "logits_std": expected.std().item(),  # logits of some size, or the comparison says nothing
         "logit_error": (logits - expected).abs().max().item(),
