@@ -14,6 +14,8 @@ from benchmarks.parity import fair_esm, hugging_face, random_batch, random_model
 from esm import Alphabet, ProteinBertModel
 from safetensors.torch import load_file, save_file
 from test_model import CONFIGS
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from esm2_composer import alphabet
@@ -149,6 +151,22 @@ def test_sharded_checkpoints_are_read(model, sharded):
 def test_a_sharded_checkpoint_that_would_run_code_is_refused_and_does_not_run(sharded, tmp_path):
     (sharded / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
     with pytest.raises(UserError, match=r"would run code: \w+\.mkdir"):
+        ESM2.from_pretrained(sharded)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_what_a_sharded_checkpoint_calls_no_tensor_is_not_unpickled(sharded, tmp_path):
+    metadata = pickle.loads((sharded / ".metadata").read_bytes())
+    key = "state.model.net.norm.bias"
+    tensor, told = metadata.state_dict_metadata[key], BytesStorageMetadata()
+    told.size, told.properties = tensor.size, tensor.properties  # all that is asked of a tensor
+    metadata.state_dict_metadata[key] = told
+    for index in [index for index in metadata.storage_data if index.fqn == key]:
+        del metadata.storage_data[index]
+    torch.save(Payload(tmp_path / "owned"), sharded / "evil")
+    metadata.storage_data[MetadataIndex(key)] = _StorageInfo("evil", 0, (sharded / "evil").stat().st_size)
+    (sharded / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=r"not a whole ESM-2, 'norm\.bias' is missing"):
         ESM2.from_pretrained(sharded)
     assert not (tmp_path / "owned").exists()
 
