@@ -1,5 +1,7 @@
 """What several test files need: real data where it is, small shards, and the project's commands."""
 
+import contextlib
+import gc
 import itertools
 import os
 import shutil
@@ -7,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ import psutil
 import pytest
 import torch
 from streaming import MDSWriter
+from streaming.base.shared import memory
 
 from esm2_composer.errors import run_command
 from esm2_composer.records import COLUMNS
@@ -41,6 +45,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem not in WITHOUT_STREAMING:
             item.add_marker(pytest.mark.xdist_group("streaming"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_memory_is_given_back() -> Iterator[None]:
+    """Streaming keeps a dataset's shared memory until its process ends, and opens that of every other dataset:
+    those of all tests in one process would take more open files than there may be."""
+    cleanups: list[Callable[[], None]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "atexit", SimpleNamespace(register=cleanups.append))
+        yield
+    gc.collect()  # datasets that still look into it
+    for cleanup in cleanups:
+        with contextlib.suppress(BufferError):
+            cleanup()
 
 
 @pytest.fixture(scope="session")
