@@ -235,12 +235,12 @@ def evaluation_loader(
 def _open(remote: str | None, local: str, **arguments: Any) -> ClusterDataset:
     place = remote or local
     try:
-        stream = CheckedStream(remote=remote, local=local, validate_hash="xxh64")
+        stream = CheckedStream(remote, local)
         clusters = ClusterDataset(stream, **arguments)
     except Exception as error:  # each store raises its own types
-        # Another rank was lost, or a run that started at the same moment took the name in shared memory: no
-        # mistake, and worth another start.
-        if isinstance(error, dist.DistError | FileExistsError) or "/gloo/" in str(error):
+        # Another rank was lost, the store is away, or a run that started at the same moment took the name in
+        # shared memory: no mistake, and worth another start.
+        if isinstance(error, dist.DistError | ConnectionError | FileExistsError) or "/gloo/" in str(error):
             raise
         raise UserError(f"{place}: cannot be opened as MDS shards ({error})") from error
     shard = clusters.shards[0]

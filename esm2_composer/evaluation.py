@@ -101,7 +101,7 @@ def _clusters(remote: str | None, local: str) -> Iterator[dict[str, Any]]:
     from esm2_composer.shards import CheckedStream, MappedDataset
 
     try:
-        clusters = MappedDataset(CheckedStream(remote=remote, local=local, validate_hash="xxh64"), batch_size=1)
+        clusters = MappedDataset(CheckedStream(remote, local), batch_size=1)
     except Exception as error:  # each store raises its own types
         raise UserError(f"{remote or local}: cannot be opened as MDS shards ({error})") from error
     total = clusters.num_samples

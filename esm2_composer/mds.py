@@ -66,6 +66,9 @@ class Shard:
         with pa.memory_map(str(path)) as file:
             return cls(memoryview(file.read_buffer()))
 
+    def xxh64(self) -> str:
+        return xxhash.xxh64(self._bytes).hexdigest()
+
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Sample `number`: as `records` makes it, but its residues are a memoryview."""
         start, end = struct.unpack_from("<II", self._bytes, 4 * (1 + number))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import sys
+import time
+import traceback
 from bisect import bisect_right
+from concurrent.futures import Future
 from pathlib import Path
-from time import time_ns
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from streaming import Stream, StreamingDataset
@@ -18,6 +20,9 @@ from streaming.base.shared import SharedMemory, _get_path
 from esm2_composer.epochs import WHOLE_BATCHES
 from esm2_composer.errors import UserError
 from esm2_composer.mds import Shard
+
+HASH = "xxh64"
+WAITS = (1, 2, 4, 8, 16)  # seconds before asking a store again that did not answer
 
 
 class MappedDataset(StreamingDataset):
@@ -33,6 +38,7 @@ class MappedDataset(StreamingDataset):
         self.batching_method = WHOLE_BATCHES
         self.spanner = ShardBounds(self.samples_per_shard)
         self._mapped: dict[int, Shard] = {}
+        self._intact: set[int] = set()
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         if shard_id in self._mapped:
@@ -54,20 +60,35 @@ class MappedDataset(StreamingDataset):
 
     def _map(self, shard_id: int, retry: int) -> Shard:
         (stream,) = self.streams
-        path = Path(stream.local, stream.split, self.shards[shard_id].raw_data.basename)
+        file = self.shards[shard_id].raw_data
+        path = Path(stream.local, stream.split, file.basename)
         for _ in range(1 + retry):
             try:
                 shard = Shard.mapped(path)
             except FileNotFoundError:  # not there yet, or evicted again
                 self.prepare_shard(shard_id)
                 continue
+            if shard_id not in self._intact:  # Streaming checks what it unpacks, but not what it finds unpacked
+                if shard.xxh64() != file.hashes.get(HASH, shard.xxh64()):
+                    stream.drop(self.shards[shard_id], path, "its hash is not that of index.json")
+                    continue
+                self._intact.add(shard_id)
             if self.cache_limit:
-                self._shard_access_times[shard_id] = time_ns()
+                self._shard_access_times[shard_id] = time.time_ns()
             else:
                 self._mapped[shard_id] = shard
             return shard
         why = "; data.cache_limit is too low" if self.cache_limit else ""
         raise UserError(f"{path}: gone as soon as it is there{why}")
+
+    def on_exception(self, future: Future) -> None:
+        """Streaming's raises where nobody but the terminal hears it, and leaves the iterating thread waiting for
+        the one that failed. Here that goes on, to tell."""
+        if error := future.exception():
+            self._event.set()
+            self._iterator.on_exit()
+            if not isinstance(error, UserError):
+                traceback.print_exception(error)
 
     def _share_work(self, sample_ids: np.ndarray) -> tuple[SharedMemory, SharedMemory | None]:
         """Streaming's, without the copy it makes of an epoch on the way into shared memory."""
@@ -92,43 +113,92 @@ class ShardBounds:
 
 
 class CheckedStream(Stream):
-    """A stream that fetches a damaged shard again, once, and then says which it is.
+    """A stream that waits for a store to come back, and fetches a damaged shard again, once.
 
-    Streaming checks a shard's hash as it unpacks it, and on damage its thread dies and the epoch just ends; a file
-    in the cache that a crash cut short it takes as it is.
+    Streaming gives a store a second, checks a shard's hash as it unpacks it, and on damage its thread dies and the
+    epoch just ends; a file that it finds in the cache, cut short by a crash, it takes as it is.
     """
 
     failure: UserError | None = None  # for the iterating thread to raise
 
+    def __init__(self, remote: str | None, local: str) -> None:
+        super().__init__(remote=remote, local=local, validate_hash=HASH, download_retry=1)
+        self._dropped: set[Path] = set()
+
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: np.ndarray) -> None:
         for shard in shards:
-            for path, size in self._files(shard):
+            *_, packed = self._files(shard)
+            if self.remote is None and not packed.exists():  # Streaming would remove what was unpacked from it
+                self._fail(f"{packed}: not there")
+            for path, size in self._files(shard).items():
                 if path.exists() and path.stat().st_size != size:
-                    self._drop(path, f"{path.stat().st_size} bytes instead of {size}")
+                    self.drop(shard, path, f"{path.stat().st_size} bytes instead of {size}")
         super().set_up_local(shards, cache_usage_per_shard)
 
     def prepare_shard(self, shard: Reader) -> int:
         try:
             return super().prepare_shard(shard)
-        except Exception as first:  # zstd, the hash and each store raise their own types
-            for path, _ in self._files(shard):
-                if path.exists():
-                    self._drop(path, str(first))
-            try:
-                return super().prepare_shard(shard)
-            except Exception as second:
-                name = (shard.file_pairs[0][1] or shard.file_pairs[0][0]).basename
-                place = f"{self.remote or self.local}/{name}"
-                self.failure = UserError(f"{place}: cannot be read ({second})")
-                raise self.failure from second
+        except FileNotFoundError as error:
+            if error.filename2 is None:  # else another run has unpacked it at the same time
+                self._fail(f"{self._source(shard)}: not there ({error})", error)
+        except ValueError as error:
+            if "Checksum failure" not in str(error):
+                raise
+            *_, packed = self._files(shard)
+            self.drop(shard, packed, str(error))
+        try:
+            return super().prepare_shard(shard)
+        except ValueError as error:
+            self._fail(f"{self._source(shard)}: cannot be read ({error})", error)
 
-    def _files(self, shard: Reader) -> list[tuple[Path, int]]:
-        """The shard's files in the cache, unpacked and packed, and the bytes they should have."""
+    def drop(self, shard: Reader, damaged: Path, why: str) -> None:
+        """Remove a damaged file of a shard, to be fetched or unpacked again.
+
+        Raises:
+            UserError: there is no copy, or it has been dropped before.
+        """
+        *_, packed = self._files(shard)
+        if self.remote is None and damaged == packed:
+            self._fail(f"{damaged}: damaged ({why}), and there is no copy to fetch")
+        if damaged in self._dropped:
+            self._fail(f"{self._source(shard)}: cannot be read ({why})")
+        self._dropped.add(damaged)
+        damaged.unlink(missing_ok=True)  # another process may have been faster
+
+    def _fail(self, why: str, cause: Exception | None = None) -> NoReturn:
+        self.failure = UserError(why)
+        raise self.failure from cause
+
+    def _source(self, shard: Reader) -> str:
+        *_, packed = self._files(shard)
+        return f"{self.remote or self.local}/{packed.name}"
+
+    def _files(self, shard: Reader) -> dict[Path, int]:
+        """The shard's files in the cache, unpacked and then packed if it is, and the bytes they should have."""
         folder = Path(self.local, self.split)
-        return [(folder / info.basename, info.bytes) for pair in shard.file_pairs for info in pair if info]
+        return {folder / info.basename: info.bytes for pair in shard.file_pairs for info in pair if info}
 
-    def _drop(self, path: Path, why: str) -> None:
-        if self.remote is None:
-            self.failure = UserError(f"{path}: damaged ({why}), and there is no copy to fetch")
-            raise self.failure
-        os.remove(path)
+    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
+        """Streaming's, again and again for half a minute where the store and not the request is at fault.
+
+        Raises:
+            ConnectionError: the store did not come back; worth another start.
+        """
+        for wait in (*WAITS, None):
+            try:
+                return super()._download_file(from_basename, to_basename)
+            except Exception as error:  # each store raises its own types
+                if isinstance(error, FileNotFoundError | PermissionError | ValueError) or _is_refusal(error):
+                    raise
+                told = f"{self.remote}/{from_basename} cannot be fetched ({type(error).__name__}: {error})"
+                if wait is None:
+                    raise ConnectionError(told) from error
+                print(f"{told}; trying again in {wait} s", file=sys.stderr, flush=True)
+                time.sleep(wait)
+        raise AssertionError
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether boto's error is an answer that would be the same again."""
+    answer = getattr(error, "response", {}).get("ResponseMetadata", {})
+    return 400 <= answer.get("HTTPStatusCode", 500) < 500

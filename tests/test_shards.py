@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,12 +10,15 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from conftest import cluster
 from moto.server import ThreadedMotoServer
 from streaming import MDSWriter, StreamingDataset
 from streaming.base.spanner import Spanner
+from streaming.base.storage.download import S3Downloader
 from torch.utils.data import DataLoader
 
+from esm2_composer import shards
 from esm2_composer.data import ClusterDraw, evaluation_loader, train_loader
 from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule
@@ -83,6 +87,64 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(bucket: str, many: Path, t
     packed[0].write_bytes(packed[0].read_bytes()[:-9])  # cut short
     packed[1].write_bytes(packed[1].read_bytes()[:-1] + b"?")  # one byte wrong
     assert contents(train_loader(DRAW, bucket, str(cache), 32, num_workers=0)) == contents(local)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_file_damaged_after_it_was_unpacked_is_made_anew(
+    bucket: str, many: Path, tmp_path: Path, in_place: bool
+) -> None:
+    expected = contents(train_loader(DRAW, None, str(shutil.copytree(many, tmp_path / "copy")), 32, num_workers=0))
+    remote, folder = (None, shutil.copytree(many, tmp_path / "a")) if in_place else (bucket, tmp_path / "a")
+    contents(train_loader(DRAW, remote, str(folder), 32, num_workers=0))
+    again = shutil.copytree(folder, tmp_path / "b")  # Streaming opens a folder only once in a process
+    for path, damage in zip(sorted(again.glob("*.mds")), (slice(-50, None), slice(4, 60), slice(0)), strict=False):
+        raw = bytearray(path.read_bytes())
+        raw[damage] = b"\xff" * len(raw[damage]) or b"one byte more"
+        path.write_bytes(raw)
+    assert contents(train_loader(DRAW, remote, str(again), 32, num_workers=0)) == expected
+
+
+def test_a_packed_file_that_is_gone_is_named_and_the_unpacked_one_stays(many: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(many, tmp_path / "a")
+    contents(train_loader(DRAW, None, str(folder), 32, num_workers=0))
+    again = shutil.copytree(folder, tmp_path / "b")
+    gone = min(again.glob("*.zstd"))
+    gone.unlink()
+    with pytest.raises(UserError, match=f"{gone}: not there"):
+        train_loader(DRAW, None, str(again), 32, num_workers=0)
+    assert gone.with_suffix("").exists()
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_store_that_is_away_is_waited_for_and_is_no_mistake(
+    bucket: str, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool
+) -> None:
+    fetch, failures = S3Downloader.download, itertools.count()
+
+    def fetch_sometimes(*arguments: object) -> None:
+        if not comes_back or next(failures) % 3:
+            raise EndpointConnectionError(endpoint_url="nowhere")
+        fetch(*arguments)
+
+    waits: list[float] = []
+    monkeypatch.setattr(shards.time, "sleep", waits.append)
+    loader = train_loader(DRAW, bucket, str(tmp_path / "cache"), 32, num_workers=0)
+    monkeypatch.setattr(S3Downloader, "download", fetch_sometimes)
+    if comes_back:
+        local = train_loader(DRAW, None, str(shutil.copytree(many, tmp_path / "copy")), 32, num_workers=0)
+        assert contents(loader) == contents(local)
+        assert set(waits) == {1, 2}
+        return
+    with pytest.raises(RuntimeError, match="shards cannot be fetched"):
+        contents(loader)
+    assert sum(waits) >= 30
+    with pytest.raises(ConnectionError, match=r"index\.json cannot be fetched"):
+        train_loader(DRAW, bucket, str(tmp_path / "other"), 32, num_workers=0)
+
+
+def test_a_store_that_refuses_is_not_asked_again(bucket: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be opened"):
+        train_loader(DRAW, "s3://no-such-bucket/train", str(tmp_path / "cache"), 32, num_workers=0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
