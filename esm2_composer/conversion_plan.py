@@ -62,7 +62,8 @@ def stage(layout: Layout, folder: Path, progress: Progress) -> tuple[Path, Repor
     if not finished.exists():
         report = Report()
         sequences = layout.stage(folder, report, progress)
-        write_durably(finished, json.dumps({"sequences": str(sequences), "report": report.as_dict()}).encode())
+        told = {"sequences": str(sequences.absolute()), "report": report.as_dict()}  # a rerun may start elsewhere
+        write_durably(finished, json.dumps(told).encode())
     told = json.loads(finished.read_text())
     return Path(told["sequences"]), Report.from_dict(told["report"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
@@ -578,6 +579,34 @@ def test_unfinished_work_of_another_input_is_refused(tmp_path: Path, many: BioNe
     with pytest.raises(UserError, match=r"inputs\.sequences\.0\.bytes was \d+, is \d+"):
         convert(many, str(tmp_path / "out"), Options())
     assert sorted((tmp_path / "out").rglob("*")) == held
+
+
+@pytest.fixture
+def full_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full when the first part is to be built, and no more at the next attempt."""
+    build, attempts = parts.PartBuilder.build, []
+
+    def fail(self: parts.PartBuilder, *arguments: Any) -> parts.Part:
+        attempts.append(arguments)
+        if len(attempts) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return build(self, *arguments)
+
+    monkeypatch.setattr(parts.PartBuilder, "build", fail)
+
+
+def test_a_run_that_goes_on_from_another_folder_reads_the_same_sequences(
+    tmp_path: Path, full_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = "clusters.parquet", "proteins.db"
+    for folder, sequence in (("a", "MK"), ("b", "WW")):
+        bionemo(tmp_path / folder, {"ur50_id": ["c"]}, {"c": sequence})
+    monkeypatch.chdir(tmp_path / "a")
+    with pytest.raises(Interrupted):
+        convert(BioNeMo(*map(Path, paths)), str(tmp_path / "out"), Options())
+    monkeypatch.chdir(tmp_path / "b")
+    convert(BioNeMo(*(tmp_path / "a" / name for name in paths)), str(tmp_path / "out"), Options())
+    assert members_of(read_split(tmp_path / "out/train")) == {"c": [b"MK"]}
 
 
 def test_a_full_disk_keeps_the_work(tmp_path: Path, many: BioNeMo) -> None:
