@@ -37,6 +37,7 @@ from esm2_composer import layouts
 from esm2_composer.conversion_plan import Plan, make_plan
 from esm2_composer.destinations import LocalSplit, RemoteSplit, open_destination
 from esm2_composer.errors import UserError
+from esm2_composer.fasta import ReadError
 from esm2_composer.layouts import Layout
 from esm2_composer.mds import write_durably
 from esm2_composer.parts import EngineError, Options, Part, PartBuilder, Processes
@@ -45,6 +46,10 @@ from esm2_composer.storage import UploadError, is_remote
 
 FORMAT = 1  # to be raised when the same input and options would give other shards
 UPLOADS = 8  # at a time
+
+# What neither the input nor the options are to blame for.
+PASSING = (ReadError, OSError, MemoryError, sqlite3.OperationalError, duckdb.IOException)
+PASSING += (duckdb.OutOfMemoryException, UploadError, EngineError)
 
 # Told a stage ("sequences read", "clusters"), how much is done, and the total (0: not known).
 Progress = Callable[[str, int, int], None]
@@ -127,11 +132,11 @@ def convert(
             raise
         except KeyboardInterrupt:
             raise Interrupted("stopped from the keyboard") from None
+        except PASSING as error:
+            raise Interrupted(error) from error
         except UserError:
             shutil.rmtree(work)
             raise
-        except (OSError, sqlite3.OperationalError, duckdb.IOException, UploadError, EngineError) as error:
-            raise Interrupted(error) from error
         shutil.rmtree(work)
     return conversion
 

@@ -22,11 +22,15 @@ UNIPROT = re.compile(r"^(?:sp|tr)\|([^|]+)\|")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
+class ReadError(UserError):
+    """A file cannot be read, now: a disk or a network fails, or somebody holds a lock. It need not be damaged."""
+
+
 def read_fasta(path: Path) -> Iterator[tuple[str, bytes]]:
     """(id, sequence) of every record, in order; the id is "" if the header has none.
 
-    Raises UserError if the file is missing, damaged, cut short or not FASTA. A record that the damage could have
-    touched is not yielded.
+    Raises UserError if the file is damaged, cut short or not FASTA, ReadError if the system cannot read it. A
+    record that the damage could have touched is not yielded.
     """
     blocks = _read_blocks(path)
     first = next(blocks, b"")
@@ -62,8 +66,10 @@ def _read_blocks(path: Path) -> Iterator[bytes]:
             while block := stream.read(BLOCK_BYTES):
                 yield block
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise ReadError(f"{path}: no such file") from None
     except OSError as error:
+        if error.errno is not None:  # the system's; what unpacks the file gives no number
+            raise ReadError(f"{path}: cannot be read ({error.strerror})") from error
         raise UserError(f"{path}: damaged or cut short ({error})") from error
 
 

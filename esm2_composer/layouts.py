@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esm2_composer.errors import UserError
-from esm2_composer.fasta import UNIPROT, read_fasta
+from esm2_composer.fasta import UNIPROT, ReadError, read_fasta
 from esm2_composer.records import Report
 
 ROWS_AT_ONCE = 20_000
@@ -226,7 +226,10 @@ class Sequences:
 
 
 def open_proteins(path: Path) -> sqlite3.Connection:
-    """Open the SQLite file for reading; ids and sequences come as bytes. Raises UserError if it will not do."""
+    """Open the SQLite file for reading; ids and sequences come as bytes.
+
+    Raises UserError if it will not do, ReadError if the system cannot read it.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
@@ -260,35 +263,50 @@ def protein_rows(path: Path) -> tuple[int, int]:
         try:
             first, last = database.execute("SELECT min(rowid), max(rowid) FROM protein").fetchone()
         except sqlite3.OperationalError as error:
+            if "no such column" not in str(error):
+                raise
             raise UserError(f"{path}: rows of table 'protein' cannot be told by number ({error})") from error
     return (0, -1) if first is None else (first, last)
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """Raises UserError if it is none."""
+    """Raises UserError if it is none, ReadError if the system cannot read it."""
     try:
         return pq.ParquetFile(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise ReadError(f"{path}: no such file") from None
     except (pa.ArrowException, OSError) as error:
+        if _is_passing(error):
+            raise ReadError(f"{path}: cannot be read ({error})") from error
         raise UserError(f"{path}: not a parquet file ({error})") from error
 
 
 @contextlib.contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """Turn what Arrow and DuckDB raise over a damaged file into a UserError."""
+    """Turn what Arrow and DuckDB raise over a damaged file into a UserError.
+
+    Passing faults, of memory or of a disk, be it to read from or to write to, go through.
+    """
     try:
         yield
     except (pa.ArrowException, OSError, duckdb.Error) as error:
-        if "No space left" in str(error) or isinstance(error, duckdb.OutOfMemoryException):
-            raise  # not the file's fault
+        if _is_passing(error):
+            raise
         raise UserError(f"{path}: damaged ({str(error)[:300]})") from error
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether the system failed; of damage, Arrow gives no error number and DuckDB other types."""
+    out_of_something = duckdb.IOException, duckdb.OutOfMemoryException, MemoryError
+    return isinstance(error, out_of_something) or getattr(error, "errno", None) is not None
 
 
 @contextlib.contextmanager
 def _reading_proteins(path: Path) -> Iterator[None]:
     try:
         yield
+    except sqlite3.OperationalError as error:  # locked, or the disk fails; damage has other types
+        raise ReadError(f"{path}: cannot be read ({error})") from error
     except sqlite3.DatabaseError as error:
         raise UserError(f"{path}: cannot be read as an SQLite database ({error})") from error
 

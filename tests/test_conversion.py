@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -11,6 +12,7 @@ import random
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -625,6 +627,42 @@ def test_a_full_disk_keeps_the_work(tmp_path: Path, many: BioNeMo) -> None:
     convert(many, str(tmp_path / "out"), Options())
     assert not list((tmp_path / "out/train").glob(".*"))
     assert hashes(tmp_path / "out/train") == hashes(tmp_path / "whole/train")
+
+
+def test_a_file_that_cannot_be_read_for_now_keeps_the_work(tmp_path: Path) -> None:
+    layout = small(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "proteins.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(
+            Interrupted, match=r"proteins\.db: cannot be read \(database is locked\); the work is kept"
+        ):
+            convert(layout, str(tmp_path / "out"), Options())
+    assert (tmp_path / "out/.train.work/plan.json").exists()
+    convert(layout, str(tmp_path / "out"), Options())
+    (tmp_path / "f").symlink_to("/proc/self/mem")  # whose first byte is an I/O error
+    with pytest.raises(Interrupted, match=r"f: cannot be read \(Input/output error\); the work is kept"):
+        convert(Fasta([tmp_path / "f"]), str(tmp_path / "fasta"), Options())
+    assert (tmp_path / "fasta/.train.work/state.json").exists()
+
+
+@pytest.mark.parametrize("fault", ["file size", "memory"])
+def test_a_plan_that_cannot_be_made_for_now_keeps_the_work(
+    tmp_path: Path, many: BioNeMo, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch:
+        if fault == "memory":
+            patch.setattr(conversion_plan, "MEMORY_A_THREAD", 2**20)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+        try:
+            with pytest.raises(Interrupted, match="the work is kept"):
+                convert(many, str(tmp_path / "out"), Options())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "out/.train.work/staged.json").exists()
+    assert not (tmp_path / "out/.train.work/plan.json").exists()
+    assert convert(many, str(tmp_path / "out"), Options())["clusters_written"] == 800
 
 
 # --- real data ---
