@@ -8,7 +8,7 @@ Work in progress lies in a folder of its own, `.SPLIT.work`:
 
     lock          held by the one run that may write
     state.json    what this conversion is: inputs, options; a rerun with others is refused
-    plan.*, staged.json, sequences.db, ids.parquet    see conversion_plan.py and layouts.py
+    plan.*, staged.json, sequences.db, ids.parquet, clusters.tsv    see conversion_plan.py and layouts.py
     parts/        00000.json: shards and report of a finished part; 00000.ids: its clusters, in order
     shards/       the split to be: renamed at the end, or uploaded part by part
 """

@@ -32,7 +32,7 @@ def read_fasta(path: Path) -> Iterator[tuple[str, bytes]]:
     Raises UserError if the file is damaged, cut short or not FASTA, ReadError if the system cannot read it. A
     record that the damage could have touched is not yielded.
     """
-    blocks = _read_blocks(path)
+    blocks = read_blocks(path)
     first = next(blocks, b"")
     if not first:
         return
@@ -60,9 +60,10 @@ def _parse(record: bytes, path: Path, count: int) -> tuple[str, bytes]:
     return uniprot[1] if uniprot else name, body.translate(None, b"\r\n")
 
 
-def _read_blocks(path: Path) -> Iterator[bytes]:
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """The content of a file, unpacked. Raises as `read_fasta` does, for damage no later than at the end."""
     try:
-        with open(path, "rb") as file, pa.input_stream(file, compression=_compression(file.peek(4))) as stream:
+        with open(path, "rb") as file, pa.input_stream(file, compression=compression(file.peek(4))) as stream:
             while block := stream.read(BLOCK_BYTES):
                 yield block
     except FileNotFoundError:
@@ -73,7 +74,8 @@ def _read_blocks(path: Path) -> Iterator[bytes]:
         raise UserError(f"{path}: damaged or cut short ({error})") from error
 
 
-def _compression(start: bytes) -> str | None:
+def compression(start: bytes) -> str | None:
+    """ "gzip", "zstd" or neither, by a file's first bytes."""
     if start.startswith(b"\x1f\x8b"):
         return "gzip"
     skippable = start[1:4] == b"\x2a\x4d\x18" and start[0] >> 4 == 5  # pzstd begins with a frame of its own

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esm2_composer.errors import UserError
-from esm2_composer.fasta import UNIPROT, ReadError, read_fasta
+from esm2_composer.fasta import UNIPROT, ReadError, compression, read_blocks, read_fasta
 from esm2_composer.records import Report
 
 ROWS_AT_ONCE = 20_000
@@ -156,7 +156,8 @@ class Fasta:
     def view(self, database: duckdb.DuckDBPyConnection, scratch: Path) -> None:
         if self._tsv:
             rows = database.read_csv(
-                _literal([self._tsv]),
+                _literal([_unpacked(self._tsv, scratch / "clusters.tsv")]),
+                compression="none",
                 sep="\t",
                 header=False,
                 quotechar="",
@@ -170,6 +171,16 @@ class Fasta:
         else:
             ids = database.read_parquet(_literal([scratch / "ids.parquet"]))
             ids.project("id AS cluster_id, [id] AS member_ids").create_view("named")
+
+
+def _unpacked(path: Path, copy: Path) -> Path:
+    """`path`, or, if it is compressed, its content in `copy`: DuckDB takes a zstd file cut short for whole."""
+    with open(path, "rb") as file:
+        if not compression(file.read(4)):
+            return path
+    with open(copy, "wb") as file:
+        file.writelines(read_blocks(path))
+    return copy
 
 
 def _accession(column: str) -> str:
