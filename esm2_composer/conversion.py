@@ -113,7 +113,7 @@ def convert(
             shutil.rmtree(work)
             return {**finished, "already_done": True}
         other_split = destination.other_cluster_ids()
-        state["other_split"] = other_split and xxhash.xxh64(other_split.read_bytes()).hexdigest()
+        state["other_split"] = _hash(other_split)
         _start_or_go_on(work, state)
         try:
             staged = engine.stage(layout, work, partial(progress, "sequences read", total=0))
@@ -127,7 +127,13 @@ def convert(
                 "parts": plan.parts,
                 "elapsed_seconds": round(time.monotonic() - start, 2),
             }
-            _finish(work, plan.parts, conversion, destination)
+            _join(work, plan.parts, conversion)
+            if _hash(destination.other_cluster_ids()) != state["other_split"]:
+                raise UserError(
+                    f"{out}: the other split has changed since {options.split} was compared with it, and the two "
+                    "must share no cluster; run the same command again"
+                )
+            destination.finish()
         except Interrupted:
             raise
         except KeyboardInterrupt:
@@ -159,6 +165,10 @@ def _locked(work: Path) -> Iterator[None]:
         finally:
             if work.exists() and not (work / "state.json").exists():
                 shutil.rmtree(work)
+
+
+def _hash(cluster_ids: Path | None) -> str | None:
+    return cluster_ids and xxhash.xxh64(cluster_ids.read_bytes()).hexdigest()
 
 
 def _describe(layout: Layout, options: Options) -> dict[str, Any]:
@@ -270,8 +280,8 @@ def _read_record(path: Path) -> tuple[list[dict[str, Any]], Report]:
     return record["shards"], Report.from_dict(record["report"])
 
 
-def _finish(work: Path, parts: int, conversion: dict[str, Any], destination: LocalSplit | RemoteSplit) -> None:
-    """Join what the parts left, and let the split appear."""
+def _join(work: Path, parts: int, conversion: dict[str, Any]) -> None:
+    """Join what the parts left: the shards are then a split."""
     for aside in (work / "shards").glob(".*"):  # of a writer that was killed
         aside.unlink(missing_ok=True)  # or of one on another machine, that has just ended
     shards = []
@@ -283,4 +293,3 @@ def _finish(work: Path, parts: int, conversion: dict[str, Any], destination: Loc
     write_durably(work / "shards" / "conversion.json", f"{json.dumps(conversion, indent=2)}\n".encode())
     index = {"version": 2, "shards": shards}
     write_durably(work / "shards" / "index.json", json.dumps(index, sort_keys=True).encode())
-    destination.finish()

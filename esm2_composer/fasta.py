@@ -75,7 +75,7 @@ def read_blocks(path: Path) -> Iterator[bytes]:
 
 
 def compression(start: bytes) -> str | None:
-    """ "gzip", "zstd" or neither, by a file's first bytes."""
+    """What a file is packed with, gzip or zstd, by its first bytes; None: with neither."""
     if start.startswith(b"\x1f\x8b"):
         return "gzip"
     skippable = start[1:4] == b"\x2a\x4d\x18" and start[0] >> 4 == 5  # pzstd begins with a frame of its own

@@ -372,6 +372,31 @@ def test_a_cluster_of_the_other_split_is_rejected(tmp_path: Path) -> None:
         convert(valid, str(tmp_path / "out"), Options("valid"))
 
 
+def test_splits_converted_at_the_same_time_share_no_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, valid = (
+        bionemo(tmp_path / names, {"ur50_id": list(names)}, dict.fromkeys(names, "MK"))
+        for names in ("abcd", "dxyz")
+    )
+    out = str(tmp_path / "out")
+    build = parts.PartBuilder.build
+
+    def meanwhile(self: parts.PartBuilder, *arguments: Any) -> parts.Part:
+        monkeypatch.setattr(parts.PartBuilder, "build", build)
+        convert(valid, out, Options("valid"))
+        return build(self, *arguments)
+
+    monkeypatch.setattr(parts.PartBuilder, "build", meanwhile)
+    with pytest.raises(
+        UserError, match=r"the other split has changed since train was compared.*the same command again"
+    ):
+        convert(train, out, Options("train"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["valid"]
+    told = convert(train, out, Options("train"), max_reject_fraction=0.25)
+    assert rejected(told) == {"cluster of the other split": 1}
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
