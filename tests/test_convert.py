@@ -357,6 +357,21 @@ def test_both_splits_are_written_and_their_counts_printed(convert: Convert, data
         assert inputs == {"clusters": str(data / "clusters.parquet"), "sequences": str(data / "proteins.db")}
 
 
+def test_sequences_that_no_line_names_are_told(convert: Convert, tmp_path: Path) -> None:
+    (tmp_path / "f.fasta").write_text(">a\nMK\n>b\nMV\n>d\nML\n")
+    (tmp_path / "t.tsv").write_text("a\ta\n")
+    arguments = ["--fasta", str(tmp_path / "f.fasta"), "--out", str(tmp_path / "out")]
+    code, stderr = convert(*arguments, "--cluster-tsv", str(tmp_path / "t.tsv"))
+    assert code == 0
+    assert stderr.splitlines()[1:] == ["not used: 2 of 3 sequences, which no member to be written names"]
+    code, stderr = convert(*arguments, "--split", "valid", "--max-reject-fraction", "0.4")
+    assert code == 0
+    assert stderr.splitlines()[1:] == [
+        "not used: 1 of 3 sequences, which no member to be written names",
+        "rejected, cluster of the other split: 1",
+    ]
+
+
 def test_rejected_and_changed_members_are_printed(convert: Convert, data: Path, tmp_path: Path) -> None:
     (data / "proteins.db").unlink()
     write_layout(data, COLUMNS, {"a": "mkv*", "b": "MK", "d": "M-K"})

@@ -152,6 +152,10 @@ def print_summary(split: str, conversion: dict) -> None:
         return
     seconds = conversion["elapsed_seconds"]
     print(f"{split}: {written} in {seconds} s", file=sys.stderr)
+    read = conversion.get("sequences_read", 0)  # where the layout has them all read
+    unused = read - conversion["sequences_found"] if read else 0
+    if unused:
+        print(f"not used: {unused:,} of {read:,} sequences, which no member to be written names", file=sys.stderr)
     for reason, rejected in conversion["rejected"].items():
         print(f"rejected, {reason}: {rejected['count']:,}", file=sys.stderr)
     for change, changed in conversion["changed"].items():
