@@ -42,14 +42,14 @@ from esm2_composer.layouts import Layout
 from esm2_composer.mds import write_durably
 from esm2_composer.parts import EngineError, Options, Part, PartBuilder, Processes
 from esm2_composer.records import Report
-from esm2_composer.storage import UploadError, is_remote
+from esm2_composer.storage import StoreError, is_remote
 
 FORMAT = 1  # to be raised when the same input and options would give other shards
 UPLOADS = 8  # at a time
 
 # What neither the input nor the options are to blame for.
 PASSING = (ReadError, OSError, MemoryError, sqlite3.OperationalError, duckdb.IOException)
-PASSING += (duckdb.OutOfMemoryException, UploadError, EngineError)
+PASSING += (duckdb.OutOfMemoryException, StoreError, EngineError)
 
 # Told a stage ("sequences read", "clusters"), how much is done, and the total (0: not known).
 Progress = Callable[[str, int, int], None]
