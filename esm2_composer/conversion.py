@@ -86,7 +86,8 @@ def convert(
 
     Args:
         out: folder or URI that holds the splits.
-        max_reject_fraction: the share of rejected members above which nothing is written.
+        max_reject_fraction: the share of rejected members, or of clusters that name none, above which nothing is
+            written.
         workers: threads that plan, and processes that build parts unless `engine` is given.
         scratch: where work in progress for object storage lies; by default the current folder.
 
@@ -118,6 +119,11 @@ def convert(
         try:
             staged = engine.stage(layout, work, partial(progress, "sequences read", total=0))
             plan = make_plan(layout, work, other_split, workers, staged)
+            if plan.rows_without_members > max_reject_fraction * plan.rows:
+                raise UserError(
+                    f"{plan.rows_without_members / plan.rows:.1%} of {plan.rows:,} clusters name no member, "
+                    f"more than {max_reject_fraction:.1%}"
+                )
             builder = PartBuilder(plan.path.absolute(), work.absolute(), options, layout.rows_are_clusters)
             build = partial(engine.build, builder=builder)
             report = _convert_parts(plan, work, build, destination, max_reject_fraction, progress)

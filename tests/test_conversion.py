@@ -422,6 +422,16 @@ def test_too_many_rejected_stops_before_the_end(tmp_path: Path, small_parts: Non
     assert max(done for _, done, _ in seen) < 200
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_too_many_clusters_without_members_stop_it(tmp_path: Path, named: bool) -> None:
+    columns = {"ur90_id": [["a"], ["b"], [], None], **({"ur50_id": list("abcd")} if named else {})}
+    layout = bionemo(tmp_path, columns, {"a": "MK", "b": "MV"})
+    with pytest.raises(UserError, match=r"^50\.0% of 4 clusters name no member, more than 49\.0%"):
+        convert(layout, str(tmp_path / "out"), Options(), max_reject_fraction=0.49)
+    assert not list((tmp_path / "out").iterdir())
+    assert convert(layout, str(tmp_path / "out"), Options(), max_reject_fraction=0.5)["clusters_written"] == 2
+
+
 # --- huge clusters ---
 
 

@@ -74,7 +74,10 @@ def parse_args() -> argparse.Namespace:
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)"
     )
     parser.add_argument(
-        "--max-reject-fraction", type=float, default=0.01, help="write nothing if more members are unusable"
+        "--max-reject-fraction",
+        type=float,
+        default=0.01,
+        help="write nothing if more members are unusable, or more clusters have none (%(default)s)",
     )
     parser.add_argument("--max-members-per-cluster", type=int, help="keep so many of a cluster (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice that --max-members-per-cluster makes")
