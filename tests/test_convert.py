@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import runpy
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_conversion import hashes
 from test_layouts import write_layout
+
+from esm2_composer.fasta import read_fasta
 
 TOOL = Path(__file__).parents[1] / "tools" / "convert.py"
 DOCS = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
@@ -286,6 +289,30 @@ def test_the_docs_make_a_table_of_representatives(tmp_path: Path) -> None:
     (command,) = re.findall(r"`(cut [^`]+)`", DOCS)
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "b\tb\nd\td\n"
+
+
+def test_the_docs_take_prefixes_off_as_mmseqs_does(tmp_path: Path) -> None:
+    headers = (
+        "gi|1|ref|NP_1.1| x",
+        "gi|3|gb|AA2",
+        "ref|NP_2.1| k|l",
+        "gb|AB|XX",
+        "lcl|loc1 x",
+        "gnl|db|G1 x",
+        "a b|c",
+    )
+    (tmp_path / "ncbi.fasta").write_text("".join(f">{header}\n{'MKVLA' * 9}\n" for header in headers))
+    (command,) = re.findall(r"`(sed [^`]+)`", DOCS)
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, check=True)
+    (tmp_path / "bare.fasta").write_bytes(done.stdout)
+    expected = ["NP_1.1", "AA2", "NP_2.1", "AB", "loc1", "G1", "a"]
+    assert [name for name, _ in read_fasta(tmp_path / "bare.fasta")] == expected
+    if shutil.which("mmseqs"):
+        for name in ("ncbi", "bare"):
+            command = ["mmseqs", "createdb", f"{name}.fasta", name, "-v", "1", "--shuffle", "0"]
+            subprocess.run(command, cwd=tmp_path, check=True)
+            lines = (tmp_path / f"{name}.lookup").read_text().splitlines()
+            assert [line.split("\t")[1] for line in lines] == expected
 
 
 def test_a_finished_split_is_told_and_verified(convert: Convert, data: Path, tmp_path: Path) -> None:
