@@ -87,7 +87,7 @@ def build_clusters(
             partial.rename(out)
         except Exception as error:
             shutil.rmtree(partial)
-            if isinstance(error, OSError) or "disk" in str(error):  # SQLite's words for a full one
+            if isinstance(error, OSError | sqlite3.OperationalError):  # as a full disk is to either
                 raise UserError(f"{partial}: cannot be written ({error})") from error
             raise
     return report

@@ -8,7 +8,7 @@ Work in progress lies in a folder of its own, `.SPLIT.work`:
 
     lock          held by the one run that may write
     state.json    what this conversion is: inputs, options; a rerun with others is refused
-    plan.*, staged.json, sequences.db, ids.parquet    see conversion_plan.py and layouts.py
+    plan.*, staged.json, sequences.db, ids.parquet, clusters.tsv    see conversion_plan.py and layouts.py
     parts/        00000.json: shards and report of a finished part; 00000.ids: its clusters, in order
     shards/       the split to be: renamed at the end, or uploaded part by part
 """
@@ -37,14 +37,19 @@ from esm2_composer import layouts
 from esm2_composer.conversion_plan import Plan, make_plan
 from esm2_composer.destinations import LocalSplit, RemoteSplit, open_destination
 from esm2_composer.errors import UserError
+from esm2_composer.fasta import ReadError
 from esm2_composer.layouts import Layout
 from esm2_composer.mds import write_durably
 from esm2_composer.parts import EngineError, Options, Part, PartBuilder, Processes
 from esm2_composer.records import Report
-from esm2_composer.storage import UploadError, is_remote
+from esm2_composer.storage import StoreError, is_remote
 
 FORMAT = 1  # to be raised when the same input and options would give other shards
 UPLOADS = 8  # at a time
+
+# What neither the input nor the options are to blame for.
+PASSING = (ReadError, OSError, MemoryError, sqlite3.OperationalError, duckdb.IOException)
+PASSING += (duckdb.OutOfMemoryException, StoreError, EngineError)
 
 # Told a stage ("sequences read", "clusters"), how much is done, and the total (0: not known).
 Progress = Callable[[str, int, int], None]
@@ -81,7 +86,8 @@ def convert(
 
     Args:
         out: folder or URI that holds the splits.
-        max_reject_fraction: the share of rejected members above which nothing is written.
+        max_reject_fraction: the share of rejected members, or of clusters that name none, above which nothing is
+            written.
         workers: threads that plan, and processes that build parts unless `engine` is given.
         scratch: where work in progress for object storage lies; by default the current folder.
 
@@ -108,11 +114,16 @@ def convert(
             shutil.rmtree(work)
             return {**finished, "already_done": True}
         other_split = destination.other_cluster_ids()
-        state["other_split"] = other_split and xxhash.xxh64(other_split.read_bytes()).hexdigest()
+        state["other_split"] = _hash(other_split)
         _start_or_go_on(work, state)
         try:
             staged = engine.stage(layout, work, partial(progress, "sequences read", total=0))
             plan = make_plan(layout, work, other_split, workers, staged)
+            if plan.rows_without_members > max_reject_fraction * plan.rows:
+                raise UserError(
+                    f"{plan.rows_without_members / plan.rows:.1%} of {plan.rows:,} clusters name no member, "
+                    f"more than {max_reject_fraction:.1%}"
+                )
             builder = PartBuilder(plan.path.absolute(), work.absolute(), options, layout.rows_are_clusters)
             build = partial(engine.build, builder=builder)
             report = _convert_parts(plan, work, build, destination, max_reject_fraction, progress)
@@ -122,16 +133,22 @@ def convert(
                 "parts": plan.parts,
                 "elapsed_seconds": round(time.monotonic() - start, 2),
             }
-            _finish(work, plan.parts, conversion, destination)
+            _join(work, plan.parts, conversion)
+            if _hash(destination.other_cluster_ids()) != state["other_split"]:
+                raise UserError(
+                    f"{out}: the other split has changed since {options.split} was compared with it, and the two "
+                    "must share no cluster; run the same command again"
+                )
+            destination.finish()
         except Interrupted:
             raise
         except KeyboardInterrupt:
             raise Interrupted("stopped from the keyboard") from None
+        except PASSING as error:
+            raise Interrupted(error) from error
         except UserError:
             shutil.rmtree(work)
             raise
-        except (OSError, sqlite3.OperationalError, duckdb.IOException, UploadError, EngineError) as error:
-            raise Interrupted(error) from error
         shutil.rmtree(work)
     return conversion
 
@@ -154,6 +171,10 @@ def _locked(work: Path) -> Iterator[None]:
         finally:
             if work.exists() and not (work / "state.json").exists():
                 shutil.rmtree(work)
+
+
+def _hash(cluster_ids: Path | None) -> str | None:
+    return cluster_ids and xxhash.xxh64(cluster_ids.read_bytes()).hexdigest()
 
 
 def _describe(layout: Layout, options: Options) -> dict[str, Any]:
@@ -265,8 +286,8 @@ def _read_record(path: Path) -> tuple[list[dict[str, Any]], Report]:
     return record["shards"], Report.from_dict(record["report"])
 
 
-def _finish(work: Path, parts: int, conversion: dict[str, Any], destination: LocalSplit | RemoteSplit) -> None:
-    """Join what the parts left, and let the split appear."""
+def _join(work: Path, parts: int, conversion: dict[str, Any]) -> None:
+    """Join what the parts left: the shards are then a split."""
     for aside in (work / "shards").glob(".*"):  # of a writer that was killed
         aside.unlink(missing_ok=True)  # or of one on another machine, that has just ended
     shards = []
@@ -278,4 +299,3 @@ def _finish(work: Path, parts: int, conversion: dict[str, Any], destination: Loc
     write_durably(work / "shards" / "conversion.json", f"{json.dumps(conversion, indent=2)}\n".encode())
     index = {"version": 2, "shards": shards}
     write_durably(work / "shards" / "index.json", json.dumps(index, sort_keys=True).encode())
-    destination.finish()

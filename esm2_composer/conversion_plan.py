@@ -46,6 +46,8 @@ class Plan:
     parts: int
     clusters: int
     members: int  # named, rejected ones included
+    rows: int  # where they are clusters, and how many of those name no member
+    rows_without_members: int
     report: Report  # of what was rejected before any sequence was looked at
 
 
@@ -62,7 +64,8 @@ def stage(layout: Layout, folder: Path, progress: Progress) -> tuple[Path, Repor
     if not finished.exists():
         report = Report()
         sequences = layout.stage(folder, report, progress)
-        write_durably(finished, json.dumps({"sequences": str(sequences), "report": report.as_dict()}).encode())
+        told = {"sequences": str(sequences.absolute()), "report": report.as_dict()}  # a rerun may start elsewhere
+        write_durably(finished, json.dumps(told).encode())
     told = json.loads(finished.read_text())
     return Path(told["sequences"]), Report.from_dict(told["report"])
 
@@ -90,7 +93,8 @@ def make_plan(layout: Layout, folder: Path, other_split: Path | None, threads: i
     report = Report.from_dict(told["report"])
     report.merge(staged)
     members = told["members"] + report.counts["members_read"]
-    return Plan(folder / "plan.parquet", told["parts"], told["clusters"], members, report)
+    rows = told["rows"], told["rows_without_members"]
+    return Plan(folder / "plan.parquet", told["parts"], told["clusters"], members, *rows, report)
 
 
 def _open_database(folder: Path, threads: int) -> duckdb.DuckDBPyConnection:
@@ -108,7 +112,7 @@ def _open_database(folder: Path, threads: int) -> duckdb.DuckDBPyConnection:
 def _write_plan(
     layout: Layout, database: duckdb.DuckDBPyConnection, path: Path, other_split: Path | None, report: Report
 ) -> dict[str, int]:
-    """Write plan.parquet; how many parts, clusters and members it holds."""
+    """Write plan.parquet; the numbers of `Plan`."""
     _reject_nameless(database, report)
     _find_shared_members(database, layout.members_may_be_shared)
     _find_clusters_of(database, other_split)
@@ -122,7 +126,11 @@ def _write_plan(
         for part, starts, named in _cut(rows.to_arrow_reader(4096)):
             writer.write_table(part, row_group_size=max(len(part), 1))
             parts, clusters, members = parts + 1, clusters + starts, members + named
-    return {"parts": parts, "clusters": clusters, "members": members}
+    rows, empty = _count_rows(database) if layout.rows_are_clusters else (0, 0)
+    return {
+        **{"parts": parts, "clusters": clusters, "members": members},
+        **{"rows": rows, "rows_without_members": empty},
+    }
 
 
 def _reject_nameless(database: duckdb.DuckDBPyConnection, report: Report) -> None:
@@ -138,6 +146,11 @@ def _reject_nameless(database: duckdb.DuckDBPyConnection, report: Report) -> Non
     ).fetchall()
     report.counts.update(members_read=members, members_rejected=members)
     report.rejected["row without cluster id"] = {"count": rows, "examples": [example for (example,) in examples]}
+
+
+def _count_rows(database: duckdb.DuckDBPyConnection) -> tuple[int, int]:
+    """All, and those that name no member."""
+    return database.execute("SELECT count(*), count(*) FILTER (len(member_ids) = 0) FROM named").fetchone()
 
 
 def _find_shared_members(database: duckdb.DuckDBPyConnection, possible: bool) -> None:

@@ -83,12 +83,12 @@ class RemoteSplit:
         return store.download(name, folder)
 
     def publish(self, name: str) -> None:
-        """Upload a shard, and remove it here. Raises UploadError."""
+        """Upload a shard, and remove it here. Raises StoreError."""
         self._store.upload(name)
         (self._work / "shards" / name).unlink()
 
     def finish(self) -> None:
-        """Upload what makes it a split. Raises UploadError."""
+        """Upload what makes it a split. Raises StoreError."""
         for name in ("cluster_ids.parquet", "conversion.json", "index.json"):
             self._store.upload(name)
 

@@ -22,13 +22,17 @@ UNIPROT = re.compile(r"^(?:sp|tr)\|([^|]+)\|")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
+class ReadError(UserError):
+    """A file cannot be read, now: a disk or a network fails, or somebody holds a lock. It need not be damaged."""
+
+
 def read_fasta(path: Path) -> Iterator[tuple[str, bytes]]:
     """(id, sequence) of every record, in order; the id is "" if the header has none.
 
-    Raises UserError if the file is missing, damaged, cut short or not FASTA. A record that the damage could have
-    touched is not yielded.
+    Raises UserError if the file is damaged, cut short or not FASTA, ReadError if the system cannot read it. A
+    record that the damage could have touched is not yielded.
     """
-    blocks = _read_blocks(path)
+    blocks = read_blocks(path)
     first = next(blocks, b"")
     if not first:
         return
@@ -56,18 +60,22 @@ def _parse(record: bytes, path: Path, count: int) -> tuple[str, bytes]:
     return uniprot[1] if uniprot else name, body.translate(None, b"\r\n")
 
 
-def _read_blocks(path: Path) -> Iterator[bytes]:
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """The content of a file, unpacked. Raises as `read_fasta` does, for damage no later than at the end."""
     try:
-        with open(path, "rb") as file, pa.input_stream(file, compression=_compression(file.peek(4))) as stream:
+        with open(path, "rb") as file, pa.input_stream(file, compression=compression(file.peek(4))) as stream:
             while block := stream.read(BLOCK_BYTES):
                 yield block
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise ReadError(f"{path}: no such file") from None
     except OSError as error:
+        if error.errno is not None:  # the system's; what unpacks the file gives no number
+            raise ReadError(f"{path}: cannot be read ({error.strerror})") from error
         raise UserError(f"{path}: damaged or cut short ({error})") from error
 
 
-def _compression(start: bytes) -> str | None:
+def compression(start: bytes) -> str | None:
+    """What a file is packed with, gzip or zstd, by its first bytes; None: with neither."""
     if start.startswith(b"\x1f\x8b"):
         return "gzip"
     skippable = start[1:4] == b"\x2a\x4d\x18" and start[0] >> 4 == 5  # pzstd begins with a frame of its own

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esm2_composer.errors import UserError
-from esm2_composer.fasta import UNIPROT, read_fasta
+from esm2_composer.fasta import UNIPROT, ReadError, compression, read_blocks, read_fasta
 from esm2_composer.records import Report
 
 ROWS_AT_ONCE = 20_000
@@ -156,7 +156,8 @@ class Fasta:
     def view(self, database: duckdb.DuckDBPyConnection, scratch: Path) -> None:
         if self._tsv:
             rows = database.read_csv(
-                _literal([self._tsv]),
+                _literal([_unpacked(self._tsv, scratch / "clusters.tsv")]),
+                compression="none",
                 sep="\t",
                 header=False,
                 quotechar="",
@@ -170,6 +171,16 @@ class Fasta:
         else:
             ids = database.read_parquet(_literal([scratch / "ids.parquet"]))
             ids.project("id AS cluster_id, [id] AS member_ids").create_view("named")
+
+
+def _unpacked(path: Path, copy: Path) -> Path:
+    """`path`, or, if it is compressed, its content in `copy`: DuckDB takes a zstd file cut short for whole."""
+    with open(path, "rb") as file:
+        if not compression(file.read(4)):
+            return path
+    with open(copy, "wb") as file:
+        file.writelines(read_blocks(path))
+    return copy
 
 
 def _accession(column: str) -> str:
@@ -226,7 +237,10 @@ class Sequences:
 
 
 def open_proteins(path: Path) -> sqlite3.Connection:
-    """Open the SQLite file for reading; ids and sequences come as bytes. Raises UserError if it will not do."""
+    """Open the SQLite file for reading; ids and sequences come as bytes.
+
+    Raises UserError if it will not do, ReadError if the system cannot read it.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
@@ -260,35 +274,50 @@ def protein_rows(path: Path) -> tuple[int, int]:
         try:
             first, last = database.execute("SELECT min(rowid), max(rowid) FROM protein").fetchone()
         except sqlite3.OperationalError as error:
+            if "no such column" not in str(error):
+                raise
             raise UserError(f"{path}: rows of table 'protein' cannot be told by number ({error})") from error
     return (0, -1) if first is None else (first, last)
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """Raises UserError if it is none."""
+    """Raises UserError if it is none, ReadError if the system cannot read it."""
     try:
         return pq.ParquetFile(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise ReadError(f"{path}: no such file") from None
     except (pa.ArrowException, OSError) as error:
+        if _is_passing(error):
+            raise ReadError(f"{path}: cannot be read ({error})") from error
         raise UserError(f"{path}: not a parquet file ({error})") from error
 
 
 @contextlib.contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """Turn what Arrow and DuckDB raise over a damaged file into a UserError."""
+    """Turn what Arrow and DuckDB raise over a damaged file into a UserError.
+
+    Passing faults, of memory or of a disk, be it to read from or to write to, go through.
+    """
     try:
         yield
     except (pa.ArrowException, OSError, duckdb.Error) as error:
-        if "No space left" in str(error) or isinstance(error, duckdb.OutOfMemoryException):
-            raise  # not the file's fault
+        if _is_passing(error):
+            raise
         raise UserError(f"{path}: damaged ({str(error)[:300]})") from error
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether the system failed; of damage, Arrow gives no error number and DuckDB other types."""
+    out_of_something = duckdb.IOException, duckdb.OutOfMemoryException, MemoryError
+    return isinstance(error, out_of_something) or getattr(error, "errno", None) is not None
 
 
 @contextlib.contextmanager
 def _reading_proteins(path: Path) -> Iterator[None]:
     try:
         yield
+    except sqlite3.OperationalError as error:  # locked, or the disk fails; damage has other types
+        raise ReadError(f"{path}: cannot be read ({error})") from error
     except sqlite3.DatabaseError as error:
         raise UserError(f"{path}: cannot be read as an SQLite database ({error})") from error
 

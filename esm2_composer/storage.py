@@ -21,15 +21,15 @@ def is_remote(uri: str) -> bool:
     return re.match(r"[\w+-]+:/", uri) is not None
 
 
-class UploadError(Exception):
-    """An object could not be stored, or not as it was sent."""
+class StoreError(UserError):
+    """A store does not answer, or an object cannot be stored as it was sent, or fetched."""
 
 
 class Store:
     """The objects below a URI, and a local folder whose files go there."""
 
     def __init__(self, uri: str, folder: Path) -> None:
-        """Raises UserError if there is no such store, or no access to it."""
+        """Raises StoreError if there is no such store, or no access to it."""
         from streaming.base.storage.download import CloudDownloader
         from streaming.base.storage.upload import CloudUploader
 
@@ -38,10 +38,10 @@ class Store:
             self._uploader = CloudUploader.get((str(folder), self._uri), keep_local=True, retry=1, exist_ok=True)
             self._downloader = CloudDownloader.get(self._uri)
         except Exception as error:  # each store raises its own types
-            raise UserError(f"{uri}: cannot be opened ({error})") from error
+            raise StoreError(f"{uri}: cannot be opened ({error})") from error
 
     def upload(self, name: str) -> None:
-        """Store `name` of the folder. Raises UploadError if that fails however often it is tried."""
+        """Store `name` of the folder. Raises StoreError if that fails however often it is tried."""
         from streaming.base.util import retry
 
         expected = _hash(self._folder / name)
@@ -50,24 +50,32 @@ class Store:
         def upload() -> None:
             self._uploader.upload_file(name)
             with tempfile.TemporaryDirectory(dir=self._folder) as scratch:
-                if _hash(self.download(name, Path(scratch))) != expected:
-                    raise UploadError(f"{self._uri}/{name} differs from what was sent")
+                if _hash(self._fetch(name, Path(scratch))) != expected:
+                    raise StoreError(f"{self._uri}/{name} differs from what was sent")
 
         try:
             upload()
         except Exception as error:
-            raise UploadError(f"{self._uri}/{name}: {error}") from error
+            raise StoreError(f"{self._uri}/{name}: {error}") from error
 
     def exists(self, name: str) -> bool:
-        """Raises UserError if the store does not say."""
+        """Raises StoreError if the store does not say."""
         try:
             found = self._uploader.list_objects(name) or []
         except Exception as error:
-            raise UserError(f"{self._uri}: cannot be listed ({error})") from error
+            raise StoreError(f"{self._uri}: cannot be listed ({error})") from error
         return any(f"/{key}".endswith(f"/{name}") for key in found)
 
     def download(self, name: str, folder: Path) -> Path:
-        """Fetch an object into `folder`; its path there."""
+        """Fetch an object into `folder`; its path there. Raises StoreError if that fails, however often tried."""
+        from streaming.base.util import retry
+
+        try:
+            return retry(num_attempts=ATTEMPTS)(self._fetch)(name, folder)
+        except Exception as error:
+            raise StoreError(f"{self._uri}/{name}: cannot be read ({error})") from error
+
+    def _fetch(self, name: str, folder: Path) -> Path:
         self._downloader.download(f"{self._uri}/{name}", str(folder / name), DOWNLOAD_SECONDS)
         return folder / name
 

@@ -31,7 +31,7 @@ def verify(
 
     Raises:
         UserError: a shard is missing, its hash or size is not the index's, a sample's lengths do not add up, it
-            holds a letter that is no residue, or the counts are not those of conversion.json.
+            holds a letter that is no residue, index.json is no split's, or the counts are not conversion.json's.
     """
     uri = uri.rstrip("/")
     places = [(uri.rpartition("/")[2], uri), *((split, f"{uri}/{split}") for split in ("train", "valid"))]
@@ -54,17 +54,24 @@ def _fetch_json(place: str, name: str, folder: Path) -> dict[str, Any] | None:
         path = store.download(name, folder) if store.exists(name) else None
     else:
         path = Path(place) / name if (Path(place) / name).is_file() else None
+    if not path:
+        return None
     try:
-        return json.loads(path.read_text()) if path else None
+        told = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{place}/{name}: damaged ({error})") from error
+    if not isinstance(told, dict):
+        raise UserError(f"{place}/{name}: damaged (it holds no names and values)")
+    return told
 
 
 def _verify_split(
     place: str, index: dict[str, Any], conversion: dict[str, Any] | None, workers: int, progress: Progress
 ) -> dict[str, Any]:
     _store.cache_clear()  # the endpoint may be another one than at the last call
-    shards = index["shards"]
+    shards = index.get("shards")
+    if not isinstance(shards, list):
+        raise UserError(f"{place}/index.json: damaged (it lists no shards)")
     lengths, draws, clusters = np.zeros(0), np.zeros(0), 0
     check = partial(_check_shard, place)
     context = multiprocessing.get_context("spawn")
@@ -81,7 +88,7 @@ def _verify_split(
     residues = int(lengths @ np.arange(len(lengths)))
     counts = {"clusters": clusters, "members": int(lengths.sum()), "residues": residues}
     for name, count in counts.items():
-        expected = conversion[f"{name}_written"] if conversion else count
+        expected = conversion.get(f"{name}_written", 0) if conversion else count
         if count != expected:
             raise UserError(
                 f"{place}: {count:,} {name}, but conversion.json says {expected:,}; "
@@ -95,21 +102,28 @@ def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndar
     from streaming.base.compression import decompress
     from streaming.base.hashing import get_hash
 
-    name = entry["zip_data"]["basename"]
-    if dict(zip(entry["column_names"], entry["column_encodings"], strict=True)) != COLUMNS:
+    try:
+        name, hashes = entry["zip_data"]["basename"], dict(entry["zip_data"]["hashes"])
+        columns = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
+        samples, compression = entry["samples"], entry["compression"]
+    except (LookupError, TypeError, ValueError):
+        raise UserError(
+            f"{place}/index.json: not an entry of a compressed shard in MDS format: {str(entry)[:100]}"
+        ) from None
+    if columns != COLUMNS:
         raise UserError(f"{place}/{name}: not a shard of clusters; its columns are {entry['column_names']}")
     with tempfile.TemporaryDirectory() as folder:
         try:
             path = _store(place).download(name, Path(folder)) if is_remote(place) else Path(place) / name
             packed = path.read_bytes()
-        except Exception as error:  # each store raises its own types
+        except OSError as error:
             raise UserError(f"{place}/{name}: cannot be read ({error})") from error
-        for algorithm, expected in entry["zip_data"]["hashes"].items():
+        for algorithm, expected in hashes.items():
             if get_hash(algorithm, packed) != expected:
                 raise UserError(f"{place}/{name}: its {algorithm} is not that of index.json; the shard is damaged")
-        shard = Shard(memoryview(decompress(entry["compression"], packed)))
+        shard = Shard(memoryview(decompress(compression, packed)))
         lengths, draws = np.zeros(0), np.zeros(0)
-        for number in range(entry["samples"]):
+        for number in range(samples):
             sample = shard[number]
             members = sample["lengths"]
             if members.min() < 1 or members.sum() != len(sample["residues"]):
@@ -118,7 +132,7 @@ def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndar
                 raise UserError(f"{place}/{name}: {sample['cluster_id']} holds letters that are no residues")
             counts = np.bincount(members).astype(float)
             lengths, draws = _add(lengths, counts), _add(draws, counts / len(members))
-    return lengths, draws, entry["samples"]
+    return lengths, draws, samples
 
 
 @cache

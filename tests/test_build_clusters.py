@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import sqlite3
 from collections import Counter
@@ -196,6 +197,24 @@ def test_a_mistake_is_a_user_error_and_leaves_nothing(failing_mmseqs, content, m
     with pytest.raises(UserError, match=message):
         build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
     assert {path.name for path in failing_mmseqs.iterdir()} == {"bin", "in.fasta"}
+
+
+def test_a_mistake_in_a_folder_named_disk_is_told_as_one(failing_mmseqs):
+    (failing_mmseqs / "disk1").mkdir()
+    (failing_mmseqs / "disk1/in.fasta").write_text("MKV\n")
+    with pytest.raises(UserError, match=r"^\S+/disk1/in\.fasta: not FASTA"):
+        build(failing_mmseqs / "disk1/in.fasta", out=failing_mmseqs / "out")
+
+
+def test_a_full_disk_is_one_line(failing_mmseqs):
+    (failing_mmseqs / "in.fasta").write_text(f">a\n{'MKVLAAGIVG' * 9000}\n")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"/\.out\.partial: cannot be written \("):
+            build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_an_output_that_exists_or_is_being_made_is_refused(failing_mmseqs):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gzip
 import hashlib
 import json
@@ -10,6 +12,7 @@ import random
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -369,6 +372,31 @@ def test_a_cluster_of_the_other_split_is_rejected(tmp_path: Path) -> None:
         convert(valid, str(tmp_path / "out"), Options("valid"))
 
 
+def test_splits_converted_at_the_same_time_share_no_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, valid = (
+        bionemo(tmp_path / names, {"ur50_id": list(names)}, dict.fromkeys(names, "MK"))
+        for names in ("abcd", "dxyz")
+    )
+    out = str(tmp_path / "out")
+    build = parts.PartBuilder.build
+
+    def meanwhile(self: parts.PartBuilder, *arguments: Any) -> parts.Part:
+        monkeypatch.setattr(parts.PartBuilder, "build", build)
+        convert(valid, out, Options("valid"))
+        return build(self, *arguments)
+
+    monkeypatch.setattr(parts.PartBuilder, "build", meanwhile)
+    with pytest.raises(
+        UserError, match=r"the other split has changed since train was compared.*the same command again"
+    ):
+        convert(train, out, Options("train"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["valid"]
+    told = convert(train, out, Options("train"), max_reject_fraction=0.25)
+    assert rejected(told) == {"cluster of the other split": 1}
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -392,6 +420,16 @@ def test_too_many_rejected_stops_before_the_end(tmp_path: Path, small_parts: Non
     with pytest.raises(UserError, match=r"% of 1,000 members rejected, more than 1\.0%: member without sequence"):
         convert(layout, str(tmp_path / "out"), Options(), progress=lambda *args: seen.append(args))
     assert max(done for _, done, _ in seen) < 200
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_too_many_clusters_without_members_stop_it(tmp_path: Path, named: bool) -> None:
+    columns = {"ur90_id": [["a"], ["b"], [], None], **({"ur50_id": list("abcd")} if named else {})}
+    layout = bionemo(tmp_path, columns, {"a": "MK", "b": "MV"})
+    with pytest.raises(UserError, match=r"^50\.0% of 4 clusters name no member, more than 49\.0%"):
+        convert(layout, str(tmp_path / "out"), Options(), max_reject_fraction=0.49)
+    assert not list((tmp_path / "out").iterdir())
+    assert convert(layout, str(tmp_path / "out"), Options(), max_reject_fraction=0.5)["clusters_written"] == 2
 
 
 # --- huge clusters ---
@@ -580,6 +618,34 @@ def test_unfinished_work_of_another_input_is_refused(tmp_path: Path, many: BioNe
     assert sorted((tmp_path / "out").rglob("*")) == held
 
 
+@pytest.fixture
+def full_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full when the first part is to be built, and no more at the next attempt."""
+    build, attempts = parts.PartBuilder.build, []
+
+    def fail(self: parts.PartBuilder, *arguments: Any) -> parts.Part:
+        attempts.append(arguments)
+        if len(attempts) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return build(self, *arguments)
+
+    monkeypatch.setattr(parts.PartBuilder, "build", fail)
+
+
+def test_a_run_that_goes_on_from_another_folder_reads_the_same_sequences(
+    tmp_path: Path, full_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = "clusters.parquet", "proteins.db"
+    for folder, sequence in (("a", "MK"), ("b", "WW")):
+        bionemo(tmp_path / folder, {"ur50_id": ["c"]}, {"c": sequence})
+    monkeypatch.chdir(tmp_path / "a")
+    with pytest.raises(Interrupted):
+        convert(BioNeMo(*map(Path, paths)), str(tmp_path / "out"), Options())
+    monkeypatch.chdir(tmp_path / "b")
+    convert(BioNeMo(*(tmp_path / "a" / name for name in paths)), str(tmp_path / "out"), Options())
+    assert members_of(read_split(tmp_path / "out/train")) == {"c": [b"MK"]}
+
+
 def test_a_full_disk_keeps_the_work(tmp_path: Path, many: BioNeMo) -> None:
     """The limit of a file's size stands in for the disk's: a write fails in the middle."""
     convert(many, str(tmp_path / "whole"), Options())
@@ -596,6 +662,42 @@ def test_a_full_disk_keeps_the_work(tmp_path: Path, many: BioNeMo) -> None:
     convert(many, str(tmp_path / "out"), Options())
     assert not list((tmp_path / "out/train").glob(".*"))
     assert hashes(tmp_path / "out/train") == hashes(tmp_path / "whole/train")
+
+
+def test_a_file_that_cannot_be_read_for_now_keeps_the_work(tmp_path: Path) -> None:
+    layout = small(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "proteins.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(
+            Interrupted, match=r"proteins\.db: cannot be read \(database is locked\); the work is kept"
+        ):
+            convert(layout, str(tmp_path / "out"), Options())
+    assert (tmp_path / "out/.train.work/plan.json").exists()
+    convert(layout, str(tmp_path / "out"), Options())
+    (tmp_path / "f").symlink_to("/proc/self/mem")  # whose first byte is an I/O error
+    with pytest.raises(Interrupted, match=r"f: cannot be read \(Input/output error\); the work is kept"):
+        convert(Fasta([tmp_path / "f"]), str(tmp_path / "fasta"), Options())
+    assert (tmp_path / "fasta/.train.work/state.json").exists()
+
+
+@pytest.mark.parametrize("fault", ["file size", "memory"])
+def test_a_plan_that_cannot_be_made_for_now_keeps_the_work(
+    tmp_path: Path, many: BioNeMo, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch:
+        if fault == "memory":
+            patch.setattr(conversion_plan, "MEMORY_A_THREAD", 2**20)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+        try:
+            with pytest.raises(Interrupted, match="the work is kept"):
+                convert(many, str(tmp_path / "out"), Options())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "out/.train.work/staged.json").exists()
+    assert not (tmp_path / "out/.train.work/plan.json").exists()
+    assert convert(many, str(tmp_path / "out"), Options())["clusters_written"] == 800
 
 
 # --- real data ---

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import runpy
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_conversion import hashes
 from test_layouts import write_layout
+
+from esm2_composer.fasta import read_fasta
 
 TOOL = Path(__file__).parents[1] / "tools" / "convert.py"
 DOCS = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
@@ -288,6 +291,30 @@ def test_the_docs_make_a_table_of_representatives(tmp_path: Path) -> None:
     assert done.stdout == "b\tb\nd\td\n"
 
 
+def test_the_docs_take_prefixes_off_as_mmseqs_does(tmp_path: Path) -> None:
+    headers = (
+        "gi|1|ref|NP_1.1| x",
+        "gi|3|gb|AA2",
+        "ref|NP_2.1| k|l",
+        "gb|AB|XX",
+        "lcl|loc1 x",
+        "gnl|db|G1 x",
+        "a b|c",
+    )
+    (tmp_path / "ncbi.fasta").write_text("".join(f">{header}\n{'MKVLA' * 9}\n" for header in headers))
+    (command,) = re.findall(r"`(sed [^`]+)`", DOCS)
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, check=True)
+    (tmp_path / "bare.fasta").write_bytes(done.stdout)
+    expected = ["NP_1.1", "AA2", "NP_2.1", "AB", "loc1", "G1", "a"]
+    assert [name for name, _ in read_fasta(tmp_path / "bare.fasta")] == expected
+    if shutil.which("mmseqs"):
+        for name in ("ncbi", "bare"):
+            command = ["mmseqs", "createdb", f"{name}.fasta", name, "-v", "1", "--shuffle", "0"]
+            subprocess.run(command, cwd=tmp_path, check=True)
+            lines = (tmp_path / f"{name}.lookup").read_text().splitlines()
+            assert [line.split("\t")[1] for line in lines] == expected
+
+
 def test_a_finished_split_is_told_and_verified(convert: Convert, data: Path, tmp_path: Path) -> None:
     for expected in (" s\n", ", converted before; nothing to do\n"):
         code, stderr = convert(*options(data, tmp_path / "shards"), "--workers", "1")
@@ -355,6 +382,21 @@ def test_both_splits_are_written_and_their_counts_printed(convert: Convert, data
         conversion = json.loads((out / split / "conversion.json").read_text())
         inputs = {role: paths[0]["path"] for role, paths in conversion["state"]["inputs"].items()}
         assert inputs == {"clusters": str(data / "clusters.parquet"), "sequences": str(data / "proteins.db")}
+
+
+def test_sequences_that_no_line_names_are_told(convert: Convert, tmp_path: Path) -> None:
+    (tmp_path / "f.fasta").write_text(">a\nMK\n>b\nMV\n>d\nML\n")
+    (tmp_path / "t.tsv").write_text("a\ta\n")
+    arguments = ["--fasta", str(tmp_path / "f.fasta"), "--out", str(tmp_path / "out")]
+    code, stderr = convert(*arguments, "--cluster-tsv", str(tmp_path / "t.tsv"))
+    assert code == 0
+    assert stderr.splitlines()[1:] == ["not used: 2 of 3 sequences, which no member to be written names"]
+    code, stderr = convert(*arguments, "--split", "valid", "--max-reject-fraction", "0.4")
+    assert code == 0
+    assert stderr.splitlines()[1:] == [
+        "not used: 1 of 3 sequences, which no member to be written names",
+        "rejected, cluster of the other split: 1",
+    ]
 
 
 def test_rejected_and_changed_members_are_printed(convert: Convert, data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -144,6 +145,22 @@ def test_tsv_lines_are_members_of_representatives(tmp_path: Path, line_end: byte
     (tmp_path / "t").write_bytes(b"a\tb\n\"a\ta'c\n\nd\t\n\te\nd\td\n".replace(b"\n", line_end))
     layout = Fasta([tmp_path / "f"], tmp_path / "t")
     assert rows(layout, tmp_path) == [('"a', ["a'c"]), ("a", ["b"]), ("d", ["d"]), ("d", [None]), (None, ["e"])]
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zstd"])
+def test_a_compressed_tsv_is_told_by_its_content_and_read_whole_or_refused(tmp_path: Path, codec: str) -> None:
+    pairs = [(f"c{number}", f"m{number * 7919 % 100_003}") for number in range(50_000)]
+    plain = "".join(f"{cluster}\t{member}\n" for cluster, member in pairs).encode()
+    packed = gzip.compress(plain) if codec == "gzip" else pa.compress(plain, codec, asbytes=True)
+    (tmp_path / "f").write_bytes(FASTA)
+    for name, content in (("packed.tsv", packed), ("plain.tsv.gz", plain), ("plain.tsv.zst", plain)):
+        (tmp_path / name).write_bytes(content)
+        layout = Fasta([tmp_path / "f"], tmp_path / name)
+        assert rows(layout, tmp_path / "scratch") == sorted((cluster, [member]) for cluster, member in pairs)
+    for keep in (0.5, 0.75, 0.999):
+        (tmp_path / "t.tsv.gz").write_bytes(broken(packed, keep))
+        with pytest.raises(UserError, match=r"t\.tsv\.gz: damaged or cut short"):
+            rows(Fasta([tmp_path / "f"], tmp_path / "t.tsv.gz"), tmp_path / "scratch")
 
 
 def test_a_look_up_may_be_larger_than_a_query(tmp_path: Path) -> None:

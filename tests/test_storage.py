@@ -18,7 +18,7 @@ from esm2_composer import conversion_plan, storage
 from esm2_composer.conversion import Interrupted, Options, convert
 from esm2_composer.errors import UserError
 from esm2_composer.layouts import BioNeMo
-from esm2_composer.storage import Store, UploadError
+from esm2_composer.storage import Store, StoreError
 from esm2_composer.verification import verify
 
 # What becomes of a request: (method, path, body) -> the body to pass on, or a status to answer with.
@@ -108,12 +108,12 @@ def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BioNeMo:
     return bionemo(tmp_path, {"ur50_id": list(named), "ur90_id": list(named.values())}, proteins)
 
 
-def fail(times: int, answer: int | Callable[[bytes], bytes], part: str) -> Fault:
-    """The first so many uploads of objects with `part` in their name get `answer`."""
+def fail(times: int, answer: int | Callable[[bytes], bytes], part: str, verb: str = "PUT") -> Fault:
+    """The first so many uploads, or other requests, of objects with `part` in their name get `answer`."""
     left = [times]
 
     def fault(method: str, path: str, body: bytes) -> bytes | int:
-        if method == "PUT" and part in path and left[0]:
+        if method == verb and part in path and left[0]:
             left[0] -= 1
             return answer if isinstance(answer, int) else answer(body)
         return body
@@ -180,6 +180,39 @@ def test_a_lost_store_keeps_the_work_and_the_same_command_goes_on(
     assert verify("s3://bucket/x")["train"]["clusters"] == 100
 
 
+def test_a_download_that_fails_is_tried_again_and_told_in_one_line(
+    bucket: Bucket, layout: BioNeMo, tmp_path: Path
+) -> None:
+    told = convert(layout, "s3://bucket/x", Options(), scratch=tmp_path)
+    other = bionemo(tmp_path / "other", {"ur50_id": ["z"]}, {"z": "MK"})
+    for name, one, split in (("conversion.json", layout, "train"), ("cluster_ids.parquet", other, "valid")):
+        bucket.fault = fail(10**9, 500, f"bucket/x/train/{name}", "GET")
+        with pytest.raises(StoreError, match=rf"^s3://bucket/x/train/{name}: cannot be read \("):
+            convert(one, "s3://bucket/x", Options(split), scratch=tmp_path)
+        assert not list(tmp_path.glob(".*"))
+    bucket.fault = fail(10**9, 500, "bucket/x/train/index.json", "GET")
+    with pytest.raises(StoreError, match=r"train/index\.json: cannot be read"):
+        verify("s3://bucket/x")
+    bucket.fault = fail(3, 500, "bucket/x/train/conversion.json", "GET")
+    assert convert(layout, "s3://bucket/x", Options(), scratch=tmp_path) == {**told, "already_done": True}
+
+
+def test_a_store_that_is_lost_at_the_end_keeps_the_work(bucket: Bucket, layout: BioNeMo, tmp_path: Path) -> None:
+    """When the other split is looked for once more."""
+
+    def fault(method: str, path: str, body: bytes) -> bytes | int:
+        return 500 if method == "GET" and "valid" in path and bucket.stored else body
+
+    bucket.fault = fault
+    with pytest.raises(Interrupted, match=r"s3://bucket/x/valid: cannot be listed.*the work is kept"):
+        convert(layout, "s3://bucket/x", Options(), scratch=tmp_path)
+    bucket.fault = lambda method, path, body: body
+    bucket.stored.clear()
+    convert(layout, "s3://bucket/x", Options(), scratch=tmp_path)
+    last = "cluster_ids.parquet", "conversion.json", "index.json"
+    assert bucket.stored == [f"x/train/{name}" for name in last]
+
+
 def test_no_bucket_is_one_clear_line(bucket: Bucket, layout: BioNeMo, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^s3://none/x/train: cannot be opened"):
         convert(layout, "s3://none/x", Options(), scratch=tmp_path / "scratch")
@@ -203,7 +236,7 @@ def test_an_object_counts_only_when_it_comes_back_alike(bucket: Bucket, tmp_path
     (tmp_path / "file").write_bytes(b"content")
     store = Store("s3://bucket/x", tmp_path)
     bucket.fault = fail(storage.ATTEMPTS, lambda body: body.replace(b"content", b"CONTENT"), "file")
-    with pytest.raises(UploadError, match=r"s3://bucket/x/file: .* did not match"):
+    with pytest.raises(StoreError, match=r"s3://bucket/x/file: .* did not match"):
         store.upload("file")
     store.upload("file")
     assert store.exists("file")

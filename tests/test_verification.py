@@ -72,7 +72,16 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "not a shard of clusters; its columns are ['name']": lambda split: edit_index(
         split, lambda index: index["shards"][0].update(column_names=["name"], column_encodings=["str"])
     ),
-    "index.json: damaged": lambda split: (split / "index.json").write_text("{"),
+    "index.json: damaged (it holds no names": lambda split: (split / "index.json").write_text("[]"),
+    "index.json: damaged (it lists no shards)": lambda split: (split / "index.json").write_text('{"version": 2}'),
+    "index.json: not an entry of a compressed shard in MDS format: {'": lambda split: edit_index(
+        split, lambda index: index["shards"][0].pop("zip_data")
+    ),
+    "not an entry of a compressed shard in MDS format: x": lambda split: edit_index(
+        split, lambda index: index.update(shards=["x"])
+    ),
+    "2 clusters, but conversion.json says 0": lambda split: (split / "conversion.json").write_text('{"x": 1}'),
+    "index.json: damaged (Exp": lambda split: (split / "index.json").write_text("{"),
     "no finished shards": lambda split: (split / "index.json").unlink(),
 }
 

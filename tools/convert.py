@@ -74,7 +74,10 @@ def parse_args() -> argparse.Namespace:
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)"
     )
     parser.add_argument(
-        "--max-reject-fraction", type=float, default=0.01, help="write nothing if more members are unusable"
+        "--max-reject-fraction",
+        type=float,
+        default=0.01,
+        help="write nothing if more members are unusable, or more clusters have none (%(default)s)",
     )
     parser.add_argument("--max-members-per-cluster", type=int, help="keep so many of a cluster (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice that --max-members-per-cluster makes")
@@ -152,6 +155,10 @@ def print_summary(split: str, conversion: dict) -> None:
         return
     seconds = conversion["elapsed_seconds"]
     print(f"{split}: {written} in {seconds} s", file=sys.stderr)
+    read = conversion.get("sequences_read", 0)  # where the layout has them all read
+    unused = read - conversion["sequences_found"] if read else 0
+    if unused:
+        print(f"not used: {unused:,} of {read:,} sequences, which no member to be written names", file=sys.stderr)
     for reason, rejected in conversion["rejected"].items():
         print(f"rejected, {reason}: {rejected['count']:,}", file=sys.stderr)
     for change, changed in conversion["changed"].items():
