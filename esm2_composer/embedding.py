@@ -210,16 +210,26 @@ def _vectors(values: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
 
 
-def embed_file(source: Path, journal: Journal, embedder: Embedder, progress: Callable[[int], Any]) -> None:
+def embed_file(
+    source: Path, count: int, journal: Journal, embedder: Embedder, progress: Callable[[int], Any]
+) -> None:
     """Append the embeddings of the proteins in `source` to a journal, behind those it has, and finish it.
 
     `progress` is called with numbers of residues that are done, first those of an earlier run.
+
+    Raises:
+        UserError: there are no longer the `count` proteins that `survey` found.
     """
     proteins = read_proteins(source)
     progress(sum(len(residues) for _, residues in islice(proteins, journal.rows)))
     for chunk in embedder.chunks(proteins):
         journal.append(embedder.rows(chunk))
         progress(sum(len(residues) for _, residues in chunk))
+    if journal.rows != count:
+        raise UserError(
+            f"{source}: changed while it was read: {count:,} proteins at first, {journal.rows:,} at last; "
+            f"remove {journal.path} and start again"
+        )
     journal.finish()
 
 

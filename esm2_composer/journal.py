@@ -25,7 +25,7 @@ ROW_GROUP_BYTES = 32 * 2**20
 class Journal:
     """Rows on their way to the parquet file `out`.
 
-    `rows` counts those that are safe. One process at a time may hold a journal.
+    `rows` counts those that are safe, `path` is where. One process at a time may hold a journal.
     """
 
     def __init__(self, out: Path, columns: pa.Schema, origin: dict[str, Any]) -> None:
@@ -40,16 +40,16 @@ class Journal:
         """
         if out.exists():
             raise UserError(f"{out} exists already; remove it, or choose another file")
-        self._out, self._path = out, out.with_name(f".{out.name}.partial")
+        self._out, self.path = out, out.with_name(f".{out.name}.partial")
         self._schema = columns.with_metadata({METADATA_KEY: json.dumps(origin)})
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "ab")  # noqa: SIM115, it stays open
+            self._file = open(self.path, "ab")  # noqa: SIM115, it stays open
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{out}: another process is writing it") from None
         except OSError as error:
-            raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
         batches = [(batch.num_rows, end) for batch, end in self._batches()]
         self.rows = sum(rows for rows, _ in batches)
         if batches:
@@ -60,7 +60,7 @@ class Journal:
 
     def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
         """Every whole batch, and where it ends; first an empty one for the schema."""
-        with pa.OSFile(str(self._path)) as source:
+        with pa.OSFile(str(self.path)) as source:
             try:
                 reader = pa.ipc.open_stream(source)
                 self._compare(reader.schema)
@@ -76,7 +76,7 @@ class Journal:
         old, new = (json.loads(schema.metadata[METADATA_KEY]) for schema in (found, self._schema))
         changed = [f"{key} was {old.get(key)!r} and is {new[key]!r}" for key in new if old.get(key) != new[key]]
         raise UserError(
-            f"{self._path} holds the beginning of something else ({'; '.join(changed)}): "
+            f"{self.path} holds the beginning of something else ({'; '.join(changed)}): "
             "remove it, or choose another output"
         )
 
@@ -90,7 +90,7 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
 
     def finish(self) -> None:
         """Write the parquet file from the journal, then remove the journal."""
@@ -103,7 +103,7 @@ class Journal:
             whole.unlink(missing_ok=True)
             raise UserError(f"{whole}: cannot be written ({error.strerror or error})") from error
         whole.rename(self._out)
-        self._path.unlink()
+        self.path.unlink()
         self._file.close()
 
     def _row_groups(self) -> Iterator[pa.Table]:

@@ -20,7 +20,7 @@ from conftest import ROOT, python
 from transformers import EsmModel
 
 from esm2_composer import alphabet
-from esm2_composer.embedding import Embedder, read_proteins, survey, windows
+from esm2_composer.embedding import Embedder, embed_file, read_proteins, survey, windows
 from esm2_composer.errors import UserError
 from esm2_composer.journal import Journal
 from esm2_composer.model import ESM2, ESM2Config
@@ -195,14 +195,14 @@ def batch(*names: str) -> pa.RecordBatch:
 
 def release(journal: Journal) -> Path:
     journal._file.close()  # as the end of its process would
-    return journal._path
+    return journal.path
 
 
 @pytest.mark.parametrize("lost", [0, 1, 50, 10_000])
 def test_a_journal_keeps_whole_batches_and_cuts_off_the_rest(tmp_path, lost):
     journal = Journal(tmp_path / "out", COLUMNS, {"a": 1})
     journal.append(batch("x", "y"))
-    whole = journal._path.stat().st_size
+    whole = journal.path.stat().st_size
     journal.append(batch("z" * 100))
     path = release(journal)
     os.truncate(path, max(path.stat().st_size - lost, 0))
@@ -273,6 +273,22 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tool, weights, tmp_path, conte
     fasta, out = tmp_path / "in.fasta", tmp_path / "out.parquet"
     assert_refused(tool(fasta, "--model", weights, "--out", out, *options), words)
     assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
+
+
+def test_a_pipe_is_refused_without_waiting_for_its_writer(tool, tmp_path):
+    os.mkfifo(tmp_path / "in.fasta")
+    result = tool(tmp_path / "in.fasta", "--model", "nothing", "--out", tmp_path / "out.parquet")
+    assert_refused(result, ["in.fasta", "a pipe will not do"])
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_taken_for_whole(weights, tmp_path):
+    fasta = write_fasta(tmp_path / "in.fasta", random_proteins([20, 30]))
+    one = embedder(weights)
+    journal = Journal(tmp_path / "out.parquet", one.columns, {})
+    with pytest.raises(UserError, match=r"3 proteins at first, 2 at last; remove .*partial"):
+        embed_file(fasta, 3, journal, one, lambda residues: None)
+    assert not (tmp_path / "out.parquet").exists()
+    release(journal)
 
 
 @pytest.mark.parametrize(

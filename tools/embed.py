@@ -1,9 +1,9 @@
 """Embed the proteins of a FASTA file: python tools/embed.py FASTA --model PATH --out FILE.parquet
 
-FASTA is plain, gzip or zstd; PATH a Composer checkpoint, a Hugging Face folder or a fair-esm file. A row of FILE
-is a protein, in the order of FASTA: its id, its length, the windows it was cut into, and as `embedding` the mean
-over its residues, <cls> and <eos> left out; with --per-residue also `residue_embeddings`, a vector a residue.
-Computed in bf16 on a GPU, in fp32 on a CPU. After a kill the same command goes on.
+FASTA is a file, plain, gzip or zstd; PATH a Composer checkpoint, a Hugging Face folder or a fair-esm file. A row
+of FILE is a protein, in the order of FASTA: its id, its length, the windows it was cut into, and as `embedding`
+the mean over its residues, <cls> and <eos> left out; with --per-residue also `residue_embeddings`, a vector a
+residue. Computed in bf16 on a GPU, in fp32 on a CPU. After a kill the same command goes on.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def main() -> None:
         raise UserError(f"--max-reject-fraction {args.max_reject_fraction} must lie between 0 and 1")
     if args.out.exists():
         raise UserError(f"{args.out} exists already; remove it, or choose another file")
+    if not args.fasta.is_file():
+        raise UserError(f"{args.fasta}: no such file (a pipe will not do: it is read twice)")
 
     import torch
 
@@ -82,7 +84,7 @@ def main() -> None:
     if journal.rows:
         print(f"going on after {journal.rows:,} proteins of an earlier run", file=sys.stderr)
     with tqdm(total=found.residues, unit=" residues", unit_scale=True, desc="embed", disable=None) as bar:
-        embed_file(args.fasta, journal, embedder, bar.update)
+        embed_file(args.fasta, found.proteins, journal, embedder, bar.update)
     print(f"{args.out}: {found.proteins:,} proteins", file=sys.stderr)
 
 
