@@ -67,14 +67,20 @@ class Journal:
                 yield pa.RecordBatch.from_pylist([], self._schema), source.tell()
                 while True:
                     yield reader.read_next_batch(), source.tell()
-            except (StopIteration, pa.ArrowInvalid, OSError):
+            except (StopIteration, pa.ArrowException, OSError):
                 return  # the end, or what a kill left of a batch
 
     def _compare(self, found: pa.Schema) -> None:
         if found.equals(self._schema, check_metadata=True):
             return
-        old, new = (json.loads(schema.metadata[METADATA_KEY]) for schema in (found, self._schema))
-        changed = [f"{key} was {old.get(key)!r} and is {new[key]!r}" for key in new if old.get(key) != new[key]]
+        try:
+            old, new = (json.loads(schema.metadata[METADATA_KEY]) for schema in (found, self._schema))
+            differs = [key for key in new if old.get(key) != new[key]]
+        except (AttributeError, KeyError, TypeError, ValueError):  # none, not ours, no JSON, no text
+            differs = []
+        if not differs:
+            raise UserError(f"{self.path}: damaged; remove it")
+        changed = [f"{key} was {old.get(key)!r} and is {new[key]!r}" for key in differs]
         raise UserError(
             f"{self.path} holds the beginning of something else ({'; '.join(changed)}): "
             "remove it, or choose another output"
@@ -93,15 +99,29 @@ class Journal:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
 
     def finish(self) -> None:
-        """Write the parquet file from the journal, then remove the journal."""
+        """Write the parquet file from the journal, then remove the journal.
+
+        Raises:
+            UserError: the file cannot be written, or the journal not be read again.
+        """
         whole = self._out.with_name(f".{self._out.name}.whole")
         try:
             with pq.ParquetWriter(whole, self._schema, compression="zstd", use_dictionary=False) as writer:
+                written = 0
                 for table in self._row_groups():
                     writer.write_table(table, row_group_size=max(len(table), 1))
+                    written += len(table)
+            with open(whole, "rb") as file:
+                os.fsync(file.fileno())  # before the journal goes
         except OSError as error:
             whole.unlink(missing_ok=True)
             raise UserError(f"{whole}: cannot be written ({error.strerror or error})") from error
+        if written != self.rows:
+            whole.unlink()
+            raise UserError(
+                f"{self.path}: damaged, {written:,} of {self.rows:,} rows can be read; "
+                "the same command goes on behind these"
+            )
         whole.rename(self._out)
         self.path.unlink()
         self._file.close()

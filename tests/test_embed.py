@@ -22,7 +22,7 @@ from transformers import EsmModel
 from esm2_composer import alphabet
 from esm2_composer.embedding import Embedder, embed_file, read_proteins, survey, windows
 from esm2_composer.errors import UserError
-from esm2_composer.journal import Journal
+from esm2_composer.journal import METADATA_KEY, Journal
 from esm2_composer.model import ESM2, ESM2Config
 
 TOOL = ROOT / "tools/embed.py"
@@ -226,6 +226,39 @@ def test_a_journal_begun_otherwise_or_held_by_another_is_refused(tmp_path):
     content = path.read_bytes()
     with pytest.raises(UserError, match="layer was 1 and is 2"):
         Journal(tmp_path / "out", COLUMNS, {"layer": 2, "model": "m"})
+    assert path.read_bytes() == content
+
+
+def test_a_journal_damaged_in_its_middle_is_kept_and_gone_on_with(tmp_path):
+    journal = Journal(tmp_path / "out", COLUMNS, {"a": 1})
+    journal.append(batch("x", "y"))
+    at = journal.path.stat().st_size
+    for name in ("z", "last"):
+        journal.append(batch(name))
+    content = bytearray(journal.path.read_bytes())
+    content[at : at + 64] = b"\xff" * 64
+    journal.path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged, 2 of 4 rows can be read; the same command goes on behind these"):
+        journal.finish()
+    assert [path.name for path in tmp_path.iterdir()] == [journal.path.name]
+    release(journal)
+    again = Journal(tmp_path / "out", COLUMNS, {"a": 1})
+    assert again.rows == 2
+    for name in ("z", "last"):
+        again.append(batch(name))
+    again.finish()
+    assert pq.read_table(tmp_path / "out")["id"].to_pylist() == ["x", "y", "z", "last"]
+
+
+@pytest.mark.parametrize(
+    "metadata", [None, {"other": "{}"}, {METADATA_KEY: "{"}, {METADATA_KEY: b"\xff\xfe{"}, {METADATA_KEY: "[]"}]
+)
+def test_a_journal_that_cannot_be_told_from_another_is_kept(tmp_path, metadata):
+    path = tmp_path / ".out.partial"
+    path.write_bytes(COLUMNS.with_metadata(metadata).serialize())
+    content = path.read_bytes()
+    with pytest.raises(UserError, match="partial: damaged; remove it"):
+        Journal(tmp_path / "out", COLUMNS, {"a": 1})
     assert path.read_bytes() == content
 
 
