@@ -260,6 +260,18 @@ def test_wrong_arguments_are_refused(shards, checkpoints, call, arguments, words
     assert_user_error(*call(tool.main, checkpoints["composer.pt"], *arguments), *words)
 
 
+@pytest.mark.parametrize("checkpoint", [Path("/nowhere"), None])
+def test_a_mistake_on_many_ranks_ends_with_its_code(shards, checkpoints, tmp_path, checkpoint):
+    """Told by each rank before they meet (no such weights), or after (no such shards)."""
+    if checkpoint is None:
+        (tmp_path / "valid").mkdir()
+        (tmp_path / "valid/index.json").write_text("{}")
+        checkpoint, shards = checkpoints["composer.pt"], tmp_path
+    result = composer("-n", "2", ROOT / "tools/evaluate.py", checkpoint, "--data", shards)
+    assert result.returncode == 2, result.stderr
+    assert "error: " in result.stderr
+
+
 def test_shards_with_other_letters_are_refused(checkpoints, tmp_path, call):
     with MDSWriter(out=str(tmp_path / "valid"), columns=COLUMNS) as writer:
         writer.write({"cluster_id": "a", "lengths": np.array([9], np.int32), "residues": b"mktayiakq"})
