@@ -92,7 +92,8 @@ def data_floors(data: DataSection, rules: Iterable[MaskingRule]) -> list[dict[st
     Raises:
         UserError: there are no such shards.
     """
-    train, valid = (residue_frequencies(_clusters(*data.split(name))) for name in ("train", "valid"))
+    train = residue_frequencies(_clusters(*data.split("train")), added=1)  # so that no residue is impossible
+    valid = residue_frequencies(_clusters(*data.split("valid")))
     return [floors(train, valid, rule) for rule in rules]
 
 
@@ -112,16 +113,16 @@ def _clusters(remote: str | None, local: str) -> Iterator[dict[str, Any]]:
         yield from map(clusters.get_item, range(start, start + size))
 
 
-def residue_frequencies(clusters: Iterable[dict[str, Any]]) -> np.ndarray:
-    """Share of each of the 33 ids among residues as drawn: one uniform member a cluster. Add-one smoothed
-    over the letters, so that no residue is impossible."""
+def residue_frequencies(clusters: Iterable[dict[str, Any]], added: int = 0) -> np.ndarray:
+    """Share of each of the 33 ids among residues as drawn, one uniform member a cluster, and `added` more of each
+    letter."""
     counts = np.zeros(256)
     for cluster in clusters:
         residues = np.frombuffer(cluster["residues"], dtype=np.uint8)
         counts += np.bincount(residues, minlength=256) / len(cluster["lengths"])
     frequencies = np.zeros(alphabet.VOCAB_SIZE)
     for letter in alphabet.LETTERS:
-        frequencies[alphabet.TOKENS.index(letter)] = counts[ord(letter)] + 1
+        frequencies[alphabet.TOKENS.index(letter)] = counts[ord(letter)] + added
     return frequencies / frequencies.sum()
 
 
