@@ -80,7 +80,7 @@ class ClusterDataset(MappedDataset):
     """MDS shards of clusters, each drawn anew every epoch, or always as in `pinned_epoch`."""
 
     def __init__(
-        self, stream: CheckedStream, draw: ClusterDraw, pinned_epoch: int | None = None, **arguments: Any
+        self, stream: CheckedStream, draw: ClusterDraw | None, pinned_epoch: int | None = None, **arguments: Any
     ) -> None:
         super().__init__(stream, **arguments)
         self.draw = draw
@@ -193,7 +193,7 @@ def train_loader(
     """
     ranks = _world_size()
     nodes = canonical_nodes(global_batch_size, ranks)
-    clusters = _open(
+    clusters = open_clusters(
         remote,
         local,
         draw=draw,
@@ -223,7 +223,7 @@ def evaluation_loader(
     draw: ClusterDraw, remote: str | None, local: str, global_batch_size: int, num_workers: int
 ) -> DataLoader:
     """Every cluster once, drawn the same way every time, for evaluation."""
-    clusters = _open(remote, local, draw=draw, batch_size=1, pinned_epoch=0)
+    clusters = open_clusters(remote, local, draw=draw, batch_size=1, pinned_epoch=0)
     return DataLoader(
         EvaluationBatches(clusters, global_batch_size),
         batch_size=None,
@@ -232,7 +232,7 @@ def evaluation_loader(
     )
 
 
-def _open(remote: str | None, local: str, **arguments: Any) -> ClusterDataset:
+def open_clusters(remote: str | None, local: str, **arguments: Any) -> ClusterDataset:
     place = remote or local
     try:
         stream = CheckedStream(remote=remote, local=local, validate_hash="xxh64")

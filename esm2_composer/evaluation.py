@@ -19,7 +19,6 @@ import torch.nn.functional as F
 
 from esm2_composer import alphabet
 from esm2_composer.config import DataSection
-from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2
 
@@ -90,7 +89,7 @@ def data_floors(data: DataSection, rules: Iterable[MaskingRule]) -> list[dict[st
     """The floors (see `floors`) of the shards at `data` under each of `rules`.
 
     Raises:
-        UserError: there are no such shards.
+        UserError: there are no such shards, or they are not of clusters.
     """
     train = residue_frequencies(_clusters(*data.split("train")), added=1)  # so that no residue is impossible
     valid = residue_frequencies(_clusters(*data.split("valid")))
@@ -99,12 +98,9 @@ def data_floors(data: DataSection, rules: Iterable[MaskingRule]) -> list[dict[st
 
 def _clusters(remote: str | None, local: str) -> Iterator[dict[str, Any]]:
     """A split's clusters; of one with very many, `FLOOR_CLUSTERS` in blocks spread evenly over its shards."""
-    from esm2_composer.shards import CheckedStream, MappedDataset
+    from esm2_composer.data import open_clusters
 
-    try:
-        clusters = MappedDataset(CheckedStream(remote=remote, local=local, validate_hash="xxh64"), batch_size=1)
-    except Exception as error:  # each store raises its own types
-        raise UserError(f"{remote or local}: cannot be opened as MDS shards ({error})") from error
+    clusters = open_clusters(remote, local, draw=None, batch_size=1)
     total = clusters.num_samples
     blocks = 64 if total > FLOOR_CLUSTERS else 1
     size = min(total, FLOOR_CLUSTERS) // blocks

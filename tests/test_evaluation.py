@@ -360,3 +360,19 @@ def test_of_a_huge_split_clusters_spread_over_all_of_it_are_read(shards, monkeyp
     where = [whole.index(name) for name in some]
     assert len(where) == len(set(where)) == 64
     assert np.diff(where).max() <= 2
+
+
+def test_floors_of_shards_of_something_else_are_refused(tmp_path):
+    with MDSWriter(out=str(tmp_path / "train"), columns={"text": "str"}) as writer:
+        writer.write({"text": "MKV"})
+    with pytest.raises(UserError, match=r"train: not shards of clusters; their columns are text \(str\)"):
+        data_floors(DataSection(str(tmp_path)), [MaskingRule()])
+
+
+def test_a_name_taken_in_shared_memory_is_no_mistake(shards, monkeypatch):
+    def taken(*_, **__):
+        raise FileExistsError("/000000_locals")
+
+    monkeypatch.setattr("esm2_composer.data.ClusterDataset", taken)
+    with pytest.raises(FileExistsError):
+        data_floors(DataSection(str(shards)), [MaskingRule()])
