@@ -19,11 +19,13 @@ import torch.nn.functional as F
 
 from esm2_composer import alphabet
 from esm2_composer.config import DataSection
+from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2
 
 LENGTH_EDGES = (2, 65, 129, 257, 513, 1025)  # tokens at which a bin begins; the last has no end
 LENGTH_BINS = (*(f"{low}-{high - 1}" for low, high in pairwise(LENGTH_EDGES)), f"{LENGTH_EDGES[-1]}-")
+MAX_LOSS = 709  # nats: e to a higher one is no float
 FLOOR_CLUSTERS = 2**20  # of a split with more, so many are read for the floors: their error is then below 0.01
 
 
@@ -37,6 +39,9 @@ def evaluate(net: ESM2, microbatches: Iterable[dict[str, Any]], device: torch.de
         by_length    by the tokens of the sequence, as shown: {"2-64": ..., ...}
         by_residue   by the true residue: {"L": ..., ...}
     as far as there are such positions.
+
+    Raises:
+        UserError: no position is selected, or a loss is no number that has a perplexity.
     """
     net.eval()
     # Sums of loss, of correct predictions, and of ones, by (shows <mask>, length bin, true id). In fp64 a sum over
@@ -62,25 +67,33 @@ def evaluate(net: ESM2, microbatches: Iterable[dict[str, Any]], device: torch.de
         dist.all_reduce(sums)
         dist.all_reduce(sequences)
     sums = sums.cpu()
+    if not sums[2].any():
+        raise UserError(f"none of {int(sequences):,} sequences has a selected position")
+    at_mask, at_residue = sums[:, 1].sum((1, 2)), sums[:, 0].sum((1, 2))
     by_length = zip(LENGTH_BINS, sums.sum((1, 3)).T, strict=True)
     by_residue = zip(alphabet.TOKENS, sums.sum((1, 2)).T, strict=True)
     return {
         **_scores(sums.sum((1, 2, 3))),
         "sequences": int(sequences),
-        "at_mask": _scores(sums[:, 1].sum((1, 2))),
-        "at_residue": _scores(sums[:, 0].sum((1, 2))),
-        "by_length": {name: _scores(each) for name, each in by_length if each[2]},
-        "by_residue": {name: _scores(each) for name, each in by_residue if each[2]},
+        **_groups([("at_mask", at_mask), ("at_residue", at_residue)]),
+        "by_length": _groups(by_length),
+        "by_residue": _groups(by_residue),
     }
+
+
+def _groups(sums: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, float]]:
+    return {name: _scores(each) for name, each in sums if each[2]}
 
 
 def _scores(sums: torch.Tensor) -> dict[str, float]:
     loss, correct, count = sums.tolist()
-    mean = loss / max(count, 1)
+    mean = loss / count
+    if not mean < MAX_LOSS:
+        raise UserError(f"the loss is {mean:g}, which has no perplexity: the weights have diverged or are damaged")
     return {
         "loss": mean,
         "perplexity": math.exp(mean),
-        "accuracy": correct / max(count, 1),
+        "accuracy": correct / count,
         "selected_tokens": int(count),
     }
 

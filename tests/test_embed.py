@@ -314,6 +314,17 @@ def test_a_pipe_is_refused_without_waiting_for_its_writer(tool, tmp_path):
     assert_refused(result, ["in.fasta", "a pipe will not do"])
 
 
+def test_weights_that_are_no_numbers_are_refused(tool, tmp_path):
+    model = ESM2(ESM2Config(1, 32, 2, 64))
+    with torch.no_grad():
+        model.layers[0].fc1.weight[3, 4] = torch.nan
+    model.save_hf(tmp_path / "weights")
+    fasta = write_fasta(tmp_path / "in.fasta", random_proteins([20]))
+    result = tool(fasta, "--model", tmp_path / "weights", "--out", tmp_path / "out.parquet")
+    assert_refused(result, ["weights", "'layers.0.fc1.weight' holds what is no finite number"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.fasta", "weights"]
+
+
 def test_a_file_that_changes_while_it_is_read_is_not_taken_for_whole(weights, tmp_path):
     fasta = write_fasta(tmp_path / "in.fasta", random_proteins([20, 30]))
     one = embedder(weights)

@@ -75,6 +75,32 @@ def test_length_bins_join_without_a_gap():
     assert len(LENGTH_BINS) == len(LENGTH_EDGES)
 
 
+def test_groups_without_a_position_are_left_out():
+    net = ESM2(ESM2Config(1, 32, 2, 64))
+    tokens = np.full(10, 5, np.uint8)
+    labels = np.full(10, alphabet.PAD, np.uint8)
+    none = pack(tokens, labels, np.array([10], np.int32))
+    with pytest.raises(UserError, match="none of 1 sequences has a selected position"):
+        evaluate(net, [none], torch.device("cpu"))
+    labels[3] = 5  # and is shown
+    scores = evaluate(net, [pack(tokens, labels, np.array([10], np.int32))], torch.device("cpu"))
+    assert "at_mask" not in scores
+    assert scores["at_residue"]["selected_tokens"] == 1
+    table = tool.report(scores | {"replacement": "amino_acids", "seed": 17, "max_length": 1024})
+    assert "that show a residue" in table
+    assert "that show <mask>" not in table
+
+
+@pytest.mark.parametrize(("value", "loss"), [(math.nan, "nan"), (1e6, r"\d+")])
+def test_a_loss_without_a_perplexity_is_refused(value, loss):
+    torch.manual_seed(0)
+    net = ESM2(ESM2Config(1, 32, 2, 64))
+    with torch.no_grad():
+        net.head.norm.weight.fill_(value)
+    with pytest.raises(UserError, match=f"the loss is {loss}.*, which has no perplexity"):
+        evaluate(net, [microbatch([300, 20], 1)], torch.device("cpu"))
+
+
 # ---- the command
 
 

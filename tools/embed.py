@@ -65,6 +65,9 @@ def main() -> None:
     layer = layers if args.layer is None else args.layer
     if not 0 <= layer <= layers:
         raise UserError(f"--layer {layer}: {args.model} has layers 0 to {layers}")
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{args.model}: '{name}' holds what is no finite number")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     origin = {
         "fasta": str(args.fasta),

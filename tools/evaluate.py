@@ -21,6 +21,7 @@ from esm2_composer.config import DataSection
 from esm2_composer.errors import UserError, run_command
 
 SEQUENCES_A_RANK = 64  # taken up at a time
+SHOWN = {"at_mask": "  that show <mask>", "at_residue": "  that show a residue"}
 
 
 def main() -> None:
@@ -137,8 +138,7 @@ def report(result: dict[str, Any]) -> str:
     """`result` as a table."""
     rows = [
         ("all selected positions", result),
-        ("  that show <mask>", result["at_mask"]),
-        ("  that show a residue", result["at_residue"]),
+        *((name, result[key]) for key, name in SHOWN.items() if key in result),
         ("by tokens of the sequence, as shown", None),
         *((f"  {name}", scores) for name, scores in result["by_length"].items()),
         ("by true residue", None),
