@@ -28,11 +28,15 @@ class Journal:
     `rows` counts those that are safe, `path` is where. One process at a time may hold a journal.
     """
 
-    def __init__(self, out: Path, columns: pa.Schema, origin: dict[str, Any]) -> None:
+    def __init__(
+        self, out: Path, columns: pa.Schema, origin: dict[str, Any], paths: dict[str, str] | None = None
+    ) -> None:
         """Begin the journal of `out`, or go on with it.
 
         Args:
-            origin: what the rows follow from, as JSON. It is kept in the parquet file's metadata.
+            origin: what the rows follow from, as JSON.
+            paths: where that lies, which may be elsewhere when the journal is gone on with. Both are kept in the
+                parquet file's metadata.
 
         Raises:
             UserError: `out` exists or cannot be written, another process holds its journal, or the journal was
@@ -41,7 +45,8 @@ class Journal:
         if out.exists():
             raise UserError(f"{out} exists already; remove it, or choose another file")
         self._out, self.path = out, out.with_name(f".{out.name}.partial")
-        self._schema = columns.with_metadata({METADATA_KEY: json.dumps(origin)})
+        self._schema = columns.with_metadata({METADATA_KEY: json.dumps({**(paths or {}), **origin})})
+        self._origin = origin
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "ab")  # noqa: SIM115, it stays open
@@ -71,16 +76,16 @@ class Journal:
                 return  # the end, or what a kill left of a batch
 
     def _compare(self, found: pa.Schema) -> None:
-        if found.equals(self._schema, check_metadata=True):
-            return
         try:
-            old, new = (json.loads(schema.metadata[METADATA_KEY]) for schema in (found, self._schema))
-            differs = [key for key in new if old.get(key) != new[key]]
+            old = json.loads(found.metadata[METADATA_KEY])
+            differs = [key for key, value in self._origin.items() if old.get(key) != value]
         except (AttributeError, KeyError, TypeError, ValueError):  # none, not ours, no JSON, no text
-            differs = []
+            raise UserError(f"{self.path}: damaged; remove it") from None
         if not differs:
+            if found.equals(self._schema):
+                return
             raise UserError(f"{self.path}: damaged; remove it")
-        changed = [f"{key} was {old.get(key)!r} and is {new[key]!r}" for key in differs]
+        changed = [f"{key} was {old.get(key)!r} and is {self._origin[key]!r}" for key in differs]
         raise UserError(
             f"{self.path} holds the beginning of something else ({'; '.join(changed)}): "
             "remove it, or choose another output"

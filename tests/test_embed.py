@@ -217,6 +217,19 @@ def test_a_journal_keeps_whole_batches_and_cuts_off_the_rest(tmp_path, lost):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_journal_is_gone_on_with_where_its_inputs_have_moved(tmp_path):
+    journal = Journal(tmp_path / "out", COLUMNS, {"digest": "d"}, {"fasta": "in.fasta"})
+    journal.append(batch("x"))
+    release(journal)
+    again = Journal(tmp_path / "out", COLUMNS, {"digest": "d"}, {"fasta": "./in.fasta"})
+    assert again.rows == 1
+    again.append(batch("y"))
+    again.finish()
+    table = pq.read_table(tmp_path / "out")
+    assert table["id"].to_pylist() == ["x", "y"]
+    assert json.loads(table.schema.metadata[METADATA_KEY]) == {"digest": "d", "fasta": "./in.fasta"}
+
+
 def test_a_journal_begun_otherwise_or_held_by_another_is_refused(tmp_path):
     journal = Journal(tmp_path / "out", COLUMNS, {"layer": 1, "model": "m"})
     journal.append(batch("x"))
@@ -282,6 +295,10 @@ def test_faults_are_treated_as_in_conversion_and_repeated_ids_keep_their_rows(tm
     assert found.examples == {"empty sequence": "b", "bad residue": "c"}
     assert found.changed["J made X"] == 1
     assert list(read_proteins(path)) == [("a", b"MKV"), ("a", b"MXVL"), ("a", b"MKV")]
+    path.write_bytes(path.read_bytes() + b"> \nMKV\n")
+    assert survey(path, 1024, 0.5).examples["header without id"] == "record 6"
+    assert len(list(read_proteins(path))) == 3
+    path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(
         UserError, match=r"2 of 5 sequences rejected, more than 30.0%: empty sequence 1 \(first: 'b'\)"
     ):
@@ -296,8 +313,8 @@ def test_faults_are_treated_as_in_conversion_and_repeated_ids_keep_their_rows(tm
         (b"id,sequence\n", [], ["not FASTA"]),
         (gzip.compress(b">a\nMKV\n" * 1000, mtime=0)[:-20], [], ["cut short"]),
         (b">a\nMKVLLAMKVL\n", ["--max-length", "8", "--long", "refuse"], ["longer than 6", "10", "--long window"]),
-        (b">a\nMKV\n", ["--layer", "3"], ["--layer 3", "layers 0 to 2"]),
-        (b">a\nMKV\n", ["--model", "/nowhere"], ["/nowhere", "no such file"]),
+        (b"no FASTA", ["--layer", "3"], ["--layer 3", "layers 0 to 2"]),
+        (b"no FASTA", ["--model", "/nowhere"], ["/nowhere", "no such file"]),
     ],
     ids=["empty", "no sequences", "not FASTA", "truncated", "long", "layer", "model"],
 )

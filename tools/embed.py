@@ -53,13 +53,6 @@ def main() -> None:
     from esm2_composer.journal import Journal
     from esm2_composer.model import ESM2
 
-    found = survey(args.fasta, args.max_length, args.max_reject_fraction)
-    print_survey(found, args.max_length)
-    if found.over_limit and args.long == "refuse":
-        raise UserError(
-            f"{args.fasta}: {found.over_limit:,} proteins are longer than {args.max_length - 2:,} residues, "
-            f"the longest {found.longest:,}; remove them, or embed them in windows with --long window"
-        )
     model = ESM2.from_pretrained(args.model).eval()
     layers = model.config.num_layers
     layer = layers if args.layer is None else args.layer
@@ -68,11 +61,16 @@ def main() -> None:
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise UserError(f"{args.model}: '{name}' holds what is no finite number")
+    found = survey(args.fasta, args.max_length, args.max_reject_fraction)
+    print_survey(found, args.max_length)
+    if found.over_limit and args.long == "refuse":
+        raise UserError(
+            f"{args.fasta}: {found.over_limit:,} proteins are longer than {args.max_length - 2:,} residues, "
+            f"the longest {found.longest:,}; remove them, or embed them in windows with --long window"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     origin = {
-        "fasta": str(args.fasta),
         "fasta_digest": found.digest,
-        "model": args.model,
         "weights_digest": digest_weights(model),
         "layer": layer,
         "pooling": "mean over residues",
@@ -83,7 +81,8 @@ def main() -> None:
         "changed": dict(found.changed),
     }
     embedder = Embedder(model.to(device), layer, args.max_length, args.batch_tokens, args.per_residue)
-    journal = Journal(args.out, embedder.columns, origin)
+    paths = {"fasta": str(args.fasta), "model": args.model}
+    journal = Journal(args.out, embedder.columns, origin, paths)
     if journal.rows:
         print(f"going on after {journal.rows:,} proteins of an earlier run", file=sys.stderr)
     with tqdm(total=found.residues, unit=" residues", unit_scale=True, desc="embed", disable=None) as bar:
