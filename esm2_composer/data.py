@@ -26,7 +26,7 @@ from esm2_composer import alphabet
 from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule, choose, keyed_words, token_uniforms
 from esm2_composer.records import COLUMNS
-from esm2_composer.shards import CheckedStream, MappedDataset
+from esm2_composer.shards import CheckedStream, MappedDataset, opening_alone
 
 # Streaming lays an epoch out for this many nodes, or for those of its factors that the batch has too: so a run
 # goes on upon any number of nodes without another factor. Fewer would make a large epoch slow to shuffle.
@@ -80,7 +80,7 @@ class ClusterDataset(MappedDataset):
     """MDS shards of clusters, each drawn anew every epoch, or always as in `pinned_epoch`."""
 
     def __init__(
-        self, stream: CheckedStream, draw: ClusterDraw, pinned_epoch: int | None = None, **arguments: Any
+        self, stream: CheckedStream, draw: ClusterDraw | None, pinned_epoch: int | None = None, **arguments: Any
     ) -> None:
         super().__init__(stream, **arguments)
         self.draw = draw
@@ -193,7 +193,7 @@ def train_loader(
     """
     ranks = _world_size()
     nodes = canonical_nodes(global_batch_size, ranks)
-    clusters = _open(
+    clusters = open_clusters(
         remote,
         local,
         draw=draw,
@@ -223,7 +223,7 @@ def evaluation_loader(
     draw: ClusterDraw, remote: str | None, local: str, global_batch_size: int, num_workers: int
 ) -> DataLoader:
     """Every cluster once, drawn the same way every time, for evaluation."""
-    clusters = _open(remote, local, draw=draw, batch_size=1, pinned_epoch=0)
+    clusters = open_clusters(remote, local, draw=draw, batch_size=1, pinned_epoch=0)
     return DataLoader(
         EvaluationBatches(clusters, global_batch_size),
         batch_size=None,
@@ -232,14 +232,14 @@ def evaluation_loader(
     )
 
 
-def _open(remote: str | None, local: str, **arguments: Any) -> ClusterDataset:
+def open_clusters(remote: str | None, local: str, **arguments: Any) -> ClusterDataset:
     place = remote or local
     try:
-        stream = CheckedStream(remote, local)
-        clusters = ClusterDataset(stream, **arguments)
+        with opening_alone():
+            clusters = ClusterDataset(CheckedStream(remote, local), **arguments)
     except Exception as error:  # each store raises its own types
-        # Another rank was lost, the store is away, or a run that started at the same moment took the name in
-        # shared memory: no mistake, and worth another start.
+        # Another rank was lost, the store is away, or another user's run took the name in shared memory at the same
+        # moment: no mistake, and worth another start.
         if isinstance(error, dist.DistError | ConnectionError | FileExistsError) or "/gloo/" in str(error):
             raise
         raise UserError(f"{place}: cannot be opened as MDS shards ({error})") from error

@@ -37,7 +37,7 @@ CHUNK_BATCHES = 4  # more fill the batches better, fewer lose less in a kill
 
 @dataclass
 class Survey:
-    """What a FASTA file holds, and what becomes of it by the rules of `records.clean`."""
+    """What a FASTA file holds, and what becomes of it by the rules of a conversion."""
 
     proteins: int = 0
     residues: int = 0
@@ -46,7 +46,7 @@ class Survey:
     digest: str = ""
     changed: Counter = field(default_factory=Counter)
     rejected: Counter = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)  # of every reason to reject, the first id
+    examples: dict[str, str] = field(default_factory=dict)  # of every reason to reject, the first id, or its place
 
 
 def survey(path: Path, max_length: int, max_reject_fraction: float) -> Survey:
@@ -56,12 +56,12 @@ def survey(path: Path, max_length: int, max_reject_fraction: float) -> Survey:
         UserError: it cannot be read to its end, nothing in it can be embedded, or too much of it cannot.
     """
     found, digest = Survey(), hashlib.blake2b(digest_size=16)
-    for name, raw in read_fasta(path):
+    for number, (name, raw) in enumerate(read_fasta(path), start=1):
         try:
-            residues, changes = clean(raw)
+            residues, changes = _accept(name, raw)
         except ValueError as reason:
             found.rejected[str(reason)] += 1
-            found.examples.setdefault(str(reason), name)
+            found.examples.setdefault(str(reason), name or f"record {number:,}")
             continue
         found.changed.update(changes)
         found.proteins += 1
@@ -88,10 +88,17 @@ def read_proteins(path: Path) -> Iterator[Protein]:
     """The proteins of a FASTA file that `survey` did not reject."""
     for name, raw in read_fasta(path):
         try:
-            residues, _ = clean(raw)
+            residues, _ = _accept(name, raw)
         except ValueError:
             continue
         yield name, residues
+
+
+def _accept(name: str, raw: bytes) -> tuple[bytes, list[str]]:
+    """As `clean`, which knows no ids."""
+    if not name:
+        raise ValueError("header without id")
+    return clean(raw)
 
 
 class Window(NamedTuple):
@@ -210,16 +217,26 @@ def _vectors(values: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
 
 
-def embed_file(source: Path, journal: Journal, embedder: Embedder, progress: Callable[[int], Any]) -> None:
+def embed_file(
+    source: Path, count: int, journal: Journal, embedder: Embedder, progress: Callable[[int], Any]
+) -> None:
     """Append the embeddings of the proteins in `source` to a journal, behind those it has, and finish it.
 
     `progress` is called with numbers of residues that are done, first those of an earlier run.
+
+    Raises:
+        UserError: there are no longer the `count` proteins that `survey` found.
     """
     proteins = read_proteins(source)
     progress(sum(len(residues) for _, residues in islice(proteins, journal.rows)))
     for chunk in embedder.chunks(proteins):
         journal.append(embedder.rows(chunk))
         progress(sum(len(residues) for _, residues in chunk))
+    if journal.rows != count:
+        raise UserError(
+            f"{source}: changed while it was read: {count:,} proteins at first, {journal.rows:,} at last; "
+            f"remove {journal.path} and start again"
+        )
     journal.finish()
 
 

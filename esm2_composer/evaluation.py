@@ -25,6 +25,7 @@ from esm2_composer.model import ESM2
 
 LENGTH_EDGES = (2, 65, 129, 257, 513, 1025)  # tokens at which a bin begins; the last has no end
 LENGTH_BINS = (*(f"{low}-{high - 1}" for low, high in pairwise(LENGTH_EDGES)), f"{LENGTH_EDGES[-1]}-")
+MAX_LOSS = 709  # nats: e to a higher one is no float
 FLOOR_CLUSTERS = 2**20  # of a split with more, so many are read for the floors: their error is then below 0.01
 
 
@@ -38,6 +39,9 @@ def evaluate(net: ESM2, microbatches: Iterable[dict[str, Any]], device: torch.de
         by_length    by the tokens of the sequence, as shown: {"2-64": ..., ...}
         by_residue   by the true residue: {"L": ..., ...}
     as far as there are such positions.
+
+    Raises:
+        UserError: no position is selected, or a loss is no number that has a perplexity.
     """
     net.eval()
     # Sums of loss, of correct predictions, and of ones, by (shows <mask>, length bin, true id). In fp64 a sum over
@@ -63,25 +67,33 @@ def evaluate(net: ESM2, microbatches: Iterable[dict[str, Any]], device: torch.de
         dist.all_reduce(sums)
         dist.all_reduce(sequences)
     sums = sums.cpu()
+    if not sums[2].any():
+        raise UserError(f"none of {int(sequences):,} sequences has a selected position")
+    at_mask, at_residue = sums[:, 1].sum((1, 2)), sums[:, 0].sum((1, 2))
     by_length = zip(LENGTH_BINS, sums.sum((1, 3)).T, strict=True)
     by_residue = zip(alphabet.TOKENS, sums.sum((1, 2)).T, strict=True)
     return {
         **_scores(sums.sum((1, 2, 3))),
         "sequences": int(sequences),
-        "at_mask": _scores(sums[:, 1].sum((1, 2))),
-        "at_residue": _scores(sums[:, 0].sum((1, 2))),
-        "by_length": {name: _scores(each) for name, each in by_length if each[2]},
-        "by_residue": {name: _scores(each) for name, each in by_residue if each[2]},
+        **_groups([("at_mask", at_mask), ("at_residue", at_residue)]),
+        "by_length": _groups(by_length),
+        "by_residue": _groups(by_residue),
     }
+
+
+def _groups(sums: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, float]]:
+    return {name: _scores(each) for name, each in sums if each[2]}
 
 
 def _scores(sums: torch.Tensor) -> dict[str, float]:
     loss, correct, count = sums.tolist()
-    mean = loss / max(count, 1)
+    mean = loss / count
+    if not mean < MAX_LOSS:
+        raise UserError(f"the loss is {mean:g}, which has no perplexity: the weights have diverged or are damaged")
     return {
         "loss": mean,
         "perplexity": math.exp(mean),
-        "accuracy": correct / max(count, 1),
+        "accuracy": correct / count,
         "selected_tokens": int(count),
     }
 
@@ -90,20 +102,18 @@ def data_floors(data: DataSection, rules: Iterable[MaskingRule]) -> list[dict[st
     """The floors (see `floors`) of the shards at `data` under each of `rules`.
 
     Raises:
-        UserError: there are no such shards.
+        UserError: there are no such shards, or they are not of clusters.
     """
-    train, valid = (residue_frequencies(_clusters(*data.split(name))) for name in ("train", "valid"))
+    train = residue_frequencies(_clusters(*data.split("train")), added=1)  # so that no residue is impossible
+    valid = residue_frequencies(_clusters(*data.split("valid")))
     return [floors(train, valid, rule) for rule in rules]
 
 
 def _clusters(remote: str | None, local: str) -> Iterator[dict[str, Any]]:
     """A split's clusters; of one with very many, `FLOOR_CLUSTERS` in blocks spread evenly over its shards."""
-    from esm2_composer.shards import CheckedStream, MappedDataset
+    from esm2_composer.data import open_clusters
 
-    try:
-        clusters = MappedDataset(CheckedStream(remote, local), batch_size=1)
-    except Exception as error:  # each store raises its own types
-        raise UserError(f"{remote or local}: cannot be opened as MDS shards ({error})") from error
+    clusters = open_clusters(remote, local, draw=None, batch_size=1)
     total = clusters.num_samples
     blocks = 64 if total > FLOOR_CLUSTERS else 1
     size = min(total, FLOOR_CLUSTERS) // blocks
@@ -112,16 +122,16 @@ def _clusters(remote: str | None, local: str) -> Iterator[dict[str, Any]]:
         yield from map(clusters.get_item, range(start, start + size))
 
 
-def residue_frequencies(clusters: Iterable[dict[str, Any]]) -> np.ndarray:
-    """Share of each of the 33 ids among residues as drawn: one uniform member a cluster. Add-one smoothed
-    over the letters, so that no residue is impossible."""
+def residue_frequencies(clusters: Iterable[dict[str, Any]], added: int = 0) -> np.ndarray:
+    """Share of each of the 33 ids among residues as drawn, one uniform member a cluster, and `added` more of each
+    letter."""
     counts = np.zeros(256)
     for cluster in clusters:
         residues = np.frombuffer(cluster["residues"], dtype=np.uint8)
         counts += np.bincount(residues, minlength=256) / len(cluster["lengths"])
     frequencies = np.zeros(alphabet.VOCAB_SIZE)
     for letter in alphabet.LETTERS:
-        frequencies[alphabet.TOKENS.index(letter)] = counts[ord(letter)] + 1
+        frequencies[alphabet.TOKENS.index(letter)] = counts[ord(letter)] + added
     return frequencies / frequencies.sum()
 
 

@@ -25,14 +25,18 @@ ROW_GROUP_BYTES = 32 * 2**20
 class Journal:
     """Rows on their way to the parquet file `out`.
 
-    `rows` counts those that are safe. One process at a time may hold a journal.
+    `rows` counts those that are safe, `path` is where. One process at a time may hold a journal.
     """
 
-    def __init__(self, out: Path, columns: pa.Schema, origin: dict[str, Any]) -> None:
+    def __init__(
+        self, out: Path, columns: pa.Schema, origin: dict[str, Any], paths: dict[str, str] | None = None
+    ) -> None:
         """Begin the journal of `out`, or go on with it.
 
         Args:
-            origin: what the rows follow from, as JSON. It is kept in the parquet file's metadata.
+            origin: what the rows follow from, as JSON.
+            paths: where that lies, which may be elsewhere when the journal is gone on with. Both are kept in the
+                parquet file's metadata.
 
         Raises:
             UserError: `out` exists or cannot be written, another process holds its journal, or the journal was
@@ -40,16 +44,17 @@ class Journal:
         """
         if out.exists():
             raise UserError(f"{out} exists already; remove it, or choose another file")
-        self._out, self._path = out, out.with_name(f".{out.name}.partial")
-        self._schema = columns.with_metadata({METADATA_KEY: json.dumps(origin)})
+        self._out, self.path = out, out.with_name(f".{out.name}.partial")
+        self._schema = columns.with_metadata({METADATA_KEY: json.dumps({**(paths or {}), **origin})})
+        self._origin = origin
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "ab")  # noqa: SIM115, it stays open
+            self._file = open(self.path, "ab")  # noqa: SIM115, it stays open
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{out}: another process is writing it") from None
         except OSError as error:
-            raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
         batches = [(batch.num_rows, end) for batch, end in self._batches()]
         self.rows = sum(rows for rows, _ in batches)
         if batches:
@@ -60,23 +65,29 @@ class Journal:
 
     def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
         """Every whole batch, and where it ends; first an empty one for the schema."""
-        with pa.OSFile(str(self._path)) as source:
+        with pa.OSFile(str(self.path)) as source:
             try:
                 reader = pa.ipc.open_stream(source)
                 self._compare(reader.schema)
                 yield pa.RecordBatch.from_pylist([], self._schema), source.tell()
                 while True:
                     yield reader.read_next_batch(), source.tell()
-            except (StopIteration, pa.ArrowInvalid, OSError):
+            except (StopIteration, pa.ArrowException, OSError):
                 return  # the end, or what a kill left of a batch
 
     def _compare(self, found: pa.Schema) -> None:
-        if found.equals(self._schema, check_metadata=True):
-            return
-        old, new = (json.loads(schema.metadata[METADATA_KEY]) for schema in (found, self._schema))
-        changed = [f"{key} was {old.get(key)!r} and is {new[key]!r}" for key in new if old.get(key) != new[key]]
+        try:
+            old = json.loads(found.metadata[METADATA_KEY])
+            differs = [key for key, value in self._origin.items() if old.get(key) != value]
+        except (AttributeError, KeyError, TypeError, ValueError):  # none, not ours, no JSON, no text
+            raise UserError(f"{self.path}: damaged; remove it") from None
+        if not differs:
+            if found.equals(self._schema):
+                return
+            raise UserError(f"{self.path}: damaged; remove it")
+        changed = [f"{key} was {old.get(key)!r} and is {self._origin[key]!r}" for key in differs]
         raise UserError(
-            f"{self._path} holds the beginning of something else ({'; '.join(changed)}): "
+            f"{self.path} holds the beginning of something else ({'; '.join(changed)}): "
             "remove it, or choose another output"
         )
 
@@ -90,20 +101,34 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
 
     def finish(self) -> None:
-        """Write the parquet file from the journal, then remove the journal."""
+        """Write the parquet file from the journal, then remove the journal.
+
+        Raises:
+            UserError: the file cannot be written, or the journal not be read again.
+        """
         whole = self._out.with_name(f".{self._out.name}.whole")
         try:
             with pq.ParquetWriter(whole, self._schema, compression="zstd", use_dictionary=False) as writer:
+                written = 0
                 for table in self._row_groups():
                     writer.write_table(table, row_group_size=max(len(table), 1))
+                    written += len(table)
+            with open(whole, "rb") as file:
+                os.fsync(file.fileno())  # before the journal goes
         except OSError as error:
             whole.unlink(missing_ok=True)
             raise UserError(f"{whole}: cannot be written ({error.strerror or error})") from error
+        if written != self.rows:
+            whole.unlink()
+            raise UserError(
+                f"{self.path}: damaged, {written:,} of {self.rows:,} rows can be read; "
+                "the same command goes on behind these"
+            )
         whole.rename(self._out)
-        self._path.unlink()
+        self.path.unlink()
         self._file.close()
 
     def _row_groups(self) -> Iterator[pa.Table]:

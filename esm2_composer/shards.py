@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import sys
+import tempfile
 import time
 import traceback
 from bisect import bisect_right
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import torch.distributed as dist
 from streaming import Stream, StreamingDataset
 from streaming.base.constant import EPOCH_DATA
 from streaming.base.dataset import _ShardState
@@ -22,7 +28,37 @@ from esm2_composer.errors import UserError
 from esm2_composer.mds import Shard
 
 HASH = "xxh64"
+OPENING_SECONDS = 60
 WAITS = (1, 2, 4, 8, 16)  # seconds before asking a store again that did not answer
+
+
+@contextlib.contextmanager
+def opening_alone() -> Iterator[None]:
+    """For all ranks of a node, while they open a dataset: none of this user's other runs there does so.
+
+    Streaming looks for a name in shared memory that is free, and then takes it: two runs may find the same one. A
+    node's first rank holds the lock. It is not waited for without end, since runs on the same nodes could each
+    hold another one's.
+    """
+    with contextlib.ExitStack() as stack:
+        if not int(os.environ.get("LOCAL_RANK", 0)):
+            path = Path(tempfile.gettempdir(), f"esm2_composer-{os.getuid()}.lock")
+            lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+            stack.callback(os.close, lock)
+            deadline = time.monotonic() + OPENING_SECONDS
+            while not _lock(lock) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        if dist.is_initialized():
+            dist.barrier()
+        yield
+
+
+def _lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class MappedDataset(StreamingDataset):

@@ -29,13 +29,14 @@ SHORT = "max_duration=30ba eval_interval=30ba global_train_batch_size=16 schedul
 
 @pytest.fixture
 def folder(real_data, tmp_path) -> Path:
-    """Where a user stands: the project, a FASTA file, and weights that transformers wrote."""
+    """Where a user stands: the project, a FASTA file, and weights that transformers wrote, where the hub's
+    would be looked for first."""
     for name in ("tools", "yamls", "train.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copy(real_data / "tiny/fasta/members.fasta", tmp_path / "proteins.fasta")
     torch.manual_seed(0)
     config = EsmConfig(**hugging_face_config(ESM2Config(2, 64, 4, 128)))
-    EsmForMaskedLM(config).save_pretrained(tmp_path / "esm2_8m")
+    EsmForMaskedLM(config).save_pretrained(tmp_path / "facebook/esm2_t6_8M_UR50D")
     return tmp_path
 
 

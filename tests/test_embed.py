@@ -20,9 +20,9 @@ from conftest import ROOT, python
 from transformers import EsmModel
 
 from esm2_composer import alphabet
-from esm2_composer.embedding import Embedder, read_proteins, survey, windows
+from esm2_composer.embedding import Embedder, embed_file, read_proteins, survey, windows
 from esm2_composer.errors import UserError
-from esm2_composer.journal import Journal
+from esm2_composer.journal import METADATA_KEY, Journal
 from esm2_composer.model import ESM2, ESM2Config
 
 TOOL = ROOT / "tools/embed.py"
@@ -195,14 +195,14 @@ def batch(*names: str) -> pa.RecordBatch:
 
 def release(journal: Journal) -> Path:
     journal._file.close()  # as the end of its process would
-    return journal._path
+    return journal.path
 
 
 @pytest.mark.parametrize("lost", [0, 1, 50, 10_000])
 def test_a_journal_keeps_whole_batches_and_cuts_off_the_rest(tmp_path, lost):
     journal = Journal(tmp_path / "out", COLUMNS, {"a": 1})
     journal.append(batch("x", "y"))
-    whole = journal._path.stat().st_size
+    whole = journal.path.stat().st_size
     journal.append(batch("z" * 100))
     path = release(journal)
     os.truncate(path, max(path.stat().st_size - lost, 0))
@@ -217,6 +217,19 @@ def test_a_journal_keeps_whole_batches_and_cuts_off_the_rest(tmp_path, lost):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_journal_is_gone_on_with_where_its_inputs_have_moved(tmp_path):
+    journal = Journal(tmp_path / "out", COLUMNS, {"digest": "d"}, {"fasta": "in.fasta"})
+    journal.append(batch("x"))
+    release(journal)
+    again = Journal(tmp_path / "out", COLUMNS, {"digest": "d"}, {"fasta": "./in.fasta"})
+    assert again.rows == 1
+    again.append(batch("y"))
+    again.finish()
+    table = pq.read_table(tmp_path / "out")
+    assert table["id"].to_pylist() == ["x", "y"]
+    assert json.loads(table.schema.metadata[METADATA_KEY]) == {"digest": "d", "fasta": "./in.fasta"}
+
+
 def test_a_journal_begun_otherwise_or_held_by_another_is_refused(tmp_path):
     journal = Journal(tmp_path / "out", COLUMNS, {"layer": 1, "model": "m"})
     journal.append(batch("x"))
@@ -226,6 +239,39 @@ def test_a_journal_begun_otherwise_or_held_by_another_is_refused(tmp_path):
     content = path.read_bytes()
     with pytest.raises(UserError, match="layer was 1 and is 2"):
         Journal(tmp_path / "out", COLUMNS, {"layer": 2, "model": "m"})
+    assert path.read_bytes() == content
+
+
+def test_a_journal_damaged_in_its_middle_is_kept_and_gone_on_with(tmp_path):
+    journal = Journal(tmp_path / "out", COLUMNS, {"a": 1})
+    journal.append(batch("x", "y"))
+    at = journal.path.stat().st_size
+    for name in ("z", "last"):
+        journal.append(batch(name))
+    content = bytearray(journal.path.read_bytes())
+    content[at : at + 64] = b"\xff" * 64
+    journal.path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged, 2 of 4 rows can be read; the same command goes on behind these"):
+        journal.finish()
+    assert [path.name for path in tmp_path.iterdir()] == [journal.path.name]
+    release(journal)
+    again = Journal(tmp_path / "out", COLUMNS, {"a": 1})
+    assert again.rows == 2
+    for name in ("z", "last"):
+        again.append(batch(name))
+    again.finish()
+    assert pq.read_table(tmp_path / "out")["id"].to_pylist() == ["x", "y", "z", "last"]
+
+
+@pytest.mark.parametrize(
+    "metadata", [None, {"other": "{}"}, {METADATA_KEY: "{"}, {METADATA_KEY: b"\xff\xfe{"}, {METADATA_KEY: "[]"}]
+)
+def test_a_journal_that_cannot_be_told_from_another_is_kept(tmp_path, metadata):
+    path = tmp_path / ".out.partial"
+    path.write_bytes(COLUMNS.with_metadata(metadata).serialize())
+    content = path.read_bytes()
+    with pytest.raises(UserError, match="partial: damaged; remove it"):
+        Journal(tmp_path / "out", COLUMNS, {"a": 1})
     assert path.read_bytes() == content
 
 
@@ -249,6 +295,10 @@ def test_faults_are_treated_as_in_conversion_and_repeated_ids_keep_their_rows(tm
     assert found.examples == {"empty sequence": "b", "bad residue": "c"}
     assert found.changed["J made X"] == 1
     assert list(read_proteins(path)) == [("a", b"MKV"), ("a", b"MXVL"), ("a", b"MKV")]
+    path.write_bytes(path.read_bytes() + b"> \nMKV\n")
+    assert survey(path, 1024, 0.5).examples["header without id"] == "record 6"
+    assert len(list(read_proteins(path))) == 3
+    path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(
         UserError, match=r"2 of 5 sequences rejected, more than 30.0%: empty sequence 1 \(first: 'b'\)"
     ):
@@ -263,8 +313,8 @@ def test_faults_are_treated_as_in_conversion_and_repeated_ids_keep_their_rows(tm
         (b"id,sequence\n", [], ["not FASTA"]),
         (gzip.compress(b">a\nMKV\n" * 1000, mtime=0)[:-20], [], ["cut short"]),
         (b">a\nMKVLLAMKVL\n", ["--max-length", "8", "--long", "refuse"], ["longer than 6", "10", "--long window"]),
-        (b">a\nMKV\n", ["--layer", "3"], ["--layer 3", "layers 0 to 2"]),
-        (b">a\nMKV\n", ["--model", "/nowhere"], ["/nowhere", "no such file"]),
+        (b"no FASTA", ["--layer", "3"], ["--layer 3", "layers 0 to 2"]),
+        (b"no FASTA", ["--model", "/nowhere"], ["/nowhere", "no such file"]),
     ],
     ids=["empty", "no sequences", "not FASTA", "truncated", "long", "layer", "model"],
 )
@@ -273,6 +323,33 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tool, weights, tmp_path, conte
     fasta, out = tmp_path / "in.fasta", tmp_path / "out.parquet"
     assert_refused(tool(fasta, "--model", weights, "--out", out, *options), words)
     assert [path.name for path in tmp_path.iterdir()] == ["in.fasta"]
+
+
+def test_a_pipe_is_refused_without_waiting_for_its_writer(tool, tmp_path):
+    os.mkfifo(tmp_path / "in.fasta")
+    result = tool(tmp_path / "in.fasta", "--model", "nothing", "--out", tmp_path / "out.parquet")
+    assert_refused(result, ["in.fasta", "a pipe will not do"])
+
+
+def test_weights_that_are_no_numbers_are_refused(tool, tmp_path):
+    model = ESM2(ESM2Config(1, 32, 2, 64))
+    with torch.no_grad():
+        model.layers[0].fc1.weight[3, 4] = torch.nan
+    model.save_hf(tmp_path / "weights")
+    fasta = write_fasta(tmp_path / "in.fasta", random_proteins([20]))
+    result = tool(fasta, "--model", tmp_path / "weights", "--out", tmp_path / "out.parquet")
+    assert_refused(result, ["weights", "'layers.0.fc1.weight' holds what is no finite number"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.fasta", "weights"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_taken_for_whole(weights, tmp_path):
+    fasta = write_fasta(tmp_path / "in.fasta", random_proteins([20, 30]))
+    one = embedder(weights)
+    journal = Journal(tmp_path / "out.parquet", one.columns, {})
+    with pytest.raises(UserError, match=r"3 proteins at first, 2 at last; remove .*partial"):
+        embed_file(fasta, 3, journal, one, lambda residues: None)
+    assert not (tmp_path / "out.parquet").exists()
+    release(journal)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,17 @@ import plot_convergence
 import pytest
 from composer.loggers.logger import format_log_data_value
 from conftest import ROOT, run
-from plot_convergence import PERPLEXITY, PUBLISHED, PUBLISHED_CONDITIONS, Run, compare, read_run, read_scalars
+from plot_convergence import (
+    PERPLEXITY,
+    PUBLISHED,
+    PUBLISHED_CONDITIONS,
+    Run,
+    compare,
+    draw,
+    read_run,
+    read_scalars,
+    ticks_between,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -85,6 +95,7 @@ def test_the_published_curves_are_those_of_the_published_table():
         ({"data.max_length": 512}, None, "not comparable .* data.max_length 512, not 1024"),
         ({}, 1946, "not comparable .* validated on 1,946 other clusters"),
         ({"global_train_batch_size": 32}, None, "updates are of 32 sequences"),
+        ({"global_train_batch_size": None}, None, "updates are of an unknown number of sequences"),
     ],
 )
 def test_it_says_where_a_run_differs_from_the_published_conditions(settings, validation, words):
@@ -104,7 +115,10 @@ def test_it_says_where_runs_differ_and_where_nothing_is_known():
 
 def test_the_figure_and_the_table_show_runs_the_published_curve_and_floors(shards, tmp_path, call):
     runs = [
-        write_run(tmp_path / "demo", settings={**CONDITIONS, "data.replacement": "amino_acids"}),
+        write_run(
+            tmp_path / "demo",
+            settings={**CONDITIONS, "data.replacement": "amino_acids", "data.remote": f"{shards}/"},
+        ),
         write_run(tmp_path / "other", {10: 21.0, 20: math.inf}),
     ]
     for suffix, magic in ((".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")):
@@ -122,8 +136,42 @@ def test_the_figure_and_the_table_show_runs_the_published_curve_and_floors(shard
     assert [f"{amino_acids['unigram']:.2f}", "unigram"] in lines
     assert [f"{amino_acids['copier']:.2f}", "copier,", "amino_acids"] in lines
     assert [f"{all_tokens['copier']:.2f}", "copier,", "all_tokens"] in lines
-    assert "validated on 10 other clusters" in " ".join(out.split())
+    out = " ".join(out.split())
+    assert out.count("validated on 10 other clusters") == 1
+    assert f"other was validated on data/uniref50; the floors are those of {shards}." in out
+    assert "demo was validated on" not in out
     assert sorted(path.name for path in figure.parent.iterdir()) == ["curve.pdf", "curve.png", "curve.svg"]
+
+
+def test_every_rule_has_its_floor(shards, tmp_path, call):
+    splits = ([0.8, 0.1, 0.1], [0.9, 0.1, 0.0], [0.8, 0.1, 0.1])
+    runs = []
+    for i, split in enumerate(splits, start=1):
+        changes = {"data.mask_split": split, "data.mask_fraction": i / 10}
+        runs.append(write_run(tmp_path / f"{i}", settings={**CONDITIONS, **changes}))
+    code, out, err = call(plot_convergence.main, *runs, "--data", shards)
+    assert code == 0, err
+    rules = [MaskingRule(split=tuple(split), all_tokens=True) for split in splits[:2]]
+    floors = data_floors(DataSection(str(shards)), rules)
+    lines = [line.split() for line in out.splitlines()]
+    assert [line for line in lines if "copier," in line] == [
+        [f"{floor['copier']:.2f}", "copier,", split]
+        for floor, split in zip(floors, ("80/10/10", "90/10/0"), strict=True)
+    ]
+
+
+def test_many_runs_look_different():
+    figure = draw([Run(f"{i}", CURVE, {}) for i in range(12)], {}, {}, [])
+    looks = [(line.get_color(), line.get_marker()) for line in figure.axes[0].lines]
+    assert len(set(looks)) == len(looks) == 12
+
+
+@pytest.mark.parametrize("ends", [(12.6, 13.3), (14.0, 34.0), (6.4, 12.0), (8.31, 8.39), (150, 900), (5, 30_000)])
+def test_an_axis_has_some_round_numbers(ends):
+    ticks = ticks_between(*ends)
+    assert 3 <= len(ticks) <= 20
+    assert all(ends[0] <= tick <= ends[1] for tick in ticks)
+    assert len({f"{tick:,g}" for tick in ticks}) == len(ticks)
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path, call):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -225,6 +228,28 @@ def test_a_worker_waits_for_no_other_that_failed(fresh: Callable[[], str], tmp_p
     for _ in range(2):  # the second as another worker would
         with pytest.raises(UserError, match="cannot be read"):
             dataset.prepare_shard(0)
+
+
+def test_a_dataset_is_opened_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(shards, "OPENING_SECONDS", 0.2)
+    inside = threading.Event()
+
+    def another_run() -> None:
+        with shards.opening_alone():
+            inside.set()
+            time.sleep(0.1)
+            inside.clear()
+
+    other = threading.Thread(target=another_run)
+    other.start()
+    assert inside.wait(10)
+    with shards.opening_alone():
+        assert not inside.is_set()
+        start = time.monotonic()
+        with shards.opening_alone():  # as by a run that hangs: it is not waited for without end
+            assert time.monotonic() - start > 0.1
+    other.join()
 
 
 def test_shard_bounds_find_every_sample_as_streaming_does() -> None:

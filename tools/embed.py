@@ -1,9 +1,9 @@
 """Embed the proteins of a FASTA file: python tools/embed.py FASTA --model PATH --out FILE.parquet
 
-FASTA is plain, gzip or zstd; PATH a Composer checkpoint, a Hugging Face folder or a fair-esm file. A row of FILE
-is a protein, in the order of FASTA: its id, its length, the windows it was cut into, and as `embedding` the mean
-over its residues, <cls> and <eos> left out; with --per-residue also `residue_embeddings`, a vector a residue.
-Computed in bf16 on a GPU, in fp32 on a CPU. After a kill the same command goes on.
+FASTA is a file, plain, gzip or zstd; PATH a Composer checkpoint, a Hugging Face folder or a fair-esm file. A row
+of FILE is a protein, in the order of FASTA: its id, its length, the windows it was cut into, and as `embedding`
+the mean over its residues, <cls> and <eos> left out; with --per-residue also `residue_embeddings`, a vector a
+residue. Computed in bf16 on a GPU, in fp32 on a CPU. After a kill the same command goes on.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def main() -> None:
         raise UserError(f"--max-reject-fraction {args.max_reject_fraction} must lie between 0 and 1")
     if args.out.exists():
         raise UserError(f"{args.out} exists already; remove it, or choose another file")
+    if not args.fasta.is_file():
+        raise UserError(f"{args.fasta}: no such file (a pipe will not do: it is read twice)")
 
     import torch
 
@@ -51,6 +53,14 @@ def main() -> None:
     from esm2_composer.journal import Journal
     from esm2_composer.model import ESM2
 
+    model = ESM2.from_pretrained(args.model).eval()
+    layers = model.config.num_layers
+    layer = layers if args.layer is None else args.layer
+    if not 0 <= layer <= layers:
+        raise UserError(f"--layer {layer}: {args.model} has layers 0 to {layers}")
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{args.model}: '{name}' holds what is no finite number")
     found = survey(args.fasta, args.max_length, args.max_reject_fraction)
     print_survey(found, args.max_length)
     if found.over_limit and args.long == "refuse":
@@ -58,16 +68,9 @@ def main() -> None:
             f"{args.fasta}: {found.over_limit:,} proteins are longer than {args.max_length - 2:,} residues, "
             f"the longest {found.longest:,}; remove them, or embed them in windows with --long window"
         )
-    model = ESM2.from_pretrained(args.model).eval()
-    layers = model.config.num_layers
-    layer = layers if args.layer is None else args.layer
-    if not 0 <= layer <= layers:
-        raise UserError(f"--layer {layer}: {args.model} has layers 0 to {layers}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     origin = {
-        "fasta": str(args.fasta),
         "fasta_digest": found.digest,
-        "model": args.model,
         "weights_digest": digest_weights(model),
         "layer": layer,
         "pooling": "mean over residues",
@@ -78,11 +81,12 @@ def main() -> None:
         "changed": dict(found.changed),
     }
     embedder = Embedder(model.to(device), layer, args.max_length, args.batch_tokens, args.per_residue)
-    journal = Journal(args.out, embedder.columns, origin)
+    paths = {"fasta": str(args.fasta), "model": args.model}
+    journal = Journal(args.out, embedder.columns, origin, paths)
     if journal.rows:
         print(f"going on after {journal.rows:,} proteins of an earlier run", file=sys.stderr)
     with tqdm(total=found.residues, unit=" residues", unit_scale=True, desc="embed", disable=None) as bar:
-        embed_file(args.fasta, journal, embedder, bar.update)
+        embed_file(args.fasta, found.proteins, journal, embedder, bar.update)
     print(f"{args.out}: {found.proteins:,} proteins", file=sys.stderr)
 
 

@@ -9,19 +9,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from esm2_composer import preemption
 from esm2_composer.config import DataSection
 from esm2_composer.errors import UserError, run_command
 
 SEQUENCES_A_RANK = 64  # taken up at a time
+SHOWN = {"at_mask": "  that show <mask>", "at_residue": "  that show a residue"}
 
 
 def main() -> None:
+    try:
+        evaluate_checkpoint()
+    except UserError:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            preemption.let_rank_zero_leave_first()
+        raise
+
+
+def evaluate_checkpoint() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--data", required=True, help="what the recipe calls data.remote")
@@ -51,12 +63,12 @@ def main() -> None:
     from esm2_composer.model import ESM2
     from esm2_composer.pool import Pool
 
+    net = ESM2.from_pretrained(args.checkpoint)  # each rank for itself, before they meet
     on_gpu = torch.cuda.is_available()
     ranks, rank = dist.get_world_size(), dist.get_global_rank()
     if ranks > 1:
         dist.initialize_dist("gpu" if on_gpu else "cpu", timeout=1800)
     device = torch.device("cuda", dist.get_local_rank()) if on_gpu else torch.device("cpu")
-    net = ESM2.from_pretrained(args.checkpoint).to(device)
     rule = MaskingRule(all_tokens=args.replacement == "all_tokens")
     draw = ClusterDraw(args.seed, args.max_length, data.min_length, rule)
     loader = evaluation_loader(draw, *data.split(args.split), SEQUENCES_A_RANK * ranks, num_workers=0)
@@ -64,7 +76,7 @@ def main() -> None:
     if rank == 0:
         shares = progress(shares, len(loader))
     pool = Pool(args.microbatch_tokens)
-    result = evaluate(net, (m for share in shares for m in pool(share)["microbatches"]), device)
+    result = evaluate(net.to(device), (m for share in shares for m in pool(share)["microbatches"]), device)
     result |= {key: getattr(args, key) for key in ("data", "split", "seed", "max_length", "replacement")}
     if args.floors:
         (result["floors"],) = data_floors(data, [rule])
@@ -126,8 +138,7 @@ def report(result: dict[str, Any]) -> str:
     """`result` as a table."""
     rows = [
         ("all selected positions", result),
-        ("  that show <mask>", result["at_mask"]),
-        ("  that show a residue", result["at_residue"]),
+        *((name, result[key]) for key, name in SHOWN.items() if key in result),
         ("by tokens of the sequence, as shown", None),
         *((f"  {name}", scores) for name, scores in result["by_length"].items()),
         ("by true residue", None),

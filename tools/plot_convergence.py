@@ -18,6 +18,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,13 @@ def main() -> None:
 
     runs = name_apart([read_run(folder) for folder in args.runs], args.runs)
     levels, validation = read_data(args.data, args.local, runs) if args.data else ({}, None)
-    notes = [note for run in runs for note in compare(run, runs[0], args.reference, validation)]
+    notes: list[str] = []
+    for run in runs:
+        place = run.settings.get("data.remote")
+        own = args.data is None or place is None or same_place(str(place), args.data)
+        notes += compare(run, runs[0], args.reference, validation if own else None)
+        if not own:
+            notes.append(f"{run.name} was validated on {place}; the floors are those of {args.data}.")
     if args.data:
         notes.insert(0, FLOORS_NOTE.format(data=args.data))
     if args.reference:
@@ -178,6 +185,10 @@ def name_apart(runs: list[Run], folders: list[Path]) -> list[Run]:
     ]
 
 
+def same_place(a: str, b: str) -> bool:
+    return a.rstrip("/") == b.rstrip("/") if "://" in a + b else os.path.realpath(a) == os.path.realpath(b)
+
+
 def read_data(data: str, local: str | None, runs: list[Run]) -> tuple[dict[str, float], int]:
     """The floors of the shards at `data` under the runs' masking rules, and the number of validation clusters."""
     from esm2_composer.evaluation import data_floors
@@ -187,19 +198,20 @@ def read_data(data: str, local: str | None, runs: list[Run]) -> tuple[dict[str, 
     for split in () if "://" in data else ("train", "valid"):
         if not (Path(data) / split / "index.json").is_file():
             raise UserError(f"{data} holds no {split} shards ({split}/index.json)")
-    rules = []
-    for settings in (run.settings for run in runs):
-        rule = MaskingRule(
-            settings.get("data.mask_fraction", 0.15),
-            tuple(settings.get("data.mask_split", (0.8, 0.1, 0.1))),
-            settings.get("data.replacement") == "all_tokens",
+    rules = [  # how many are selected does not matter
+        MaskingRule(
+            split=tuple(run.settings.get("data.mask_split", (0.8, 0.1, 0.1))),
+            all_tokens=run.settings.get("data.replacement") == "all_tokens",
         )
-        if rule not in rules:
-            rules.append(rule)
+        for run in runs
+    ]
+    rules = list(dict.fromkeys(rules))
+    replacements = ["all_tokens" if rule.all_tokens else "amino_acids" for rule in rules]
+    splits = ["/".join(f"{100 * share:g}" for share in rule.split) for rule in rules]
     levels = {}
-    for rule, floors in zip(rules, data_floors(section, rules), strict=True):
-        suffix = "" if len(rules) == 1 else f", {'all_tokens' if rule.all_tokens else 'amino_acids'}"
-        levels |= {"unigram": floors["unigram"], f"copier{suffix}": floors["copier"]}
+    for *names, floors in zip(replacements, splits, data_floors(section, rules), strict=True):
+        differing = [name for name, all in zip(names, (replacements, splits), strict=True) if len(set(all)) > 1]
+        levels |= {"unigram": floors["unigram"], ", ".join(["copier", *differing]): floors["copier"]}
     index = json.loads((Path(local or data) / "valid" / "index.json").read_text())
     return levels, sum(shard["samples"] for shard in index["shards"])
 
@@ -227,7 +239,8 @@ def compare(run: Run, first: Run, reference: str | None, validation: int | None)
     if validation not in (None, PUBLISHED_VALIDATION):
         differs.append(f"validated on {validation:,} other clusters")
     batch = run.settings.get("global_train_batch_size")
-    scale = "" if batch == 2048 else f" Its updates are of {batch:,} sequences."
+    count = "an unknown number of" if batch is None else f"{batch:,}"
+    scale = "" if batch == 2048 else f" Its updates are of {count} sequences."
     if differs:
         yield f"{run.name} is not comparable with the published curve: {'; '.join(differs)}.{scale}"
     else:
@@ -270,10 +283,10 @@ def draw(runs: list[Run], published: dict[str, dict[int, float]], levels: dict[s
         axes.set_xscale("log")  # a young run beside a whole one
     axes.set_yscale("log")
     axes.margins(y=0.06)
-    lines = [
-        (run.name, run.curve, {"color": colours[i % 5], "marker": markers[i % 5], "mec": "white", "mew": 0.6})
-        for i, run in enumerate(runs)
-    ]
+    lines = []
+    for i, run in enumerate(runs):  # the sixth has the first's colour again, but another marker
+        style = {"color": colours[i % 5], "marker": markers[(i + i // 5) % 5], "mec": "white", "mew": 0.6}
+        lines.append((run.name, run.curve, style))
     lines += [(name, curve, {"color": ink, "marker": "o", "mfc": "white"}) for name, curve in published.items()]
     ends = []
     for name, curve, style in lines:
@@ -283,7 +296,7 @@ def draw(runs: list[Run], published: dict[str, dict[int, float]], levels: dict[s
             marked = [*range(0, len(x) - 1, -(-len(x) // 16)), len(x) - 1]
             axes.plot(x, y, lw=1.6, ms=4.5, markevery=marked, **style)
             ends.append((name, x[-1], y[-1], style["color"]))
-    for (name, value), dashes in zip(levels.items(), ((6, 3), (1, 2), (3, 2, 1, 2)), strict=False):
+    for (name, value), dashes in zip(levels.items(), cycle(((6, 3), (1, 2), (3, 2, 1, 2))), strict=False):
         axes.axhline(value, color=faint, lw=1.1, ls=(0, dashes), zorder=1)
         ends.append((name, axes.get_xlim()[1], value, faint))
     label_ends(axes, ends)
@@ -291,9 +304,8 @@ def draw(runs: list[Run], published: dict[str, dict[int, float]], levels: dict[s
     axes.set_title("Validation perplexity by update", loc="left", fontsize=11, weight="bold", color=ink)
     axes.set_xlabel("update", color=ink)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    low, high = axes.get_ylim()
-    ticks = [t for t in (*range(1, 11), *range(12, 21, 2), 25, 30, 40, 60, 100, 1_000, 10_000) if low < t < high]
-    axes.set_yticks(ticks, labels=[f"{tick:,}" for tick in ticks])
+    ticks = ticks_between(*axes.get_ylim())
+    axes.set_yticks(ticks, labels=[f"{tick:,g}" for tick in ticks])
     axes.yaxis.minorticks_off()
     axes.grid(axis="y", color="0.91", lw=0.7)
     axes.set_axisbelow(True)
@@ -301,6 +313,16 @@ def draw(runs: list[Run], published: dict[str, dict[int, float]], levels: dict[s
     axes.tick_params(color=faint, labelcolor=ink, labelsize=9)
     figure.text(0.07, 0.10 / height, caption, fontsize=7, color="0.3", va="bottom", linespacing=1.3)
     return figure
+
+
+def ticks_between(low: float, high: float) -> list[float]:
+    """Three round numbers at least, on a logarithmic axis."""
+    ticks = [t for t in (*range(1, 11), *range(12, 21, 2), 25, 30, 40, 60, 100, 1_000, 10_000) if low < t < high]
+    for step in (factor * 10.0**power for power in range(4, -3, -1) for factor in (5, 2, 1)):
+        if len(ticks) > 2:
+            break
+        ticks = [round(i * step, 2) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return ticks
 
 
 def label_ends(axes: Any, ends: list[tuple[str, float, float, str]]) -> None:
