@@ -238,8 +238,8 @@ def open_clusters(remote: str | None, local: str, **arguments: Any) -> ClusterDa
         with opening_alone():
             clusters = ClusterDataset(CheckedStream(remote, local), **arguments)
     except Exception as error:  # each store raises its own types
-        # Another rank was lost, the store is away, or another user's run took the name in shared memory at the same
-        # moment: no mistake, and worth another start.
+        # Another rank was lost, the store is away, or another user's run took the name in shared memory at the
+        # same moment: no mistake, and worth another start.
         if isinstance(error, dist.DistError | ConnectionError | FileExistsError) or "/gloo/" in str(error):
             raise
         raise UserError(f"{place}: cannot be opened as MDS shards ({error})") from error
