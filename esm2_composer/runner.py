@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator, Speed
 from composer.core import Callback
 from composer.loggers import LoggerDestination, WandBLogger
 from composer.utils import dist, get_device
+from streaming.base.storage.download import CloudDownloader
 
 from esm2_composer.attention import select_attention
 from esm2_composer.callbacks import (
@@ -92,6 +94,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     optimizer = build_adamw(net, o.lr, o.betas, o.eps, o.weight_decay)
     schedule = build_schedule(optimizer, **dataclasses.asdict(recipe.schedule))
 
+    on_rank_zero(lambda: check_cache(recipe.data))
     draw = cluster_draw(recipe)
     batch, workers = recipe.global_train_batch_size, recipe.data.num_workers
     train = train_loader(draw, *recipe.data.split("train"), batch, workers, recipe.data.cache_limit)
@@ -151,6 +154,26 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
 def _peak_flops() -> float | None:
     """For MFU: the peak of GPUs that Composer does not know."""
     return GPUS["b200"].flops if "B200" in torch.cuda.get_device_name() else None
+
+
+def check_cache(data: DataSection) -> None:
+    """Raise a UserError if `data.local` holds other shards than `data.remote`: Streaming takes an index it has.
+
+    A store that does not answer is no mistake of the user, and raises what it does.
+    """
+    for name in ("train", "valid"):
+        remote, local = data.split(name)
+        cached = Path(local, "index.json")
+        if remote is None or not cached.exists():
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "index.json")
+            CloudDownloader.get(remote).download(f"{remote}/{path.name}", str(path), 60)
+            if path.read_bytes() != cached.read_bytes():
+                raise UserError(
+                    f"data.local {data.local} holds other {name} shards than data.remote {data.remote}; "
+                    "take another data.local"
+                )
 
 
 def _digest(local: str) -> str:
