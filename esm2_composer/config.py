@@ -146,7 +146,8 @@ class Recipe:
 FREE = (
     *("run_name", "max_duration", "eval_interval", "device_microbatch_tokens", "precision", "compile", "fp8"),
     *("save_folder", "save_interval", "save_num_checkpoints_to_keep", "autoresume", "tensorboard_folder"),
-    *("model.attention", "data.remote", "data.local", "data.num_workers", "fsdp", "loggers", "callbacks"),
+    *("model.attention", "data.remote", "data.local", "data.cache_limit", "data.num_workers"),
+    *("fsdp", "loggers", "callbacks"),
 )
 
 
