@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -159,8 +161,11 @@ class S3Folder:
     def location(self, name: str) -> str:
         return f"{self._uri}/{name}"
 
-    def staging(self) -> None:
-        """None: every node stages in a temporary folder of its own."""
+    def staging(self) -> Path:
+        """Where this node's ranks write a checkpoint before it is uploaded: the same at every start, so that what
+        a killed run left there is cleared."""
+        mine = hashlib.sha256(self._uri.encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir(), f"checkpoints-{os.getuid()}-{mine}")
 
     def send(self, staged: Path, name: str, rank: int) -> None:
         """Upload the rank's part of a sharded checkpoint."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,11 +54,12 @@ class CheckpointSaver(Callback):
         self._interval, self._keep_newest, self._keep_best = interval, keep_newest, keep_best
         self._index = on_rank_zero(lambda: Index.read(folder))
         self._saved: int | None = None
-        self._staging = folder.staging() or self._make_staging()
+        self._staging = folder.staging()
+        self._clear_staging()  # of what a killed run left
 
-    def _make_staging(self) -> Path:
-        mine = None if dist.get_local_rank() else tempfile.mkdtemp(prefix="checkpoints-")
-        return Path(dist.all_gather_object(mine)[dist.get_global_rank() - dist.get_local_rank()])
+    def _clear_staging(self) -> None:
+        if not dist.get_local_rank():
+            shutil.rmtree(self._staging, ignore_errors=True)
 
     def pin_data(self, train_shards: str) -> None:
         """Remember what the run is trained on, or refuse to go on with other data.
@@ -103,10 +103,6 @@ class CheckpointSaver(Callback):
         if self._saved != update and not self.save(state):
             raise RuntimeError(f"the run has ended, but its last checkpoint, of update {update}, is not saved")
 
-    def close(self, state: State, logger: Logger) -> None:
-        if not dist.get_local_rank():
-            shutil.rmtree(self._staging, ignore_errors=True)
-
     def _is_among_the_best(self, update: int) -> bool:
         losses = self._index.losses
         if update not in losses or not self._keep_best:
@@ -138,8 +134,7 @@ class CheckpointSaver(Callback):
             failure = self._everywhere(lambda: self._folder.send(staged, name, dist.get_global_rank()))
         if failure is None:
             failure = self._everywhere(lambda: dist.get_global_rank() or self._folder.commit(staged, name))
-        if not dist.get_local_rank():
-            shutil.rmtree(self._staging, ignore_errors=True)
+        self._clear_staging()
         dist.barrier()
         return failure
 

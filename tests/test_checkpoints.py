@@ -22,6 +22,7 @@ from esm2_composer.checkpoints import (
 )
 from esm2_composer.config import Recipe, load_recipe
 from esm2_composer.errors import UserError
+from esm2_composer.saving import CheckpointSaver
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,17 @@ def test_the_link_leads_to_the_newest_and_never_to_a_diverged_state(tmp_path):
     folder.commit(stage(tmp_path, "ep0-ba30-rank0.pt"), "diverged-ep0-ba30-rank0.pt")
     assert (tmp_path / LATEST).readlink() == Path("ep0-ba20-rank0.pt")
     assert folder.names()[-1] == "ep0-ba20-rank0.pt"
+
+
+def test_what_a_killed_run_staged_is_cleared_at_the_next_start(folder):
+    left = folder.staging() / "ep0-ba10-rank0.pt"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half of it")
+    again = open_folder(str(folder))
+    assert again.staging() == folder.staging()
+    assert open_folder(f"{folder}2").staging() != folder.staging()
+    CheckpointSaver(again, interval=10, keep_newest=1, keep_best=0)
+    assert not left.parent.exists()
 
 
 def test_small_files_are_read_back(folder):
