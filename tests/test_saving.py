@@ -168,23 +168,21 @@ def test_a_store_that_fails_costs_a_checkpoint_at_most(shards, store, tmp_path, 
 
 @pytest.mark.slow
 def test_a_full_disk_is_told_and_does_not_lose_the_checkpoint_before(shards, tmp_path):
-    with Run(
-        *command(
-            shards, "save_interval=4ba", "max_duration=100ba", "eval_interval=100ba", "tensorboard_folder=null"
-        ),
-        cwd=tmp_path,
-    ) as run:
+    arguments = command(shards, "save_interval=20ba", "max_duration=100ba", "eval_interval=100ba")
+    with Run(*arguments, cwd=tmp_path) as run:
         run.wait_for("update 20/")
         folder = tmp_path / "runs/demo/checkpoints"
         run.wait_until(lambda: list(folder.glob("ep*")))
         (rank,) = run.ranks()
-        rank.rlimit(psutil.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))  # a file that grows no further
-        run.wait_until(lambda: any("trying again" in line for line in run.lines))
+        rank.rlimit(psutil.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))  # files that grow no further
+        run.wait_until(lambda: any("TensorBoard's events cannot" in line for line in run.lines))
+        rank.rlimit(psutil.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))  # a checkpoint is larger
+        run.wait_until(lambda: any("not saved: OSError" in line for line in run.lines))
         assert list(folder.glob("ep*")), "the checkpoint before stays"
         rank.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         code, _ = run.end()
     assert code == 0, "".join(run.lines)
-    assert "not saved: OSError" in "".join(run.lines)
+    assert "trying again" in "".join(run.lines)
     assert (folder / "latest-rank0.pt").resolve().name == "ep16-ba100-rank0.pt"
 
 
