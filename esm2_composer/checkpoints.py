@@ -234,18 +234,18 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
     if not resume:
         raise UserError(
             f"save_folder {folder} holds a run of {updates(last)} updates; "
-            "set autoresume=true to go on with it, or take another run_name"
+            "set autoresume=true to go on with it, or take another save_folder"
         )
     if before is None:
         raise UserError(
             f"save_folder {folder} holds checkpoints, but not the {RECIPE} they were trained with; "
-            "take another run_name, and their weights by model.init_from"
+            "take another save_folder, and their weights by model.init_from"
         )
     changed = changes(before, recipe)
     if changed:
         raise UserError(
             f"save_folder {folder} holds a run of another recipe: {'; '.join(changed)}; "
-            "set that back, or take another run_name"
+            "set that back, or take another save_folder"
         )
     if is_sharded(last) != sharded:
         kind = "sharded" if is_sharded(last) else "full"

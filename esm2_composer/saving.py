@@ -70,7 +70,7 @@ class CheckpointSaver(Callback):
         if self._index.train_shards not in (None, train_shards):
             raise UserError(
                 f"save_folder {self._folder} holds a run on other training shards than data.remote now has; "
-                "give it those, or take another run_name"
+                "give it those, or take another save_folder"
             )
         self._index.train_shards = train_shards
 

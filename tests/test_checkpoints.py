@@ -200,7 +200,7 @@ def test_another_recipe_is_refused_with_the_difference(folder, recipe, tmp_path,
     before = folder.read(RECIPE)
     with pytest.raises(UserError) as caught:
         find_checkpoint(folder, True, load(override, folder=tmp_path), False)
-    assert f"another recipe: {difference}; set that back" in str(caught.value)
+    assert f"another recipe: {difference}; set that back, or take another save_folder" in str(caught.value)
     assert folder.read(RECIPE) == before
 
 
