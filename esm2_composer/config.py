@@ -352,6 +352,8 @@ def _problems(r: Recipe, data_is_here: bool) -> typing.Iterator[str]:
         )
     if "://" in r.save_folder and not re.match(r"s3://[^/]+", r.save_folder):
         yield f"'save_folder' is {r.save_folder}; write a folder or s3://bucket/prefix"
+    if re.search("[{}]", r.save_folder):  # Composer would fill them in
+        yield f"'save_folder' is {r.save_folder}, with braces; write ${{run_name}} for the name of the run"
     if r.fp8 and r.precision != "amp_bf16":
         yield f"'fp8' is true and 'precision' {r.precision}; it needs amp_bf16"
     if r.fsdp is not None:
