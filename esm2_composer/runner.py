@@ -86,6 +86,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         interval=batches(recipe.save_interval),
         keep_newest=recipe.save_num_checkpoints_to_keep,
         keep_best=recipe.callbacks.best_checkpoints,
+        resumes=checkpoint is not None,
     )
     if recipe.compile:
         net.compile_layers()

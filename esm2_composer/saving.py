@@ -49,10 +49,11 @@ class CheckpointSaver(Callback):
     stays, and training goes on.
     """
 
-    def __init__(self, folder: Folder, interval: int, keep_newest: int, keep_best: int) -> None:
+    def __init__(self, folder: Folder, interval: int, keep_newest: int, keep_best: int, resumes: bool) -> None:
         self._folder = folder
         self._interval, self._keep_newest, self._keep_best = interval, keep_newest, keep_best
-        self._index = on_rank_zero(lambda: Index.read(folder))
+        # That of a run that has saved nothing is of another one: it may have had other data and other rates.
+        self._index = on_rank_zero(lambda: Index.read(folder)) if resumes else Index()
         self._saved: int | None = None
         self._staging = folder.staging()
         self._clear_staging()  # of what a killed run left

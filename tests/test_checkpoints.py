@@ -117,7 +117,7 @@ def test_what_a_killed_run_staged_is_cleared_at_the_next_start(folder):
     again = open_folder(str(folder))
     assert again.staging() == folder.staging()
     assert open_folder(f"{folder}2").staging() != folder.staging()
-    CheckpointSaver(again, interval=10, keep_newest=1, keep_best=0)
+    CheckpointSaver(again, interval=10, keep_newest=1, keep_best=0, resumes=False)
     assert not left.parent.exists()
 
 

@@ -199,6 +199,18 @@ def test_a_checkpoint_of_other_data_is_refused(shards, finished, tmp_path):
     assert_user_error(result, "on other training shards")
 
 
+def test_a_run_killed_before_it_saved_leaves_nothing_to_the_next(shards, tmp_path):
+    """Neither its data, nor the loss before its first update."""
+    folder = tmp_path / "runs/demo/checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "checkpoints.json").write_text('{"train_shards": "others", "validation_loss": {"0": 1e-9}}')
+    result = python(*command(shards, "max_duration=4ba"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    index = json.loads((folder / "checkpoints.json").read_text())
+    assert index["train_shards"] != "others"
+    assert index["validation_loss"]["0"] > 1
+
+
 @pytest.mark.slow
 def test_a_run_that_diverges_is_stopped_and_told_how_to_go_on(shards, tmp_path):
     settings = ("optimizer.lr=3", "save_interval=10ba", "save_num_checkpoints_to_keep=20")
