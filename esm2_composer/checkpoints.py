@@ -73,7 +73,10 @@ class LocalFolder:
     def names(self) -> list[str]:
         """The whole checkpoints, oldest first."""
         found = [path.name for path in self.path.glob("ep*-ba*") if _NAME.fullmatch(path.name) and _is_whole(path)]
-        return sorted(found, key=updates)
+        found.sort(key=updates)
+        while found and _lacks_parts(self.path / found[-1]):  # of the newest alone: it takes reading
+            found.pop()
+        return found
 
     def location(self, name: str) -> str:
         return str(self.path / name)
@@ -120,10 +123,18 @@ class LocalFolder:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    # Each format writes its table of contents last: this also finds files that were copied in part.
+    # Each format writes its table of contents last: this also finds a file that was copied in part.
     if checkpoint.is_dir():
         return (checkpoint / ".metadata").exists()
     return zipfile.is_zipfile(checkpoint)
+
+
+def _lacks_parts(checkpoint: Path) -> bool:
+    """Whether a sharded checkpoint was copied in part, and without files that its table of contents tells of."""
+    if not checkpoint.is_dir():
+        return False
+    told = re.findall(rb"__\d+_\d+\.distcp", (checkpoint / ".metadata").read_bytes())  # a pickle, not to be loaded
+    return not {name.decode() for name in told} <= set(os.listdir(checkpoint))
 
 
 class S3Folder:

@@ -6,6 +6,7 @@ from pathlib import Path
 import boto3
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from moto.server import ThreadedMotoServer
 
 from esm2_composer.checkpoints import (
@@ -99,6 +100,18 @@ def test_a_checkpoint_cut_short_in_a_copy_is_none(tmp_path):
     save(folder, tmp_path, "ep0-ba10-rank0.pt")
     (tmp_path / "ep0-ba20-rank0.pt").write_bytes((tmp_path / "ep0-ba10-rank0.pt").read_bytes()[:-100])
     assert folder.names() == ["ep0-ba10-rank0.pt"]
+
+
+def test_a_sharded_checkpoint_without_a_part_is_not_resumed_from(recipe, tmp_path):
+    folder = LocalFolder(str(tmp_path))
+    take_over(folder, recipe)
+    for name in ("ep0-ba10", "ep0-ba20", "ep0-ba30"):
+        tensors = {f"{i}": torch.ones(100 + i) for i in range(9)}
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder.location(name), thread_count=3), no_dist=True)
+    assert folder.names() == ["ep0-ba10", "ep0-ba20", "ep0-ba30"]
+    for name in ("ep0-ba20", "ep0-ba30"):
+        sorted(Path(folder.location(name)).glob("*.distcp"))[-1].unlink()
+    assert find_checkpoint(folder, True, recipe, True) == "ep0-ba10"
 
 
 def test_the_link_leads_to_the_newest_and_never_to_a_diverged_state(tmp_path):
