@@ -10,7 +10,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ from esm2_composer.config import Recipe, batches
 from esm2_composer.errors import UserError
 
 WAITS = (2, 4, 8, 16)  # seconds before trying to save again
+WAITS_LEAVING = (2, 4, 8)  # within preemption.GRACE
 
 T = TypeVar("T")
 
@@ -100,8 +101,8 @@ class CheckpointSaver(Callback):
             self.save(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        update = state.timestamp.batch.value
-        if self._saved != update and not self.save(state):
+        if not self.save_once(state):
+            update = state.timestamp.batch.value
             raise RuntimeError(f"the run has ended, but its last checkpoint, of update {update}, is not saved")
 
     def _is_among_the_best(self, update: int) -> bool:
@@ -110,12 +111,16 @@ class CheckpointSaver(Callback):
             return False
         return sum(loss < losses[update] for loss in losses.values()) < self._keep_best
 
-    def save(self, state: State, prefix: str = "") -> bool:
+    def save_once(self, state: State, waits: Sequence[int] = WAITS) -> bool:
+        """Save a checkpoint, unless this update's is saved already; tell whether it is."""
+        return self._saved == state.timestamp.batch.value or self.save(state, waits=waits)
+
+    def save(self, state: State, prefix: str = "", waits: Sequence[int] = WAITS) -> bool:
         """Save a checkpoint, to be resumed from unless its name gets a prefix; tell whether that succeeded."""
         update = state.timestamp.batch.value
         sharded = state.fsdp_sharded_state_dict_enabled
         staged = f"ep{state.timestamp.epoch.value}-ba{update}" + ("" if sharded else "-rank0.pt")
-        for wait in (*WAITS, None):
+        for wait in (*waits, None):
             failure = self._try_to_save(state, self._staging / staged, prefix + staged)
             if failure is None:
                 break

@@ -17,6 +17,9 @@ from outcomes import assert_same_weights, assert_user_error, final_weights, loss
 from werkzeug.serving import make_server
 
 from esm2_composer.model import ESM2
+from esm2_composer.preemption import GRACE
+from esm2_composer.saving import WAITS_LEAVING
+from train import EXIT_NOT_SAVED
 
 
 class Store:
@@ -184,6 +187,23 @@ def test_a_full_disk_is_told_and_does_not_lose_the_checkpoint_before(shards, tmp
     assert code == 0, "".join(run.lines)
     assert "trying again" in "".join(run.lines)
     assert (folder / "latest-rank0.pt").resolve().name == "ep16-ba100-rank0.pt"
+
+
+@pytest.mark.slow
+def test_a_run_told_to_leave_that_cannot_save_does_not_say_it_has(shards, tmp_path):
+    arguments = command(shards, "save_interval=1000ba", "max_duration=1000ba", "eval_interval=1000ba")
+    with Run(*arguments, cwd=tmp_path, launcher=False) as run:
+        run.wait_for("update 50/")
+        run.launcher.rlimit(psutil.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))  # files that grow no further
+        run.launcher.terminate()
+        code, _ = run.end()
+    assert code == EXIT_NOT_SAVED, "".join(run.lines)
+    assert "error: told to leave, and what was trained" in "".join(run.lines)
+    assert not list((tmp_path / "runs/demo/checkpoints").glob("ep*"))
+
+
+def test_a_save_is_given_up_before_the_rank_has_to_leave():
+    assert sum(WAITS_LEAVING) < GRACE - 5
 
 
 @pytest.mark.slow
