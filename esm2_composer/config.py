@@ -91,6 +91,24 @@ class FSDPSection:
     sync_module_states: bool = False
     state_dict_type: Literal["full", "sharded"] = "full"
 
+    @property
+    def fewest_ranks(self) -> int:
+        """What the data_parallel degrees make: so many ranks or, if one of them is -1, a multiple of that."""
+        degrees = (self.data_parallel_replicate_degree, self.data_parallel_shard_degree)
+        return math.prod(degree for degree in degrees if degree not in (None, -1))
+
+    @property
+    def takes_multiples(self) -> bool:
+        return -1 in (self.data_parallel_replicate_degree, self.data_parallel_shard_degree)
+
+    def check_degrees(self, ranks: int) -> None:
+        """Raise a UserError if the shards and their replicas do not make the ranks."""
+        if ranks % self.fewest_ranks if self.takes_multiples else ranks != self.fewest_ranks:
+            raise UserError(
+                f"fsdp.data_parallel_replicate_degree {self.data_parallel_replicate_degree} times "
+                f"data_parallel_shard_degree {self.data_parallel_shard_degree} does not make the {ranks} ranks"
+            )
+
 
 @dataclass(frozen=True)
 class WandbSection:

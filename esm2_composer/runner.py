@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import math
 import os
 import sys
 import tempfile
@@ -229,7 +228,7 @@ def _parallelism(fsdp: FSDPSection | None, on_gpu: bool) -> dict[str, Any] | Non
     if fsdp.version == 1 and not on_gpu:
         _say("no GPU here: training unsharded, since FSDP version 1 needs GPUs (fsdp.version=2 does not)")
         return None
-    check_degrees(fsdp, dist.get_world_size())
+    fsdp.check_degrees(dist.get_world_size())
     os.environ["FSDP_VERSION"] = str(fsdp.version)  # Composer's only switch
     return {"fsdp": fsdp_options(fsdp)}
 
@@ -244,17 +243,6 @@ def fsdp_options(fsdp: FSDPSection) -> dict[str, Any]:
     for key in ("data_parallel_shard_degree", "data_parallel_replicate_degree", "sync_module_states"):
         del options[key]  # found out by itself, or not to be had
     return options
-
-
-def check_degrees(fsdp: FSDPSection, ranks: int) -> None:
-    """Raise a UserError if the shards and their replicas do not make the ranks."""
-    replicate, shard = fsdp.data_parallel_replicate_degree, fsdp.data_parallel_shard_degree
-    known = math.prod(degree for degree in (replicate, shard) if degree not in (None, -1))
-    if ranks % known if -1 in (replicate, shard) else ranks != known:
-        raise UserError(
-            f"fsdp.data_parallel_replicate_degree {replicate} times data_parallel_shard_degree {shard} "
-            f"does not make the {ranks} ranks"
-        )
 
 
 def _loggers(recipe: Recipe) -> list[LoggerDestination]:
