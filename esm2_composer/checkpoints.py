@@ -254,9 +254,11 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
         )
     changed = changes(before, recipe)
     if changed:
+        null = any(change.startswith("schedule.updates ") for change in changed)
+        hint = " (null makes schedule.updates max_duration: give it the number it was)" if null else ""
         raise UserError(
             f"save_folder {folder} holds a run of another recipe: {'; '.join(changed)}; "
-            "set that back, or take another save_folder"
+            f"set that back{hint}, or take another save_folder"
         )
     if is_sharded(last) != sharded:
         kind = "sharded" if is_sharded(last) else "full"

@@ -102,6 +102,7 @@ def test_a_checkpoint_cut_short_in_a_copy_is_none(tmp_path):
     assert folder.names() == ["ep0-ba10-rank0.pt"]
 
 
+@pytest.mark.filterwarnings("ignore")  # torch: it says that there is a single process
 def test_a_sharded_checkpoint_without_a_part_is_not_resumed_from(recipe, tmp_path):
     folder = LocalFolder(str(tmp_path))
     take_over(folder, recipe)
@@ -213,8 +214,18 @@ def test_another_recipe_is_refused_with_the_difference(folder, recipe, tmp_path,
     before = folder.read(RECIPE)
     with pytest.raises(UserError) as caught:
         find_checkpoint(folder, True, load(override, folder=tmp_path), False)
-    assert f"another recipe: {difference}; set that back, or take another save_folder" in str(caught.value)
+    assert f"another recipe: {difference}; set that back" in str(caught.value)
+    assert str(caught.value).endswith(", or take another save_folder")
     assert folder.read(RECIPE) == before
+
+
+def test_another_duration_with_a_schedule_of_its_own_is_told_how_to_go_on(recipe, tmp_path):
+    folder = LocalFolder(str(tmp_path))
+    take_over(folder, recipe)
+    save(folder, tmp_path, "ep0-ba10-rank0.pt")
+    told = r"schedule\.updates was 500000, is 7000; set that back \(null makes .* max_duration: give it the number"
+    with pytest.raises(UserError, match=told):
+        find_checkpoint(folder, True, load("max_duration=7000ba", "schedule.updates=null", folder=tmp_path), False)
 
 
 def test_a_run_is_not_overwritten_by_one_that_does_not_resume_it(folder, recipe, tmp_path):
