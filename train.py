@@ -1,7 +1,7 @@
 """Train ESM-2 from a recipe: composer train.py yamls/NAME.yaml [key.subkey=value ...]
 
 Exit codes: 0 done, also when it was done before; 2 a mistake in the recipe or its data; 3 the loss diverged;
-75 told to leave, and saved: the same command goes on.
+75 told to leave, and saved: the same command goes on; 1 told to leave, and not saved, or a failure.
 """
 
 from esm2_composer import preemption
@@ -15,6 +15,7 @@ import sys
 
 from esm2_composer.errors import UserError, run_command
 
+EXIT_NOT_SAVED = 1
 EXIT_DIVERGED = 3
 
 
@@ -45,6 +46,7 @@ def train() -> int:
 
     from esm2_composer.callbacks import Diverged, Divergence, Preempted, advice
     from esm2_composer.runner import build_trainer
+    from esm2_composer.saving import WAITS_LEAVING
 
     trainer, saver = build_trainer(recipe)
     code = 0
@@ -56,8 +58,11 @@ def train() -> int:
         else:
             trainer.fit()
     except Preempted:
-        saver.save(trainer.state)
-        code = preemption.EXIT_PREEMPTED
+        if saver.save_once(trainer.state, WAITS_LEAVING):
+            code = preemption.EXIT_PREEMPTED
+        else:
+            print("error: told to leave, and what was trained since the last checkpoint is lost", file=sys.stderr)
+            code = EXIT_NOT_SAVED
     except Diverged as reason:
         saver.save(trainer.state, prefix="diverged-")  # to be looked at; resumed from it is not
         update = trainer.state.timestamp.batch.value

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 
 import torch
 import torch.distributed
@@ -111,10 +112,14 @@ class Divergence(Callback):
 
 def advice(recipe: Recipe, checkpoint: str | None) -> str:
     """How to go on after a divergence, from the last checkpoint before it, if there is one."""
-    new_run = f"run_name={recipe.run_name}_2 optimizer.lr={recipe.optimizer.lr / 2:g}"
-    told = f"The state is kept in {recipe.save_folder} as diverged-*, not to be resumed from. "
+    folder = recipe.save_folder.rstrip("/")
+    new_run = f"run_name={recipe.run_name}_2 save_folder={folder}_2 optimizer.lr={recipe.optimizer.lr / 2:g}"
+    told = f"The state is kept in {folder} as diverged-*, not to be resumed from. "
     if checkpoint is None:
         return f"{told}Start again with a lower rate or a longer warmup, such as: {new_run}"
+    if checkpoint.startswith("s3://"):
+        told += f"Download {checkpoint}. "
+        checkpoint = checkpoint.rpartition("/")[2]
     architecture = {"size": recipe.model.size, **recipe.model.dimensions}
     unset = "".join(f"model.{key}=null " for key, value in architecture.items() if value is not None)
     return f"{told}Go on from the last good weights as a new run: {new_run} {unset}model.init_from={checkpoint}"
@@ -157,16 +162,40 @@ class TokenMonitor(Callback):
 
 
 class TensorBoard(TensorboardLogger):
-    """Composer's logger, in one file a start: its own begins another at each flush, 50,000 in a published run."""
+    """Composer's logger, in one file a start: its own begins another at each flush, 50,000 in a published run.
+
+    A full disk ends the logging, not the run.
+    """
+
+    _failed = False
+
+    def init(self, state: State, logger: Logger) -> None:
+        self._attempt(super().init, state, logger)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self._attempt(super().log_metrics, metrics, step)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        self._attempt(super().eval_end, state, logger)
 
     def _flush(self, logger: Logger) -> None:
         if self.writer is not None and self.writer.file_writer is not None:
-            self.writer.flush()
+            self._attempt(self.writer.flush)
 
     def close(self, state: State, logger: Logger) -> None:
         if self.writer is not None:
-            self.writer.close()
+            self._attempt(self.writer.close)
             self.writer = None
+
+    def _attempt(self, action: Callable[..., None], *arguments: object) -> None:
+        if self._failed:
+            return
+        try:
+            action(*arguments)
+        except OSError as error:  # may be that of an earlier write, by the writer's thread
+            self._failed = True
+            line = f"TensorBoard's events cannot be written ({error.strerror or error}); going on without"
+            print(line, file=sys.stderr, flush=True)
 
 
 class Progress(Callback):

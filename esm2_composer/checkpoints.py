@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +73,10 @@ class LocalFolder:
     def names(self) -> list[str]:
         """The whole checkpoints, oldest first."""
         found = [path.name for path in self.path.glob("ep*-ba*") if _NAME.fullmatch(path.name) and _is_whole(path)]
-        return sorted(found, key=updates)
+        found.sort(key=updates)
+        while found and _lacks_parts(self.path / found[-1]):  # of the newest alone: it takes reading
+            found.pop()
+        return found
 
     def location(self, name: str) -> str:
         return str(self.path / name)
@@ -118,10 +123,18 @@ class LocalFolder:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    # Each format writes its table of contents last: this also finds files that were copied in part.
+    # Each format writes its table of contents last: this also finds a file that was copied in part.
     if checkpoint.is_dir():
         return (checkpoint / ".metadata").exists()
     return zipfile.is_zipfile(checkpoint)
+
+
+def _lacks_parts(checkpoint: Path) -> bool:
+    """Whether a sharded checkpoint was copied in part, and without files that its table of contents tells of."""
+    if not checkpoint.is_dir():
+        return False
+    told = re.findall(rb"__\d+_\d+\.distcp", (checkpoint / ".metadata").read_bytes())  # a pickle, not to be loaded
+    return not {name.decode() for name in told} <= set(os.listdir(checkpoint))
 
 
 class S3Folder:
@@ -159,8 +172,11 @@ class S3Folder:
     def location(self, name: str) -> str:
         return f"{self._uri}/{name}"
 
-    def staging(self) -> None:
-        """None: every node stages in a temporary folder of its own."""
+    def staging(self) -> Path:
+        """Where this node's ranks write a checkpoint before it is uploaded: the same at every start, so that what
+        a killed run left there is cleared."""
+        mine = hashlib.sha256(self._uri.encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir(), f"checkpoints-{os.getuid()}-{mine}")
 
     def send(self, staged: Path, name: str, rank: int) -> None:
         """Upload the rank's part of a sharded checkpoint."""
@@ -229,18 +245,20 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
     if not resume:
         raise UserError(
             f"save_folder {folder} holds a run of {updates(last)} updates; "
-            "set autoresume=true to go on with it, or take another run_name"
+            "set autoresume=true to go on with it, or take another save_folder"
         )
     if before is None:
         raise UserError(
             f"save_folder {folder} holds checkpoints, but not the {RECIPE} they were trained with; "
-            "take another run_name, and their weights by model.init_from"
+            "take another save_folder, and their weights by model.init_from"
         )
     changed = changes(before, recipe)
     if changed:
+        null = any(change.startswith("schedule.updates ") for change in changed)
+        hint = " (null makes schedule.updates max_duration: give it the number it was)" if null else ""
         raise UserError(
             f"save_folder {folder} holds a run of another recipe: {'; '.join(changed)}; "
-            "set that back, or take another run_name"
+            f"set that back{hint}, or take another save_folder"
         )
     if is_sharded(last) != sharded:
         kind = "sharded" if is_sharded(last) else "full"

@@ -91,6 +91,24 @@ class FSDPSection:
     sync_module_states: bool = False
     state_dict_type: Literal["full", "sharded"] = "full"
 
+    @property
+    def fewest_ranks(self) -> int:
+        """What the data_parallel degrees make: so many ranks or, if one of them is -1, a multiple of that."""
+        degrees = (self.data_parallel_replicate_degree, self.data_parallel_shard_degree)
+        return math.prod(degree for degree in degrees if degree not in (None, -1))
+
+    @property
+    def takes_multiples(self) -> bool:
+        return -1 in (self.data_parallel_replicate_degree, self.data_parallel_shard_degree)
+
+    def check_degrees(self, ranks: int) -> None:
+        """Raise a UserError if the shards and their replicas do not make the ranks."""
+        if ranks % self.fewest_ranks if self.takes_multiples else ranks != self.fewest_ranks:
+            raise UserError(
+                f"fsdp.data_parallel_replicate_degree {self.data_parallel_replicate_degree} times "
+                f"data_parallel_shard_degree {self.data_parallel_shard_degree} does not make the {ranks} ranks"
+            )
+
 
 @dataclass(frozen=True)
 class WandbSection:
@@ -146,7 +164,8 @@ class Recipe:
 FREE = (
     *("run_name", "max_duration", "eval_interval", "device_microbatch_tokens", "precision", "compile", "fp8"),
     *("save_folder", "save_interval", "save_num_checkpoints_to_keep", "autoresume", "tensorboard_folder"),
-    *("model.attention", "data.remote", "data.local", "data.num_workers", "fsdp", "loggers", "callbacks"),
+    *("model.attention", "data.remote", "data.local", "data.cache_limit", "data.num_workers"),
+    *("fsdp", "loggers", "callbacks"),
 )
 
 
@@ -351,6 +370,8 @@ def _problems(r: Recipe, data_is_here: bool) -> typing.Iterator[str]:
         )
     if "://" in r.save_folder and not re.match(r"s3://[^/]+", r.save_folder):
         yield f"'save_folder' is {r.save_folder}; write a folder or s3://bucket/prefix"
+    if re.search("[{}]", r.save_folder):  # Composer would fill them in
+        yield f"'save_folder' is {r.save_folder}, with braces; write ${{run_name}} for the name of the run"
     if r.fp8 and r.precision != "amp_bf16":
         yield f"'fp8' is true and 'precision' {r.precision}; it needs amp_bf16"
     if r.fsdp is not None:

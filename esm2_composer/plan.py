@@ -182,14 +182,19 @@ def _ring(volume: float, members: int, gpu: GPU, across: bool = False) -> float:
 
 
 def useful_gpus(recipe: Recipe, gpu: GPU, mfu: float) -> int:
-    """The number of GPUs from which on twice as many would not make the run half as long again as fast."""
-    gpus = 1
-    while recipe.global_train_batch_size % (2 * gpus) == 0:
+    """The number of GPUs from which on twice as many would not make the run half as long again as fast; at least
+    what the recipe's data_parallel degrees make, and no more where they make just so many."""
+    gpus = recipe.fsdp.fewest_ranks if recipe.fsdp else 1
+    while _takes_more(recipe) and recipe.global_train_batch_size % (2 * gpus) == 0:
         now, twice = (make_plan(recipe, n, gpu, mfu).step_seconds for n in (gpus, 2 * gpus))
         if now / twice < 1.5:
             break
         gpus *= 2
     return gpus
+
+
+def _takes_more(recipe: Recipe) -> bool:
+    return recipe.fsdp is None or recipe.fsdp.takes_multiples
 
 
 def fitting_microbatch(recipe: Recipe, plan: Plan, gpu: GPU) -> int:
@@ -222,6 +227,8 @@ def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -
         raise UserError(
             f"{gpus} GPUs cannot share global_train_batch_size {recipe.global_train_batch_size} equally"
         )
+    if recipe.fsdp is not None:
+        recipe.fsdp.check_degrees(gpus)
     mfu = mfu or usual_mfu(recipe)
     plan = make_plan(recipe, gpus, gpu, mfu)
     change, useful = remedy(recipe, plan, gpu), useful_gpus(recipe, gpu, mfu)
@@ -240,7 +247,9 @@ def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -
         f"{plan.communication_seconds:.3f}{waits}, besides {STEP_OVERHEAD}",
         "speed": f"{plan.real_tokens / plan.step_seconds / gpus:,.0f} real tokens a second and GPU",
         "whole recipe": f"{plan.days:.2f} days, {hours:,.0f} GPU-hours for {plan.updates:,} updates",
-        "more GPUs": f"help up to about {useful}: twice as many would be less than 1.5 times as fast",
+        "more GPUs": f"help up to about {useful}: twice as many would be less than 1.5 times as fast"
+        if _takes_more(recipe)
+        else f"are not taken: the recipe's fsdp.data_parallel degrees make {gpus}",
     }
     text = "\n".join([f"{recipe.run_name} on {gpus} x {gpu_name}", *(f"  {k:<15}{v}" for k, v in rows.items())])
     data = {**asdict(plan), "gpu": gpu_name, "mfu": mfu, "memory_bytes": plan.memory, "days": plan.days}
@@ -260,7 +269,9 @@ def _memory_text(plan: Plan) -> str:
 
 
 def describe(recipe: Recipe, ranks: int) -> str:
-    """What `--dry-run` prints: the resolved recipe, its parameters, tokens a step and memory on so many GPUs."""
+    """What `--dry-run` prints: the resolved recipe, its parameters, tokens a step and memory on so many GPUs, or
+    on those that its data_parallel degrees make at least."""
+    ranks = max(ranks, recipe.fsdp.fewest_ranks if recipe.fsdp else 1)
     plan = make_plan(recipe, ranks, GPUS["h100"], usual_mfu(recipe))
     sequences = recipe.global_train_batch_size
     return (

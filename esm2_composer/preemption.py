@@ -92,8 +92,9 @@ def _on_signal(number: int) -> None:
     others = [] if received.is_set() else _other_ranks()
     received.set()
     for pid in others:
-        os.kill(pid, signal.SIGUSR1)
-        os.kill(pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has just gone
+            os.kill(pid, signal.SIGUSR1)
+            os.kill(pid, number)
     if not _in_training.is_set():
         time.sleep(2 if others else 0)  # no rank may lose another one in a collective before it is told why
         _leave("told to leave before the first update; there is nothing to save")

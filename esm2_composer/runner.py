@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import math
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator, Speed
 from composer.core import Callback
 from composer.loggers import LoggerDestination, WandBLogger
 from composer.utils import dist, get_device
+from streaming.base.storage.download import CloudDownloader
 
 from esm2_composer.attention import select_attention
 from esm2_composer.callbacks import (
@@ -84,6 +85,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         interval=batches(recipe.save_interval),
         keep_newest=recipe.save_num_checkpoints_to_keep,
         keep_best=recipe.callbacks.best_checkpoints,
+        resumes=checkpoint is not None,
     )
     if recipe.compile:
         net.compile_layers()
@@ -92,6 +94,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     optimizer = build_adamw(net, o.lr, o.betas, o.eps, o.weight_decay)
     schedule = build_schedule(optimizer, **dataclasses.asdict(recipe.schedule))
 
+    on_rank_zero(lambda: check_cache(recipe.data))
     draw = cluster_draw(recipe)
     batch, workers = recipe.global_train_batch_size, recipe.data.num_workers
     train = train_loader(draw, *recipe.data.split("train"), batch, workers, recipe.data.cache_limit)
@@ -153,6 +156,26 @@ def _peak_flops() -> float | None:
     return GPUS["b200"].flops if "B200" in torch.cuda.get_device_name() else None
 
 
+def check_cache(data: DataSection) -> None:
+    """Raise a UserError if `data.local` holds other shards than `data.remote`: Streaming takes an index it has.
+
+    A store that does not answer is no mistake of the user, and raises what it does.
+    """
+    for name in ("train", "valid"):
+        remote, local = data.split(name)
+        cached = Path(local, "index.json")
+        if remote is None or not cached.exists():
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "index.json")
+            CloudDownloader.get(remote).download(f"{remote}/{path.name}", str(path), 60)
+            if path.read_bytes() != cached.read_bytes():
+                raise UserError(
+                    f"data.local {data.local} holds other {name} shards than data.remote {data.remote}; "
+                    "take another data.local"
+                )
+
+
 def _digest(local: str) -> str:
     """Of the index of a split's shards, which holds the digest of each."""
     return hashlib.sha256(Path(local, "index.json").read_bytes()).hexdigest()
@@ -205,7 +228,7 @@ def _parallelism(fsdp: FSDPSection | None, on_gpu: bool) -> dict[str, Any] | Non
     if fsdp.version == 1 and not on_gpu:
         _say("no GPU here: training unsharded, since FSDP version 1 needs GPUs (fsdp.version=2 does not)")
         return None
-    check_degrees(fsdp, dist.get_world_size())
+    fsdp.check_degrees(dist.get_world_size())
     os.environ["FSDP_VERSION"] = str(fsdp.version)  # Composer's only switch
     return {"fsdp": fsdp_options(fsdp)}
 
@@ -220,17 +243,6 @@ def fsdp_options(fsdp: FSDPSection) -> dict[str, Any]:
     for key in ("data_parallel_shard_degree", "data_parallel_replicate_degree", "sync_module_states"):
         del options[key]  # found out by itself, or not to be had
     return options
-
-
-def check_degrees(fsdp: FSDPSection, ranks: int) -> None:
-    """Raise a UserError if the shards and their replicas do not make the ranks."""
-    replicate, shard = fsdp.data_parallel_replicate_degree, fsdp.data_parallel_shard_degree
-    known = math.prod(degree for degree in (replicate, shard) if degree not in (None, -1))
-    if ranks % known if -1 in (replicate, shard) else ranks != known:
-        raise UserError(
-            f"fsdp.data_parallel_replicate_degree {replicate} times data_parallel_shard_degree {shard} "
-            f"does not make the {ranks} ranks"
-        )
 
 
 def _loggers(recipe: Recipe) -> list[LoggerDestination]:

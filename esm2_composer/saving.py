@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +24,7 @@ from esm2_composer.config import Recipe, batches
 from esm2_composer.errors import UserError
 
 WAITS = (2, 4, 8, 16)  # seconds before trying to save again
+WAITS_LEAVING = (2, 4, 8)  # within preemption.GRACE
 
 T = TypeVar("T")
 
@@ -50,16 +50,18 @@ class CheckpointSaver(Callback):
     stays, and training goes on.
     """
 
-    def __init__(self, folder: Folder, interval: int, keep_newest: int, keep_best: int) -> None:
+    def __init__(self, folder: Folder, interval: int, keep_newest: int, keep_best: int, resumes: bool) -> None:
         self._folder = folder
         self._interval, self._keep_newest, self._keep_best = interval, keep_newest, keep_best
-        self._index = on_rank_zero(lambda: Index.read(folder))
+        # That of a run that has saved nothing is of another one: it may have had other data and other rates.
+        self._index = on_rank_zero(lambda: Index.read(folder)) if resumes else Index()
         self._saved: int | None = None
-        self._staging = folder.staging() or self._make_staging()
+        self._staging = folder.staging()
+        self._clear_staging()  # of what a killed run left
 
-    def _make_staging(self) -> Path:
-        mine = None if dist.get_local_rank() else tempfile.mkdtemp(prefix="checkpoints-")
-        return Path(dist.all_gather_object(mine)[dist.get_global_rank() - dist.get_local_rank()])
+    def _clear_staging(self) -> None:
+        if not dist.get_local_rank():
+            shutil.rmtree(self._staging, ignore_errors=True)
 
     def pin_data(self, train_shards: str) -> None:
         """Remember what the run is trained on, or refuse to go on with other data.
@@ -70,7 +72,7 @@ class CheckpointSaver(Callback):
         if self._index.train_shards not in (None, train_shards):
             raise UserError(
                 f"save_folder {self._folder} holds a run on other training shards than data.remote now has; "
-                "give it those, or take another run_name"
+                "give it those, or take another save_folder"
             )
         self._index.train_shards = train_shards
 
@@ -99,13 +101,9 @@ class CheckpointSaver(Callback):
             self.save(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        update = state.timestamp.batch.value
-        if self._saved != update and not self.save(state):
+        if not self.save_once(state):
+            update = state.timestamp.batch.value
             raise RuntimeError(f"the run has ended, but its last checkpoint, of update {update}, is not saved")
-
-    def close(self, state: State, logger: Logger) -> None:
-        if not dist.get_local_rank():
-            shutil.rmtree(self._staging, ignore_errors=True)
 
     def _is_among_the_best(self, update: int) -> bool:
         losses = self._index.losses
@@ -113,12 +111,16 @@ class CheckpointSaver(Callback):
             return False
         return sum(loss < losses[update] for loss in losses.values()) < self._keep_best
 
-    def save(self, state: State, prefix: str = "") -> bool:
+    def save_once(self, state: State, waits: Sequence[int] = WAITS) -> bool:
+        """Save a checkpoint, unless this update's is saved already; tell whether it is."""
+        return self._saved == state.timestamp.batch.value or self.save(state, waits=waits)
+
+    def save(self, state: State, prefix: str = "", waits: Sequence[int] = WAITS) -> bool:
         """Save a checkpoint, to be resumed from unless its name gets a prefix; tell whether that succeeded."""
         update = state.timestamp.batch.value
         sharded = state.fsdp_sharded_state_dict_enabled
         staged = f"ep{state.timestamp.epoch.value}-ba{update}" + ("" if sharded else "-rank0.pt")
-        for wait in (*WAITS, None):
+        for wait in (*waits, None):
             failure = self._try_to_save(state, self._staging / staged, prefix + staged)
             if failure is None:
                 break
@@ -138,8 +140,7 @@ class CheckpointSaver(Callback):
             failure = self._everywhere(lambda: self._folder.send(staged, name, dist.get_global_rank()))
         if failure is None:
             failure = self._everywhere(lambda: dist.get_global_rank() or self._folder.commit(staged, name))
-        if not dist.get_local_rank():
-            shutil.rmtree(self._staging, ignore_errors=True)
+        self._clear_staging()
         dist.barrier()
         return failure
 

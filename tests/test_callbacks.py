@@ -1,15 +1,18 @@
 """What stops a run, and what people see of it."""
 
+import errno
 import io
 import math
+import os
 import sys
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from tensorboard.summary.writer.record_writer import RecordWriter
 
-from esm2_composer.callbacks import LOSS, Diverged, Divergence, Progress, advice
-from esm2_composer.config import load_recipe
+from esm2_composer.callbacks import LOSS, Diverged, Divergence, Progress, TensorBoard, advice
+from esm2_composer.config import Recipe, load_recipe
 
 
 def feed(losses: list[float], max_rise: float | None = 0.5) -> int:
@@ -40,15 +43,64 @@ def test_one_bad_batch_does_not():
     assert feed([2.0] * 50 + [8.0] + [2.0] * 50) == 101
 
 
-def test_advice_names_the_checkpoint_and_what_to_change(tmp_path):
-    recipe = load_recipe(str(ROOT / "yamls/3b.yaml"), data_is_here=False)
+def load(size: str, *overrides: str) -> Recipe:
+    return load_recipe(str(ROOT / f"yamls/{size}.yaml"), overrides, data_is_here=False)
+
+
+def test_advice_names_the_checkpoint_and_what_to_change():
+    recipe = load("3b")
     told = advice(recipe, "runs/esm2_3b/checkpoints/ep0-ba1000")
     command = told.rpartition(": ")[2].split()
-    changed = load_recipe(str(ROOT / "yamls/3b.yaml"), command, data_is_here=False)
+    changed = load("3b", *command)
     assert changed.run_name != recipe.run_name
     assert changed.optimizer.lr == recipe.optimizer.lr / 2
     assert changed.model.init_from == "runs/esm2_3b/checkpoints/ep0-ba1000"
     assert "model.init_from" not in advice(recipe, None)
+
+
+@pytest.mark.parametrize("folder", ["/shared/runs/3b/checkpoints", "s3://bucket/runs/esm2_3b/"])
+def test_advice_leads_to_another_folder_where_that_is_told(folder):
+    told = advice(load("3b", f"save_folder={folder}"), f"{folder}/ep0-ba1000-rank0.pt")
+    changed = load("3b", f"save_folder={folder}", *told.rpartition(": ")[2].split())
+    assert changed.save_folder == f"{folder.rstrip('/')}_2"
+    stored = folder.startswith("s3")
+    assert (f"Download {folder}/ep0-ba1000-rank0.pt. Go on" in told) == stored
+    assert changed.model.init_from == ("" if stored else f"{folder}/") + "ep0-ba1000-rank0.pt"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_ends_tensorboard_and_not_the_run(tmp_path, monkeypatch, capsys):
+    logger = TensorBoard(log_dir=str(tmp_path), flush_interval=1)
+    clock = SimpleNamespace(batch=1)
+    state = SimpleNamespace(run_name="run", timestamp=clock)
+    logger.init(state, None)
+    logger.log_metrics({"loss": 2.0}, 1)
+    logger.batch_end(state, None)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    writer = logger.writer.file_writer.event_writer._async_writer._worker
+    for step in range(2, 40):
+        logger.log_metrics({"loss": 2.0}, step)
+        logger.batch_end(state, None)
+    logger.eval_end(state, None)
+    logger.close(state, None)
+    writer.join()
+    told = [line for line in capsys.readouterr().err.splitlines() if "TensorBoard" in line]
+    assert told == ["TensorBoard's events cannot be written (No space left on device); going on without"]
+    (events,) = (tmp_path / "run").glob("events.*")
+    assert "loss" in events.read_bytes().decode(errors="ignore"), "what was written before stays"
+
+
+def test_a_tensorboard_folder_that_cannot_be_made_does_not_end_the_run(tmp_path, capsys):
+    (tmp_path / "taken").write_text("mine")
+    logger = TensorBoard(log_dir=str(tmp_path / "taken"))
+    logger.init(SimpleNamespace(run_name="run"), None)
+    logger.log_metrics({"loss": 2.0}, 1)
+    logger.close(None, None)
+    assert capsys.readouterr().err.count("going on without") == 1
 
 
 class Screen(io.StringIO):

@@ -6,6 +6,7 @@ from pathlib import Path
 import boto3
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from moto.server import ThreadedMotoServer
 
 from esm2_composer.checkpoints import (
@@ -22,6 +23,7 @@ from esm2_composer.checkpoints import (
 )
 from esm2_composer.config import Recipe, load_recipe
 from esm2_composer.errors import UserError
+from esm2_composer.saving import CheckpointSaver
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,19 @@ def test_a_checkpoint_cut_short_in_a_copy_is_none(tmp_path):
     assert folder.names() == ["ep0-ba10-rank0.pt"]
 
 
+@pytest.mark.filterwarnings("ignore")  # torch: it says that there is a single process
+def test_a_sharded_checkpoint_without_a_part_is_not_resumed_from(recipe, tmp_path):
+    folder = LocalFolder(str(tmp_path))
+    take_over(folder, recipe)
+    for name in ("ep0-ba10", "ep0-ba20", "ep0-ba30"):
+        tensors = {f"{i}": torch.ones(100 + i) for i in range(9)}
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder.location(name), thread_count=3), no_dist=True)
+    assert folder.names() == ["ep0-ba10", "ep0-ba20", "ep0-ba30"]
+    for name in ("ep0-ba20", "ep0-ba30"):
+        sorted(Path(folder.location(name)).glob("*.distcp"))[-1].unlink()
+    assert find_checkpoint(folder, True, recipe, True) == "ep0-ba10"
+
+
 def test_the_link_leads_to_the_newest_and_never_to_a_diverged_state(tmp_path):
     folder = LocalFolder(str(tmp_path))
     for name in ("ep0-ba10-rank0.pt", "ep0-ba20-rank0.pt"):
@@ -107,6 +122,17 @@ def test_the_link_leads_to_the_newest_and_never_to_a_diverged_state(tmp_path):
     folder.commit(stage(tmp_path, "ep0-ba30-rank0.pt"), "diverged-ep0-ba30-rank0.pt")
     assert (tmp_path / LATEST).readlink() == Path("ep0-ba20-rank0.pt")
     assert folder.names()[-1] == "ep0-ba20-rank0.pt"
+
+
+def test_what_a_killed_run_staged_is_cleared_at_the_next_start(folder):
+    left = folder.staging() / "ep0-ba10-rank0.pt"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half of it")
+    again = open_folder(str(folder))
+    assert again.staging() == folder.staging()
+    assert open_folder(f"{folder}2").staging() != folder.staging()
+    CheckpointSaver(again, interval=10, keep_newest=1, keep_best=0, resumes=False)
+    assert not left.parent.exists()
 
 
 def test_small_files_are_read_back(folder):
@@ -164,8 +190,9 @@ def test_the_newest_checkpoint_is_found_by_a_recipe_that_trains_the_same(folder,
     free = (
         *("run_name=x", "max_duration=7000ba", "eval_interval=1ba", "device_microbatch_tokens=2048"),
         *("save_interval=5ba", "save_num_checkpoints_to_keep=1", "precision=fp32", "compile=true"),
-        *("model.attention=torch", "data.remote=/b", "data.local=/c", "data.num_workers=0"),
-        *("tensorboard_folder=null", "callbacks.best_checkpoints=1", "loggers.wandb.project=p"),
+        *("model.attention=torch", "data.remote=/b", "data.local=/c", "data.cache_limit=9gb"),
+        *("data.num_workers=0", "tensorboard_folder=null", "loggers.wandb.project=p"),
+        "callbacks.best_checkpoints=1",
     )
     assert find_checkpoint(folder, True, load(*free, folder=tmp_path), False) == "ep0-ba10-rank0.pt"
 
@@ -188,7 +215,17 @@ def test_another_recipe_is_refused_with_the_difference(folder, recipe, tmp_path,
     with pytest.raises(UserError) as caught:
         find_checkpoint(folder, True, load(override, folder=tmp_path), False)
     assert f"another recipe: {difference}; set that back" in str(caught.value)
+    assert str(caught.value).endswith(", or take another save_folder")
     assert folder.read(RECIPE) == before
+
+
+def test_another_duration_with_a_schedule_of_its_own_is_told_how_to_go_on(recipe, tmp_path):
+    folder = LocalFolder(str(tmp_path))
+    take_over(folder, recipe)
+    save(folder, tmp_path, "ep0-ba10-rank0.pt")
+    told = r"schedule\.updates was 500000, is 7000; set that back \(null makes .* max_duration: give it the number"
+    with pytest.raises(UserError, match=told):
+        find_checkpoint(folder, True, load("max_duration=7000ba", "schedule.updates=null", folder=tmp_path), False)
 
 
 def test_a_run_is_not_overwritten_by_one_that_does_not_resume_it(folder, recipe, tmp_path):

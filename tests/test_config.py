@@ -232,6 +232,7 @@ def test_limits_belong_to_the_range() -> None:
         ("callbacks.max_loss_rise=0", "'callbacks.max_loss_rise' is 0.0; it must be above 0"),
         ("save_folder=gs://bucket/run", "'save_folder' is gs://bucket/run; write a folder or s3://bucket/prefix"),
         ("save_folder=s3://", "'save_folder' is s3://; write a folder or s3://bucket/prefix"),
+        ("save_folder=runs/{run_name}", "'save_folder' is runs/{run_name}, with braces; write ${run_name}"),
         ("fsdp.data_parallel_replicate_degree=0", "'fsdp.data_parallel_replicate_degree' is 0; it must be"),
         ("fsdp.data_parallel_replicate_degree=-1", "'fsdp.data_parallel_replicate_degree' and"),
         ("model.num_layers=3", "'model' needs exactly one of: size, init_from"),

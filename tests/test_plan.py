@@ -9,7 +9,16 @@ from conftest import ROOT, python
 from esm2_composer.config import load_recipe
 from esm2_composer.errors import UserError
 from esm2_composer.model import ESM2, ESM2Config
-from esm2_composer.plan import ACTIVATION, GPUS, fitting_microbatch, make_plan, remedy, report, useful_gpus
+from esm2_composer.plan import (
+    ACTIVATION,
+    GPUS,
+    describe,
+    fitting_microbatch,
+    make_plan,
+    remedy,
+    report,
+    useful_gpus,
+)
 
 
 def recipe(size: str, *overrides: str):
@@ -98,6 +107,30 @@ def test_more_gpus_stop_helping_where_the_network_or_the_step_itself_takes_over(
 def test_gpus_that_cannot_share_the_batch_are_refused():
     with pytest.raises(UserError, match="3 GPUs cannot share"):
         report(recipe("8m"), 3, "h100")
+
+
+HALVES = ("fsdp.data_parallel_replicate_degree=8", "fsdp.data_parallel_shard_degree=-1")
+
+
+def test_useful_gpus_are_what_the_degrees_allow():
+    text, plan = report(recipe("3b", *HALVES), 64, "h100")
+    assert plan["useful_gpus"] % 8 == 0
+    assert "help up to about" in text
+    text, plan = report(recipe("3b", HALVES[0], "fsdp.data_parallel_shard_degree=8"), 64, "h100")
+    assert plan["useful_gpus"] == 64
+    assert "degrees make 64" in text
+
+
+@pytest.mark.parametrize("degrees", [HALVES, ["fsdp.data_parallel_shard_degree=8"]])
+def test_gpus_that_the_degrees_do_not_make_are_refused_as_in_training(degrees):
+    with pytest.raises(UserError, match="does not make the 4 ranks"):
+        report(recipe("3b", *degrees), 4, "h100")
+
+
+def test_a_dry_run_on_one_rank_tells_of_those_that_the_degrees_make():
+    assert "memory a GPU, of 8:" in describe(recipe("3b", *HALVES), 1)
+    assert "memory a GPU, of 16:" in describe(recipe("3b", *HALVES), 16)
+    assert "memory a GPU, of 1:" in describe(recipe("8m"), 1)
 
 
 def test_the_command_needs_neither_data_nor_gpus(tmp_path):

@@ -6,15 +6,17 @@ ranks left in time.
 
 import json
 import signal
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from conftest import ROOT, Run, command, python
 from outcomes import losses
 
-from esm2_composer import data
+from esm2_composer import data, preemption
 from esm2_composer.data import ClusterDraw
 from esm2_composer.masking import MaskingRule
 
@@ -147,6 +149,23 @@ def test_a_signal_while_data_do_not_come(shards, tmp_path, goes_on):
     assert code == 75, "".join(run.lines)
     assert (checkpoints(tmp_path) == before) == (not goes_on)
     assert python(*command(shards), cwd=tmp_path).returncode == 0
+
+
+def test_a_rank_that_has_just_gone_is_not_waited_for(monkeypatch):
+    told = []
+
+    def kill(pid: int, number: int) -> None:
+        if pid == 1:
+            raise ProcessLookupError
+        told.append((pid, number))
+
+    monkeypatch.setattr(preemption, "received", threading.Event())
+    monkeypatch.setattr(preemption, "_in_training", SimpleNamespace(is_set=lambda: True))
+    monkeypatch.setattr(preemption, "_other_ranks", lambda: [1, 2])
+    monkeypatch.setattr(preemption.os, "kill", kill)
+    preemption._on_signal(signal.SIGUSR1)
+    assert told == [(2, signal.SIGUSR1)] * 2
+    assert preemption.received.is_set()
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from esm2_composer.callbacks import LOSS
 from esm2_composer.config import load_recipe
 from esm2_composer.errors import UserError
 from esm2_composer.model import SIZES
-from esm2_composer.runner import build_model, check_degrees, cluster_draw, fsdp_options
+from esm2_composer.runner import build_model, cluster_draw, fsdp_options
 
 RECIPES = sorted(path.stem for path in (ROOT / "yamls").glob("*.yaml"))
 
@@ -105,9 +105,9 @@ def test_degrees_that_do_not_make_the_ranks_are_refused(shards):
         str(ROOT / "yamls/3b.yaml"),
         [f"data.remote={shards}", "fsdp.data_parallel_shard_degree=8", "fsdp.data_parallel_replicate_degree=-1"],
     )
-    check_degrees(recipe.fsdp, 64)
+    recipe.fsdp.check_degrees(64)
     with pytest.raises(UserError, match="data_parallel_shard_degree 8 does not make the 12 ranks"):
-        check_degrees(recipe.fsdp, 12)
+        recipe.fsdp.check_degrees(12)
 
 
 def test_a_dry_run_tells_the_recipe_and_what_it_asks_for(shards, tmp_path):

@@ -69,6 +69,16 @@ def test_the_kubernetes_job_goes_on_when_told_to_leave_and_ends_on_mistakes():
     assert pod["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["selector"] == {"job-name": name}
     assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/dev/shm", "/cache"}
+    assert environment["TMPDIR"] == "/cache", "a folder that nobody makes is not taken"
+
+
+@pytest.mark.parametrize("python", ["python", "/opt/venv/bin/python3", "/usr/bin/python3.11"])
+def test_the_early_warning_goes_to_a_rank_and_not_to_the_launcher(python):
+    (pattern,) = re.findall(r"pkill .*--full '(.*)'", TEXT)
+    assert re.search(pattern, f"{python} train.py yamls/650m.yaml")
+    assert re.search(pattern, f"{python} /workspace/train.py yamls/650m.yaml")
+    assert not re.search(pattern, f"{python} /opt/venv/bin/composer --nproc 8 train.py yamls/650m.yaml")
+    assert not re.search(pattern, f"{python} /opt/venv/bin/composer train.py yamls/650m.yaml")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ from outcomes import assert_same_weights, assert_user_error, final_weights, loss
 from werkzeug.serving import make_server
 
 from esm2_composer.model import ESM2
+from esm2_composer.preemption import GRACE
+from esm2_composer.saving import WAITS_LEAVING
+from train import EXIT_NOT_SAVED
 
 
 class Store:
@@ -168,24 +171,39 @@ def test_a_store_that_fails_costs_a_checkpoint_at_most(shards, store, tmp_path, 
 
 @pytest.mark.slow
 def test_a_full_disk_is_told_and_does_not_lose_the_checkpoint_before(shards, tmp_path):
-    with Run(
-        *command(
-            shards, "save_interval=4ba", "max_duration=100ba", "eval_interval=100ba", "tensorboard_folder=null"
-        ),
-        cwd=tmp_path,
-    ) as run:
+    arguments = command(shards, "save_interval=20ba", "max_duration=100ba", "eval_interval=100ba")
+    with Run(*arguments, cwd=tmp_path) as run:
         run.wait_for("update 20/")
         folder = tmp_path / "runs/demo/checkpoints"
         run.wait_until(lambda: list(folder.glob("ep*")))
         (rank,) = run.ranks()
-        rank.rlimit(psutil.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))  # a file that grows no further
-        run.wait_until(lambda: any("trying again" in line for line in run.lines))
+        rank.rlimit(psutil.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))  # files that grow no further
+        run.wait_until(lambda: any("TensorBoard's events cannot" in line for line in run.lines))
+        rank.rlimit(psutil.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))  # a checkpoint is larger
+        run.wait_until(lambda: any("not saved: OSError" in line for line in run.lines))
         assert list(folder.glob("ep*")), "the checkpoint before stays"
         rank.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         code, _ = run.end()
     assert code == 0, "".join(run.lines)
-    assert "not saved: OSError" in "".join(run.lines)
+    assert "trying again" in "".join(run.lines)
     assert (folder / "latest-rank0.pt").resolve().name == "ep16-ba100-rank0.pt"
+
+
+@pytest.mark.slow
+def test_a_run_told_to_leave_that_cannot_save_does_not_say_it_has(shards, tmp_path):
+    arguments = command(shards, "save_interval=1000ba", "max_duration=1000ba", "eval_interval=1000ba")
+    with Run(*arguments, cwd=tmp_path, launcher=False) as run:
+        run.wait_for("update 50/")
+        run.launcher.rlimit(psutil.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))  # files that grow no further
+        run.launcher.terminate()
+        code, _ = run.end()
+    assert code == EXIT_NOT_SAVED, "".join(run.lines)
+    assert "error: told to leave, and what was trained" in "".join(run.lines)
+    assert not list((tmp_path / "runs/demo/checkpoints").glob("ep*"))
+
+
+def test_a_save_is_given_up_before_the_rank_has_to_leave():
+    assert sum(WAITS_LEAVING) < GRACE - 5
 
 
 @pytest.mark.slow
@@ -199,6 +217,18 @@ def test_a_checkpoint_of_other_data_is_refused(shards, finished, tmp_path):
     index.write_text(index.read_text() + " ")
     result = python(*command(other), cwd=finished)
     assert_user_error(result, "on other training shards")
+
+
+def test_a_run_killed_before_it_saved_leaves_nothing_to_the_next(shards, tmp_path):
+    """Neither its data, nor the loss before its first update."""
+    folder = tmp_path / "runs/demo/checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "checkpoints.json").write_text('{"train_shards": "others", "validation_loss": {"0": 1e-9}}')
+    result = python(*command(shards, "max_duration=4ba"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    index = json.loads((folder / "checkpoints.json").read_text())
+    assert index["train_shards"] != "others"
+    assert index["validation_loss"]["0"] > 1
 
 
 @pytest.mark.slow

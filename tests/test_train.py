@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,9 @@ from conftest import Run, command, composer, python
 from outcomes import assert_same_weights, assert_user_error, final_weights, losses, scalars
 from transformers import AutoModelForMaskedLM
 
-from esm2_composer.config import load_recipe
+from esm2_composer.config import DataSection, load_recipe
 from esm2_composer.errors import UserError
-from esm2_composer.runner import build_trainer
+from esm2_composer.runner import build_trainer, check_cache
 
 PERPLEXITY = "metrics/valid/perplexity"
 
@@ -196,6 +197,27 @@ def test_ranks_that_cannot_share_a_batch_are_told_before_they_meet(shards, monke
 def test_too_few_clusters_are_one_line_and_exit_code_2(shards, tmp_path):
     result = python(*command(shards, "global_train_batch_size=97"), cwd=tmp_path)
     assert_user_error(result, "96 clusters", "fewer than one global_train_batch_size")
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_cache_of_other_shards_is_refused(shards, tmp_path, split):
+    (tmp_path / "cache" / split).mkdir(parents=True)
+    index = (shards / split / "index.json").read_text()
+    (tmp_path / "cache" / split / "index.json").write_text(index + " ")
+    result = python(*command(shards, "data.local=cache"), cwd=tmp_path)
+    assert_user_error(result, f"data.local cache holds other {split} shards than data.remote {shards};")
+
+
+def test_a_cache_is_no_mistake_where_it_is_the_remotes_or_the_remote_does_not_answer(written, tmp_path):
+    for split in ("train", "valid"):
+        shutil.copytree(written, tmp_path / "remote" / split)
+    data = DataSection(str(tmp_path / "remote"), str(tmp_path / "cache"))
+    check_cache(data)
+    shutil.copytree(tmp_path / "remote", tmp_path / "cache")
+    check_cache(data)
+    shutil.rmtree(tmp_path / "remote")
+    with pytest.raises(FileNotFoundError):
+        check_cache(data)
 
 
 @pytest.mark.parametrize("checkpoint", ["nothing.pt", "folder"])
