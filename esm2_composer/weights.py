@@ -53,6 +53,7 @@ _TENSORS = (
     ("embed.weight", "esm.embeddings.word_embeddings.weight", "embed_tokens.weight"),
     ("head.bias", "lm_head.bias", "lm_head.bias"),
 )
+_TIED = ("lm_head.decoder.weight", "lm_head.weight")  # the embedding's, in transformers and in fair-esm
 _HF_LAYER, _FAIR_LAYER = "esm.encoder.layer", "layers"
 _FAIR_ROTARY = f"{_FAIR_LAYER}.0.self_attn.rot_emb.inv_freq"  # the same in every layer
 _HF_ROTARY = _HF_LAYER + ".{}.attention.self.rotary_embeddings.inv_freq"
@@ -87,23 +88,32 @@ def load_pretrained(path: str | Path, attention: str = "auto") -> ESM2:
         UserError: nothing is there, the file is damaged or would run code, or it is not an ESM-2.
     """
     path = Path(path)
+    try:
+        config, state = _read(path)
+        with torch.device("meta"):
+            model = ESM2(ESM2Config(**config, attention=attention))
+        return _fill(model, state, path)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # What names and numbers of other things lead to; what is damaged or missing has been told apart before.
+        raise UserError(f"{path}: not an ESM-2 ({type(error).__name__}: {error})") from error
+
+
+def _read(path: Path) -> tuple[dict, State]:
+    """The dimensions and the tensors, under our names, of what is at `path`."""
     if path.is_dir() and (path / ".metadata").exists():
-        config, state = _from_composer(_read_sharded(path), path)
-    elif path.is_dir():
-        config, state = _from_hugging_face(path)
-    elif path.is_file():
+        return _from_composer(_read_sharded(path), path)
+    if path.is_dir():
+        return _from_hugging_face(path)
+    if path.is_file():
         content = _torch_load(path)
-        if "state" in content:
-            config, state = _from_composer(content["state"]["model"], path)
-        else:
-            config, state = _from_fair_esm(content, path)
-    elif len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in (".", ".."):
-        config, state = _from_hugging_face(_download(str(path)))
-    else:
-        raise UserError(f"{path}: no such file or folder")
-    with torch.device("meta"):
-        model = ESM2(ESM2Config(**config, attention=attention))
-    return _fill(model, state, path)
+        return (
+            _from_composer(content["state"]["model"], path)
+            if "state" in content
+            else _from_fair_esm(content, path)
+        )
+    if len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in (".", ".."):
+        return _from_hugging_face(_download(str(path)))
+    raise UserError(f"{path}: no such file or folder")
 
 
 def _fill(model: ESM2, state: State, path: Path) -> ESM2:
@@ -113,9 +123,17 @@ def _fill(model: ESM2, state: State, path: Path) -> ESM2:
             raise UserError(f"{path}: not a whole ESM-2, '{name}' is missing")
         if state[name].shape != shape:
             raise UserError(f"{path}: '{name}' has shape {tuple(state[name].shape)}, not {tuple(shape)}")
-    fp32 = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}
-    bits = {"rotary_bits": state["rotary_bits"].clone()}
-    model.load_state_dict({name: {**fp32, **bits}[name] for name in expected}, assign=True)
+    if unknown := sorted(state.keys() - expected.keys()):
+        raise UserError(f"{path}: not an ESM-2, it has '{unknown[0]}'")
+    tensors = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}
+    tensors["rotary_bits"] = state["rotary_bits"].clone()
+    for name, tensor in tensors.items():
+        if tensor.isfinite().all():
+            continue
+        if not name.startswith("contact_head."):  # some published models have one of NaN, which is as good as none
+            raise UserError(f"{path}: '{name}' holds what is no finite number")
+        tensors[name] = torch.zeros_like(tensor)
+    model.load_state_dict(tensors, assign=True)
     model.contact_head.requires_grad_(False)
     return model
 
@@ -155,6 +173,9 @@ def _reason(error: Exception) -> str:
 
 def _stack(foreign: State, num_layers: int, fair: bool, path: Path) -> dict[str, torch.Tensor]:
     state = {}
+    for decoder in _TIED:
+        if decoder in foreign and not torch.equal(foreign[decoder], foreign[_TENSORS[0][2 if fair else 1]]):
+            raise UserError(f"{path}: not an ESM-2, whose '{decoder}' is its embedding")
     for ours, keys in foreign_keys(num_layers, fair):
         if ours.startswith("contact_head") and keys[0] not in foreign:
             continue  # shipped apart, or not at all
@@ -192,6 +213,7 @@ def _from_hugging_face(folder: Path) -> tuple[dict, State]:
         "emb_layer_norm_before": False,
         "vocab_size": alphabet.VOCAB_SIZE,
         "token_dropout": True,
+        "layer_norm_eps": LAYER_NORM_EPS,
     }
     for key, value in expected.items():
         if (hf.get(key) or False) != value:

@@ -188,10 +188,24 @@ def drop_a_tensor(folder):
     save_file(tensors, folder / "model.safetensors")
 
 
-def change_a_shape(folder):
-    tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.dense.weight"] = tensors["lm_head.dense.weight"][:, :-1].contiguous()
-    save_file(tensors, folder / "model.safetensors")
+def change(name, new):
+    def change_tensor(folder):
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name] = new(tensors[name]).contiguous()
+        save_file(tensors, folder / "model.safetensors")
+
+    return change_tensor
+
+
+KEY = "esm.encoder.layer.0.attention.self.key.weight"
+
+
+def only_an_index(text):
+    def replace(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return replace
 
 
 def set_config(key, value):
@@ -207,7 +221,11 @@ def set_config(key, value):
     [
         (truncate, "cannot be read as weights"),
         (drop_a_tensor, r"layer\.1\.output\.dense\.weight' is missing"),
-        (change_a_shape, "has shape"),
+        (change("lm_head.dense.weight", lambda weight: weight[:, :-1]), "has shape"),
+        (change(KEY, lambda weight: weight[:, :-1]), "not an ESM-2"),
+        (change(KEY, lambda weight: weight[:-1]), "has shape"),
+        (change(KEY, lambda weight: weight / 0), "no finite number"),
+        (change("lm_head.decoder.weight", torch.randn_like), "whose 'lm_head.decoder.weight' is its embedding"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
@@ -223,11 +241,50 @@ def test_damaged_and_foreign_folders_are_refused(model, tmp_path, damage, compla
         ESM2.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("content", [[1], {"model": 3}, {"model": {"embed_tokens.weight": torch.ones(2)}}])
+def test_an_old_index_beside_the_weights_is_not_read(model, tmp_path):
+    old = ESM2(model.config)
+    hugging_face(old).save_pretrained(tmp_path, max_shard_size="100KB")
+    model.save_hf(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert_same_weights(ESM2.from_pretrained(tmp_path), model)
+
+
+def test_a_contact_head_of_nan_is_as_none(model, tmp_path):
+    model.save_hf(tmp_path)
+    change("esm.contact_head.regression.weight", lambda weight: weight / 0 * 0)(tmp_path)
+    assert not ESM2.from_pretrained(tmp_path).contact_head.weight.any()
+
+
+OTHERS = [
+    *([1], {"model": 3}, {"model": {"embed_tokens.weight": torch.ones(2)}}),
+    *({"state": 3}, {"state": {"model": None}}, {"state": {}, "param_groups": []}),
+    {"state": {"model": {"net.embed.weight": 3, "net.layers.0.fc1.weight": 1}}},
+]
+
+
+@pytest.mark.parametrize("content", OTHERS)
 def test_other_torch_files_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"other\.pt"):
         ESM2.from_pretrained(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("prefix", ["", "net."])
+def test_a_checkpoint_with_more_than_an_esm2_is_refused(model, tmp_path, prefix):
+    state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state": {"model": {**state, f"{prefix}more": torch.ones(1)}}}, tmp_path / "more.pt")
+    with pytest.raises(UserError, match="not an ESM-2, it has 'more'"):
+        ESM2.from_pretrained(tmp_path / "more.pt")
+
+
+@pytest.mark.parametrize("name", ["layers.0.fc1.weight", "layers.x.y"])
+def test_a_fair_esm_file_with_other_names_is_refused(model, tmp_path, name):
+    state = dict(fair_esm(model).state_dict())
+    if state.pop(name, None) is None:
+        state[name] = torch.ones(1)
+    torch.save({"model": state}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"not an? (whole )?ESM-2"):
+        ESM2.from_pretrained(tmp_path / "model.pt")
 
 
 def esm_1b() -> dict:
