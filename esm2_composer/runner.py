@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import os
 import sys
 import tempfile
@@ -50,6 +51,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     Raises:
         UserError: what the recipe names cannot be had on this machine, or its save folder holds another run.
     """
+    _show_log()
     device = get_device(None)
     on_gpu = device.name == "gpu"
 
@@ -254,6 +256,14 @@ def _loggers(recipe: Recipe) -> list[LoggerDestination]:
         settings = dataclasses.asdict(recipe.loggers.wandb)
         loggers.append(WandBLogger(**{**settings, "group": settings["group"] or recipe.run_name}))
     return loggers
+
+
+def _show_log() -> None:
+    """What the package logs, such as the kernel that runs, on the first rank's terminal."""
+    log = logging.getLogger("esm2_composer")
+    if not dist.get_global_rank() and not log.handlers:
+        log.setLevel(logging.INFO)
+        log.addHandler(logging.StreamHandler())
 
 
 def _say(line: str) -> None:

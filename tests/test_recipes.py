@@ -144,6 +144,7 @@ def start(recipe: str, shards: Path, folder: Path, *overrides: str, ranks: int =
 )
 def test_a_recipe_starts_on_a_cpu_and_says_what_it_leaves_out(size, shards, tmp_path):
     result = start(size, shards, tmp_path, f"fp8={'true' if size == '650m' else 'false'}")
+    assert result.stderr.count("attention on cpu: cpu\n") == 1
     assert "training in fp32 instead of amp_bf16" in result.stderr
     assert ("training without fp8" in result.stderr) == (size == "650m")
     assert ("training unsharded" in result.stderr) == (size in ("650m", "3b", "15b"))
