@@ -8,6 +8,7 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,6 +57,24 @@ def index(folder: Path) -> dict:
     return json.loads((folder / "runs/demo/checkpoints/checkpoints.json").read_text())
 
 
+def loader_workers(run: Run) -> list[psutil.Process]:
+    children = [child for rank in run.ranks() for child in rank.children()]
+    return [child for child in children if "train.py" in " ".join(child.cmdline())]
+
+
+def tell_in_evaluation(run: Run, line: str, tell: Callable[[], None]) -> None:
+    """Tell a run to leave while it is in the evaluation after `line`: without its workers that does not end."""
+    run.wait_for(line)
+    workers = loader_workers(run)
+    for worker in workers:
+        worker.suspend()
+    time.sleep(1)  # it takes what they have made
+    tell()
+    time.sleep(3)  # all ranks are told
+    for worker in workers:
+        worker.resume()
+
+
 def catches_sigterm(rank: psutil.Process) -> bool:
     status = Path(f"/proc/{rank.pid}/status").read_text()
     return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
@@ -94,12 +113,15 @@ def test_sigterm_to_one_of_two_ranks_that_are_starting_makes_both_leave_at_once(
 def test_a_signal_in_training(long_validation, undisturbed, tmp_path, ranks, moment, receiver, number):
     arguments = command(long_validation, NO_SAVES)
     with Run("-n", str(ranks), *arguments, cwd=tmp_path) as run:
+
+        def tell() -> None:
+            (run.launcher if receiver == "launcher" else run.ranks()[-1]).send_signal(number)
+
         if moment == "step":
             run.wait_for("update 3/")
+            tell()
         else:
-            run.wait_for("update 7/14: loss")
-            time.sleep(0.5)
-        (run.launcher if receiver == "launcher" else run.ranks()[-1]).send_signal(number)
+            tell_in_evaluation(run, "update 7/14: loss", tell)
         code, seconds = run.end()
     print(f"{ranks} ranks, {receiver}, {number.name}, {moment}: code {code} in {seconds:.1f} s")
     assert code == 75, "".join(run.lines)
@@ -116,28 +138,37 @@ def test_a_signal_in_training(long_validation, undisturbed, tmp_path, ranks, mom
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("receiver", ["launcher", "last rank"])
-@pytest.mark.parametrize("delay", [0, 3, 9])
-def test_a_signal_while_starting(long_validation, tmp_path, ranks, receiver, delay):
+@pytest.mark.parametrize("moment", ["watches signals", "imports torch", "opens shards"])
+def test_a_signal_while_starting(long_validation, tmp_path, ranks, receiver, moment):
+    def has_come(rank: psutil.Process) -> bool:
+        if moment == "watches signals":
+            return catches_sigterm(rank)
+        if moment == "imports torch":
+            return "libtorch" in Path(f"/proc/{rank.pid}/maps").read_text()
+        return (tmp_path / "runs/demo/checkpoints/recipe.yaml").exists()
+
     with Run("-n", str(ranks), *command(long_validation, NO_SAVES), cwd=tmp_path) as run:
-        run.wait_until(lambda: sum(map(catches_sigterm, run.ranks())) == ranks)
-        time.sleep(delay)
-        assert not any(line.startswith("update 1/") for line in run.lines), "the machine is too fast for this test"
+        run.wait_until(lambda: sum(map(has_come, run.ranks())) == ranks)
         (run.launcher if receiver == "launcher" else run.ranks()[-1]).terminate()
         code, seconds = run.end()
-    print(f"{ranks} ranks, {receiver}, {delay} s after they started: code {code} in {seconds:.1f} s")
+    assert not any(line.startswith("update 1/") for line in run.lines)
+    print(f"{ranks} ranks, {receiver}, which {moment}: code {code} in {seconds:.1f} s")
     assert code == 75, "".join(run.lines)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_signal_while_data_do_not_come(shards, tmp_path, goes_on):
-    with Run(*command(shards, "save_interval=2ba"), cwd=tmp_path) as run:
-        run.wait_for("update 3/")
-        workers = [child for child in run.ranks()[0].children() if "train.py" in " ".join(child.cmdline())]
+    arguments = command(shards, "save_interval=2ba", "max_duration=200ba", "eval_interval=200ba")
+    with Run(*arguments, cwd=tmp_path) as run:
+        run.wait_for("update 10/")
+        workers = loader_workers(run)
         for worker in workers:
             worker.suspend()
-        time.sleep(1)
-        before = checkpoints(tmp_path)
+        before: list[str] = []
+        while before != checkpoints(tmp_path):  # it takes what they have made
+            before = checkpoints(tmp_path)
+            time.sleep(2)
         run.launcher.terminate()
         time.sleep(2)
         if goes_on:
@@ -148,7 +179,21 @@ def test_a_signal_while_data_do_not_come(shards, tmp_path, goes_on):
     print(f"loader stopped, {'then resumed' if goes_on else 'for good'}: code {code} in {seconds + 2:.1f} s")
     assert code == 75, "".join(run.lines)
     assert (checkpoints(tmp_path) == before) == (not goes_on)
-    assert python(*command(shards), cwd=tmp_path).returncode == 0
+    assert python(*arguments, cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_evaluation_after_the_last_update_saves_that_once(long_validation, tmp_path):
+    arguments = command(long_validation, NO_SAVES, "max_duration=12ba", "eval_interval=9ba")  # two whole epochs
+    with Run(*arguments, cwd=tmp_path) as run:
+        tell_in_evaluation(run, "update 12/12: loss", run.launcher.terminate)
+        code, _ = run.end()
+    assert code == 75, "".join(run.lines)
+    assert checkpoints(tmp_path) == ["ep1-ba12-rank0.pt"]
+    again = python(*arguments, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "is done" in again.stdout
+    assert sorted(index(tmp_path)["validation_loss"], key=int) == ["0", "9", "12"]
 
 
 def test_a_rank_that_has_just_gone_is_not_waited_for(monkeypatch):

@@ -252,22 +252,28 @@ def test_a_run_that_diverges_is_stopped_and_told_how_to_go_on(shards, tmp_path):
 def test_twenty_random_kills_end_in_the_same_weights_as_none(shards, tmp_path):
     def arguments() -> list[str]:
         larger = ("model.hidden_size=128", "model.ffn_hidden_size=512")  # checkpoints that take a while to write
-        return command(shards, *larger, "max_duration=60ba", "save_interval=1ba", "eval_interval=20ba")
+        return command(shards, *larger, "max_duration=200ba", "save_interval=1ba", "eval_interval=50ba")
 
     (tmp_path / "none").mkdir()
     (tmp_path / "killed").mkdir()
     assert python(*arguments(), cwd=tmp_path / "none").returncode == 0
     chance = random.Random(17)
-    staging = tmp_path / "killed/runs/demo/checkpoints/.saving"
+    folder = tmp_path / "killed/runs/demo/checkpoints"
+    staging = folder / ".saving"
+
+    def saved() -> int:
+        return max((int(path.name.split("-")[1].removeprefix("ba")) for path in folder.glob("ep*")), default=0)
+
     writing = 0
     for kill in range(20):
         with Run(*arguments(), cwd=tmp_path / "killed", launcher=False) as run:
+            before = saved()
             if kill % 4 == 3:  # anywhere in start-up
-                run.wait_until(run.ranks)
-                time.sleep(chance.uniform(0, 20))
+                moment = time.monotonic() + chance.uniform(0, 20)
+                run.wait_until(lambda end=moment, first=before: time.monotonic() > end or saved() > first)
             else:
-                run.wait_until(lambda run=run: any(": loss" in line for line in run.lines))
-                time.sleep(chance.uniform(0, 0.3))
+                enough = before + chance.randint(1, 4)
+                run.wait_until(lambda enough=enough: saved() >= enough)
                 if kill % 4:  # while a checkpoint is being written
                     run.wait_until(lambda: staging.exists() and any(staging.iterdir()))
             run.kill()
