@@ -136,7 +136,7 @@ def test_a_store_that_is_away_is_waited_for_and_is_no_mistake(
     if comes_back:
         local = train_loader(DRAW, None, str(shutil.copytree(many, tmp_path / "copy")), 32, num_workers=0)
         assert contents(loader) == contents(local)
-        assert set(waits) == {1, 2}
+        assert {1, 2} <= set(waits)
         return
     with pytest.raises(RuntimeError, match="shards cannot be fetched"):
         contents(loader)

@@ -260,7 +260,7 @@ def print_table(curves: dict[str, dict[int, float]], levels: dict[str, float], n
     for name, value in levels.items():
         print(f"{value:9.2f}  {name}")
     for note in notes:
-        print(textwrap.fill(note, 115, subsequent_indent="  "))
+        print(textwrap.fill(note, 115, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
 
 
 def draw(runs: list[Run], published: dict[str, dict[int, float]], levels: dict[str, float], notes: list[str]):
@@ -273,7 +273,7 @@ def draw(runs: list[Run], published: dict[str, dict[int, float]], levels: dict[s
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito's, for colour-blind eyes
     markers = "osD^v"
     ink, faint = "0.15", "0.42"
-    caption = "\n".join(textwrap.fill(note, 124) for note in notes)
+    caption = "\n".join(textwrap.fill(note, 124, break_long_words=False, break_on_hyphens=False) for note in notes)
     below = 0.62 + 0.135 * (caption.count("\n") + 1 if caption else 0)  # inches
     figure, axes = plt.subplots(figsize=(7.2, 4.0 + below))
     height = figure.get_figheight()
