@@ -6,16 +6,17 @@ kernel here computes padding, and no token sees another sequence.
     cpu     a loop over sequences around torch's CPU flash attention; any device, any dtype: the reference
     torch   FlashAttention-2's variable-length kernel inside torch: its public function where there is one
             (from 2.11), the operator behind it before; CUDA, fp16 or bf16
-    flash   the flash-attn package (version 2 or 3); CUDA, fp16 or bf16
+    flash   the flash-attn package, version 3 (`flash_attn_interface`) or else 2; CUDA, fp16 or bf16
 
-`auto` takes `torch` on a CUDA device, where q, k and v are fp16 or bf16, and `cpu` elsewhere. GPUs older than
-Ampere have neither kernel.
+On a CUDA device `auto` takes version 3 of the package on the GPUs that it is made for, Hopper's, if it is there,
+and `torch` on others; `cpu` where q, k and v are neither fp16 nor bf16, and on other devices. GPUs older than
+Ampere have none of these kernels.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import inspect
 import logging
 from collections.abc import Callable
@@ -35,23 +36,25 @@ def select_attention(backend: str, device_type: str) -> Attention:
 
     Raises ValueError if the backend is unknown or cannot run there, naming those that can.
     """
-    available = ["cpu"]
-    # Without a GPU to ask, as where a test pretends to have one, it is taken for a new one.
-    if device_type == "cuda" and (not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)):
-        available.insert(0, "torch")
-        if importlib.util.find_spec("flash_attn") or importlib.util.find_spec("flash_attn_interface"):
-            available.append("flash")
-    chosen = available[0] if backend == "auto" else backend
-    if chosen not in available:
+    kernels = {"cpu": _per_sequence}
+    best = "cpu"
+    # Without a GPU to ask, as where a test pretends to have one, it is taken for an Ampere.
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
+    if device_type == "cuda" and capability >= (8, 0):
+        kernels["torch"] = _torch_varlen_function() or _torch_varlen_operator
+        best = "torch"
+        version, function = _flash_package()
+        if function is not None:
+            kernels["flash"] = function
+            best = "flash" if version == 3 and capability[0] == 9 else best
+    chosen = best if backend == "auto" else backend
+    if chosen not in kernels:
         raise ValueError(
-            f"attention '{backend}' is not available on {device_type}; "
-            f"available here: auto, {', '.join(available)}"
+            f"attention '{backend}' is not available on {device_type}; available here: auto, {', '.join(kernels)}"
         )
     log.info("attention on %s: %s", device_type, chosen)
-    if chosen == "cpu":
-        return _per_sequence
-    kernel = _flash_package if chosen == "flash" else _torch_varlen_function() or _torch_varlen_operator
-    return kernel if backend != "auto" else _or_per_sequence(kernel)
+    kernel = kernels[chosen]
+    return kernel if backend != "auto" or chosen == "cpu" else _or_per_sequence(kernel)
 
 
 def _or_per_sequence(kernel: Attention) -> Attention:
@@ -94,10 +97,20 @@ def _torch_varlen_operator(q, k, v, cu_seqlens, max_seqlen):
     )[0]
 
 
-def _flash_package(q, k, v, cu_seqlens, max_seqlen):
-    if importlib.util.find_spec("flash_attn_interface"):  # version 3
-        from flash_attn_interface import flash_attn_varlen_func
-    else:
-        from flash_attn import flash_attn_varlen_func
-    out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+def _flash_package() -> tuple[int, Attention | None]:
+    """The version of the flash-attn package that can be imported here, and its function; or 0 and None."""
+    for version, name in ((3, "flash_attn_interface"), (2, "flash_attn")):
+        try:
+            function = importlib.import_module(name).flash_attn_varlen_func
+        except ModuleNotFoundError:
+            continue
+        except (ImportError, OSError) as error:  # as one built for another torch
+            log.warning("%s cannot be imported: %s", name, error)
+            continue
+        return version, functools.partial(_flash_varlen, function)
+    return 0, None
+
+
+def _flash_varlen(function: Callable, q, k, v, cu_seqlens, max_seqlen):
+    out = function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     return out[0] if isinstance(out, tuple) else out

@@ -374,6 +374,8 @@ def _problems(r: Recipe, data_is_here: bool) -> typing.Iterator[str]:
         yield f"'save_folder' is {r.save_folder}, with braces; write ${{run_name}} for the name of the run"
     if r.fp8 and r.precision != "amp_bf16":
         yield f"'fp8' is true and 'precision' {r.precision}; it needs amp_bf16"
+    if r.model.attention in ("torch", "flash") and r.precision == "fp32":
+        yield f"'model.attention' is {r.model.attention}, which computes in 16 bits, and 'precision' is fp32"
     if r.fsdp is not None:
         yield from _fsdp_problems(r.fsdp)
     yield from _model_problems(r.model)

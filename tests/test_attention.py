@@ -135,6 +135,35 @@ def test_both_versions_of_flash_attn_are_called_as_they_want(name, with_sums, mo
     check(select_attention.__wrapped__("flash", "cuda"), qkv, cu_seqlens, tolerance=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("capability", "package", "chosen"),
+    [
+        ((9, 0), "flash_attn_interface", "flash"),
+        ((9, 0), "flash_attn", "torch"),
+        ((8, 0), "flash_attn_interface", "torch"),
+        ((10, 0), "flash_attn_interface", "torch"),
+        ((9, 0), None, "torch"),
+    ],
+)
+def test_auto_takes_version_3_of_flash_attn_on_hopper_only(capability, package, chosen, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    if package is not None:
+        install(monkeypatch, package, flash_attn_varlen_func=by_sequence)
+    caplog.set_level("INFO", logger="esm2_composer.attention")
+    select_attention.__wrapped__("auto", "cuda")
+    assert caplog.messages == [f"attention on cuda: {chosen}"]
+
+
+def test_a_flash_attn_that_cannot_be_imported_is_told_and_not_taken(monkeypatch, tmp_path, caplog):
+    (tmp_path / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol: at::empty')")
+    monkeypatch.syspath_prepend(tmp_path)
+    select = select_attention.__wrapped__
+    with pytest.raises(ValueError, match="'flash' is not available on cuda; available here: auto, cpu, torch"):
+        select("flash", "cuda")
+    assert caplog.messages == ["flash_attn_interface cannot be imported: undefined symbol: at::empty"]
+
+
 def test_a_gpu_older_than_the_kernels_gets_the_reference(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))

@@ -379,3 +379,10 @@ def test_a_loaded_recipe_cannot_be_changed() -> None:
 def test_fp8_goes_with_bf16_only() -> None:
     assert load("fp8=true").fp8
     assert mistake("fp8=true", "precision=fp32") == "'fp8' is true and 'precision' fp32; it needs amp_bf16"
+
+
+@pytest.mark.parametrize("attention", ["torch", "flash"])
+def test_a_kernel_of_16_bits_does_not_go_with_fp32(attention: str) -> None:
+    assert mistake(f"model.attention={attention}", "precision=fp32") == (
+        f"'model.attention' is {attention}, which computes in 16 bits, and 'precision' is fp32"
+    )
