@@ -147,7 +147,8 @@ _PLAIN_TYPES = [
     np.ndarray,
     np.dtype,
     np.dtypes.UInt32DType,
-    np.empty(0).__reduce__()[0],  # NumPy's array constructor, whose module NumPy 2 renamed
+    # NumPy's array constructor, under the names that NumPy 1 and 2 write.
+    *((np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
 ]
 
 

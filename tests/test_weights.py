@@ -5,8 +5,11 @@ import json
 import logging
 import os
 import pickle
+import re
+import zipfile
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -134,6 +137,17 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path):
     with pytest.raises(UserError, match=r"plain\.pt"):
         ESM2.from_pretrained(tmp_path / "plain.pt")
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("core", [b"core", b"_core"])
+def test_checkpoints_are_read_whichever_numpy_wrote_them(model, tmp_path, core):
+    state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
+    content = {"state": {"model": state}, "rng": [{"numpy": np.random.get_state()}]}
+    torch.save(content, tmp_path / "here.pt")
+    with zipfile.ZipFile(tmp_path / "here.pt") as here, zipfile.ZipFile(tmp_path / "there.pt", "w") as there:
+        for name in here.namelist():
+            there.writestr(name, re.sub(rb"numpy\._?core\.", b"numpy." + core + b".", here.read(name)))
+    assert_same_weights(ESM2.from_pretrained(tmp_path / "there.pt"), model)
 
 
 @pytest.fixture
