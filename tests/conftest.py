@@ -91,6 +91,22 @@ def composer(*command: str | Path, **options) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """An empty checkout: the project's commands, and nothing that they have made."""
+    for name in ("tools", "yamls", "train.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def follow(folder: Path, command: str, **environment: str) -> str:
+    """Run lines of shell as they stand on a page, in `folder`; gives all they printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = run("bash", "-e", "-c", command, cwd=folder, PATH=path, PYTHONPATH=str(ROOT), **environment)
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
 def call(monkeypatch, capsys) -> Callable:
     """Calls the `main` of a tool with arguments, in this process: (exit code, standard output, standard error)."""
 
@@ -176,16 +192,23 @@ class Run:
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 96 synthetic training clusters and 10 validation clusters."""
-    folder = tmp_path_factory.mktemp("sample")
-    made = python(ROOT / "tools/sample_data.py", folder / "raw", "--clusters", "96", "--valid-clusters", "10")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 synthetic training clusters and 10 validation clusters in the BioNeMo layout."""
+    folder = tmp_path_factory.mktemp("sample") / "raw"
+    made = python(ROOT / "tools/sample_data.py", folder, "--clusters", "96", "--valid-clusters", "10")
     assert made.returncode == 0, made.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(raw: Path) -> Path:
+    """The shards of `raw`."""
+    folder = raw.parent
     for split, sequences in (("train", "train.db"), ("valid", "validation.db")):
         converted = python(
             ROOT / "tools/convert.py",
-            *("--clusters", folder / "raw" / f"{split}_clusters.parquet"),
-            *("--sequences", folder / "raw" / sequences),
+            *("--clusters", raw / f"{split}_clusters.parquet"),
+            *("--sequences", raw / sequences),
             *("--out", folder / "shards", "--split", split),
         )
         assert converted.returncode == 0, converted.stderr

@@ -1,18 +1,14 @@
 """docs/continue.md: its very commands, from a FASTA file to an exported model and its embeddings."""
 
 import json
-import os
 import re
-import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, python
+from conftest import ROOT, follow, python
 from plot_convergence import read_scalars
 from transformers import AutoModelForMaskedLM, EsmConfig, EsmForMaskedLM
 
@@ -28,31 +24,14 @@ SHORT = "max_duration=30ba eval_interval=30ba global_train_batch_size=16 schedul
 
 
 @pytest.fixture
-def folder(real_data, tmp_path) -> Path:
+def folder(real_data, checkout) -> Path:
     """Where a user stands: the project, a FASTA file, and weights that transformers wrote, where the hub's
     would be looked for first."""
-    for name in ("tools", "yamls", "train.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copy(real_data / "tiny/fasta/members.fasta", tmp_path / "proteins.fasta")
+    shutil.copy(real_data / "tiny/fasta/members.fasta", checkout / "proteins.fasta")
     torch.manual_seed(0)
     config = EsmConfig(**hugging_face_config(ESM2Config(2, 64, 4, 128)))
-    EsmForMaskedLM(config).save_pretrained(tmp_path / "facebook/esm2_t6_8M_UR50D")
-    return tmp_path
-
-
-def follow(folder: Path, command: str) -> str:
-    """Run a command as it stands on the page; gives what it printed."""
-    bin_first = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["env", *shlex.split(command)],  # looks commands up in the PATH given here
-        cwd=folder,
-        env={**os.environ, "PATH": bin_first, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, f"{command}\n{done.stderr}"
-    return done.stdout + done.stderr
+    EsmForMaskedLM(config).save_pretrained(checkout / "facebook/esm2_t6_8M_UR50D")
+    return checkout
 
 
 def perplexity(printed: str) -> float:

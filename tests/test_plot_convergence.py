@@ -4,13 +4,12 @@ import itertools
 import math
 import os
 import re
-import sys
 from pathlib import Path
 
 import plot_convergence
 import pytest
 from composer.loggers.logger import format_log_data_value
-from conftest import ROOT, run
+from conftest import ROOT, follow
 from plot_convergence import (
     PERPLEXITY,
     PUBLISHED,
@@ -226,19 +225,14 @@ def test_a_figure_that_exists_stays(tmp_path, call):
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_figure_of_a_real_run(real_data, tmp_path):
+def test_the_commands_of_the_figure_of_a_real_run(real_data, checkout):
     """Those in docs/results.md, on fewer proteins and with fewer updates."""
     (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/results.md").read_text(), flags=re.S)
     settings, commands = block.split("\n", 1)
     values = {"DATA": real_data / "tiny", "UPDATES": 6, "WARMUP": 2, "EVERY": 3}
     assert [setting.split("=")[0] for setting in settings.split()] == list(values)
-    for name in ("tools", "yamls", "train.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {name: str(value) for name, value in values.items()}
-    result = run("bash", "-e", "-c", commands, cwd=tmp_path, PATH=path, **environment)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "runs/real/convergence.png").read_bytes().startswith(b"\x89PNG")
-    assert "real is not comparable with the published curve" in result.stdout
-    assert "validated on 40 other clusters" in " ".join(result.stdout.split())
-    assert sorted(read_run(tmp_path / "runs/real").curve) == [0, 3, 6]
+    printed = follow(checkout, commands, **{name: str(value) for name, value in values.items()})
+    assert (checkout / "runs/real/convergence.png").read_bytes().startswith(b"\x89PNG")
+    assert "real is not comparable with the published curve" in printed
+    assert "validated on 40 other clusters" in " ".join(printed.split())
+    assert sorted(read_run(checkout / "runs/real").curve) == [0, 3, 6]
