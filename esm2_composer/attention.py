@@ -8,9 +8,9 @@ kernel here computes padding, and no token sees another sequence.
             (from 2.11), the operator behind it before; CUDA, fp16 or bf16
     flash   the flash-attn package, version 3 (`flash_attn_interface`) or else 2; CUDA, fp16 or bf16
 
-On a CUDA device `auto` takes version 3 of the package on the GPUs that it is made for, Hopper's, if it is there,
-and `torch` on others; `cpu` where q, k and v are neither fp16 nor bf16, and on other devices. GPUs older than
-Ampere have none of these kernels.
+On a CUDA device `auto` takes version 3 of the package where it is there and pays, on Hopper GPUs with heads of at
+least 64 (it computes smaller ones as 64), else `torch`; `cpu` where q, k and v are neither fp16 nor bf16, and on
+other devices. GPUs older than Ampere have none of these kernels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, in
 
 
 @functools.cache
-def select_attention(backend: str, device_type: str) -> Attention:
+def select_attention(backend: str, device_type: str, head_size: int) -> Attention:
     """The attention function for `backend` on a device of type "cpu" or "cuda"; logged once.
 
     Raises ValueError if the backend is unknown or cannot run there, naming those that can.
@@ -46,7 +46,7 @@ def select_attention(backend: str, device_type: str) -> Attention:
         version, function = _flash_package()
         if function is not None:
             kernels["flash"] = function
-            best = "flash" if version == 3 and capability[0] == 9 else best
+            best = "flash" if version == 3 and capability[0] == 9 and head_size >= 64 else best
     chosen = best if backend == "auto" else backend
     if chosen not in kernels:
         raise ValueError(

@@ -202,7 +202,7 @@ class ESM2(nn.Module):
         )
         place = torch.arange(len(tokens), device=tokens.device) - cu_seqlens[sequence]
         tables = rotary_tables(place, self.rotary_bits.view(torch.float32)).view(torch.int32)
-        attention = select_attention(self.config.attention, tokens.device.type)
+        attention = select_attention(self.config.attention, tokens.device.type, self.config.head_size)
 
         x = self._embed(tokens, sequence, lengths)
         for block in self.layers[:layer]:

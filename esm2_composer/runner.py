@@ -66,7 +66,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     with torch.device("meta") if elsewhere else contextlib.nullcontext():
         net = build_model(recipe.model)
     try:
-        select_attention(net.config.attention, "cuda" if on_gpu else "cpu")
+        select_attention(net.config.attention, "cuda" if on_gpu else "cpu", net.config.head_size)
     except ValueError as error:
         raise UserError(f"model.attention: {error}") from error
     if recipe.fp8 and on_gpu:

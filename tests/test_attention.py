@@ -35,7 +35,7 @@ def inputs(head_size: int, device: str, dtype: torch.dtype):
 @pytest.mark.parametrize("head_size", [16, 24, 32, 64, 128])
 def test_cpu_attention_is_exact_forward_and_backward(head_size):
     *qkv, cu_seqlens = inputs(head_size, "cpu", torch.float32)
-    check(select_attention("cpu", "cpu"), qkv, cu_seqlens, tolerance=1e-5)
+    check(select_attention("cpu", "cpu", 64), qkv, cu_seqlens, tolerance=1e-5)
 
 
 @pytest.mark.gpu
@@ -45,7 +45,7 @@ def test_gpu_kernels_equal_plain_attention_within_bf16(backend, head_size):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     try:
-        attention = select_attention(backend, "cuda")
+        attention = select_attention(backend, "cuda", head_size)
     except ValueError as error:
         pytest.skip(str(error))
     *qkv, cu_seqlens = inputs(head_size, "cuda", torch.bfloat16)
@@ -69,19 +69,19 @@ def check(attention, qkv, cu_seqlens, tolerance):
 @pytest.mark.parametrize("backend", ["torch", "flash", "triton"])
 def test_a_backend_that_cannot_run_here_is_refused_with_those_that_can(backend):
     with pytest.raises(ValueError, match=f"'{backend}' is not available on cpu; available here: auto, cpu"):
-        select_attention(backend, "cpu")
+        select_attention(backend, "cpu", 64)
 
 
 def test_auto_runs_on_a_cpu():
     *qkv, cu_seqlens = inputs(16, "cpu", torch.float32)
-    select_attention("auto", "cpu")(*qkv, cu_seqlens, max(LENGTHS))
+    select_attention("auto", "cpu", 64)(*qkv, cu_seqlens, max(LENGTHS))
 
 
 def test_the_choice_is_logged_once(caplog):
     caplog.set_level("INFO", logger="esm2_composer.attention")
     select_attention.cache_clear()
     for _ in range(3):
-        select_attention("auto", "cpu")
+        select_attention("auto", "cpu", 64)
     assert caplog.messages == ["attention on cpu: cpu"]
 
 
@@ -96,7 +96,7 @@ def install(monkeypatch, name: str, **contents) -> None:
 def by_sequence(q, k, v, cu_q, cu_k, max_q, max_k):
     assert cu_q is cu_k
     assert max_q == max_k == max(LENGTHS)
-    return select_attention("cpu", "cpu")(q, k, v, cu_q, max_q)
+    return select_attention("cpu", "cpu", 64)(q, k, v, cu_q, max_q)
 
 
 def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
@@ -132,26 +132,29 @@ def test_both_versions_of_flash_attn_are_called_as_they_want(name, with_sums, mo
 
     install(monkeypatch, name, flash_attn_varlen_func=function)
     *qkv, cu_seqlens = inputs(16, "cpu", torch.float32)
-    check(select_attention.__wrapped__("flash", "cuda"), qkv, cu_seqlens, tolerance=1e-5)
+    check(select_attention.__wrapped__("flash", "cuda", 64), qkv, cu_seqlens, tolerance=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("capability", "package", "chosen"),
+    ("capability", "package", "head_size", "chosen"),
     [
-        ((9, 0), "flash_attn_interface", "flash"),
-        ((9, 0), "flash_attn", "torch"),
-        ((8, 0), "flash_attn_interface", "torch"),
-        ((10, 0), "flash_attn_interface", "torch"),
-        ((9, 0), None, "torch"),
+        ((9, 0), "flash_attn_interface", 64, "flash"),
+        ((9, 0), "flash_attn_interface", 32, "torch"),
+        ((9, 0), "flash_attn", 64, "torch"),
+        ((8, 0), "flash_attn_interface", 64, "torch"),
+        ((10, 0), "flash_attn_interface", 64, "torch"),
+        ((9, 0), None, 64, "torch"),
     ],
 )
-def test_auto_takes_version_3_of_flash_attn_on_hopper_only(capability, package, chosen, monkeypatch, caplog):
+def test_auto_takes_version_3_of_flash_attn_where_it_pays(
+    capability, package, head_size, chosen, monkeypatch, caplog
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     if package is not None:
         install(monkeypatch, package, flash_attn_varlen_func=by_sequence)
     caplog.set_level("INFO", logger="esm2_composer.attention")
-    select_attention.__wrapped__("auto", "cuda")
+    select_attention.__wrapped__("auto", "cuda", head_size)
     assert caplog.messages == [f"attention on cuda: {chosen}"]
 
 
@@ -160,7 +163,7 @@ def test_a_flash_attn_that_cannot_be_imported_is_told_and_not_taken(monkeypatch,
     monkeypatch.syspath_prepend(tmp_path)
     select = select_attention.__wrapped__
     with pytest.raises(ValueError, match="'flash' is not available on cuda; available here: auto, cpu, torch"):
-        select("flash", "cuda")
+        select("flash", "cuda", 64)
     assert caplog.messages == ["flash_attn_interface cannot be imported: undefined symbol: at::empty"]
 
 
@@ -168,8 +171,8 @@ def test_a_gpu_older_than_the_kernels_gets_the_reference(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     select = select_attention.__wrapped__
-    assert select("auto", "cuda") is select("cpu", "cpu")
+    assert select("auto", "cuda", 64) is select("cpu", "cpu", 64)
     with pytest.raises(ValueError, match="'torch' is not available on cuda; available here: auto, cpu"):
-        select("torch", "cuda")
+        select("torch", "cuda", 64)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert select("torch", "cuda") is not select("cpu", "cpu")
+    assert select("torch", "cuda", 64) is not select("cpu", "cpu", 64)
