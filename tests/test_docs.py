@@ -75,6 +75,15 @@ def test_the_map_names_every_file_once() -> None:
     assert set(re.findall(r"\w+", tools)) == {path.stem for path in (ROOT / "tools").glob("*.py")}
 
 
+def test_tests_that_are_named_are_there() -> None:
+    there = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    for page in PAGES:
+        for name in re.findall(r"`(?:\.\.\.)?(\w*test_\w+?)(?:\.\.\.)?`", page.read_text()):
+            assert any(f"def {name}" in text for text in there.values()), f"{page.name}: {name}"
+        for name in re.findall(r"\btest_\w+\.py", page.read_text()):
+            assert name in there, f"{page.name}: {name}"
+
+
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
