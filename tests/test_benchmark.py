@@ -1,0 +1,70 @@
+"""tools/benchmark.py: each of its short measurements runs, small, and shows what it says.
+
+`step` and `profile` are tested in test_benchmark_step.py, `convert` in test_benchmark_convert.py.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from conftest import ROOT, python
+
+
+def measure(name: str, *options: str) -> dict[str, Any]:
+    result = python(ROOT / "tools/benchmark.py", name, "--json", *options)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_loader() -> None:
+    found = measure("loader", "--clusters", "2048", "--rounds", "1", "--workers", "1", "--ranks", "8")
+    ours, theirs = (found["tokens_per_second"][name] for name in ("esm2_composer", "transformers"))
+    assert found["ratio"] == pytest.approx(ours / theirs)
+    assert all(each >= 0 for each in found["microseconds_per_sequence"].values())
+    (loader,) = found["workers"]
+    assert loader["tokens_per_second"] > 0
+    (ranks,) = found["ranks"]
+    assert 1 <= ranks["slowest_over_mean"] <= ranks["slowest_over_mean_at_worst"] < 1.01
+    assert ranks["slowest_over_mean_before"] > 1.02
+
+
+def test_startup() -> None:
+    found = measure("startup", "--clusters", "70000", "--workers", "1", "--global-batch", "64")
+    launches = found["launches"]
+    assert list(launches) == ["from the start", "resumed in mid-epoch"]
+    for row in launches.values():
+        assert 0 < row["seconds"] < row["seconds_with_imports"]
+        assert row["imports_mib"] <= row["largest_process_mib"]
+        assert row["largest_process_mib"] <= 1.5 * row["all_processes_mib"]
+
+
+def test_embed() -> None:
+    found = measure("embed", "--proteins", "12", "--rounds", "1", "--batch-sizes", "4")
+    ours, theirs = found["contenders"]
+    assert ours["speed_of_ours_over_it"] == 1
+    assert theirs["speed_of_ours_over_it"] == pytest.approx(
+        ours["real_tokens_per_second"] / theirs["real_tokens_per_second"]
+    )
+
+
+def test_parity() -> None:
+    rows = measure("parity", "--sizes", "8m", "--layers", "1")["rows"]
+    assert [row["reference"] for row in rows] == ["transformers", "fair-esm"]
+    assert all(0 < max(row["logit_error"], row["gradient_error"]) <= 1e-4 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("loader", "--clusters", "10"), "--clusters must be at least"),
+        (("startup", "--workers", "0"), "--workers and --global-batch must be at least 1"),
+        (("embed", "--size", "9m"), "there are: 8m"),
+    ],
+)
+def test_impossible_sizes_are_one_line(arguments: tuple[str, ...], words: str) -> None:
+    result = python(ROOT / "tools/benchmark.py", *arguments)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
