@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import threading
 from typing import Any
@@ -59,6 +60,30 @@ def test_as_few_piles_as_hold_the_sequences(lengths: list[int], hands: int, larg
     dealt = deal(np.array(lengths, np.int32), hands, largest)
     assert len(dealt) == piles
     assert max(fills(np.array(lengths), dealt)) <= largest
+
+
+@pytest.mark.parametrize("hands", [1, 2, 7])
+@pytest.mark.parametrize(("shortest", "longest"), [(550, 650), (300, 500), (3, 1024)])
+def test_the_fewest_piles_are_found_in_few_trials(
+    shortest: int, longest: int, hands: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = np.random.default_rng(hands).integers(shortest, longest, 300)
+    piles = hands
+    while fullest_of(lengths, piles) > 1024:
+        piles += hands
+    placed = []
+    heapreplace = heapq.heapreplace
+    monkeypatch.setattr(heapq, "heapreplace", lambda *args: placed.append(args) or heapreplace(*args))
+    assert len(deal(lengths, hands, largest=1024)) == piles
+    assert len(placed) <= 16 * len(lengths)
+
+
+def fullest_of(lengths: np.ndarray, piles: int) -> int:
+    """Tokens of the fullest pile by LPT alone."""
+    fill = np.zeros(piles, int)
+    for length in -np.sort(-lengths):
+        fill[fill.argmin()] += length
+    return int(fill.max())
 
 
 def test_the_longest_go_first_each_to_the_emptiest_pile() -> None:
