@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from types import SimpleNamespace
 
@@ -60,6 +61,44 @@ def test_where_nothing_is_left_out_the_layout_is_streamings(world: World, done: 
     theirs = np.where(places < 0, -1, shuffled[places])
     shared = SimpleNamespace(**{**vars(of), "batch_size": 8 // ranks})
     assert np.array_equal(generate_work(WHOLE_BATCHES, shared, world, 3, done), theirs)
+
+
+@pytest.mark.filterwarnings("ignore:Shuffle block size")
+def test_the_order_of_an_epoch_never_changes() -> None:
+    """Or a run that another version of Streaming or numpy resumes would repeat clusters, and leave others out."""
+    assert [lay_out(dataset(12), ONE, epoch).reshape(5, 12).tolist() for epoch in (0, 1)] == [
+        [
+            [45, 52, 31, 60, 19, 56, 12, 46, 17, 62, 33, 59],
+            [34, 48, 21, 58, 16, 47, 44, 53, 22, 61, 27, 63],
+            [13, 37, 10, 55, 18, 57, 29, 39, 35, 54, 30, 50],
+            [11, 38, 26, 6, 36, 5, 24, 4, 28, 3, 9, 43],
+            [14, 41, 15, 8, 25, 2, 20, 0, 23, 7, 32, 42],
+        ],
+        [
+            [44, 46, 16, 52, 21, 55, 25, 60, 9, 56, 11, 58],
+            [45, 59, 12, 42, 31, 57, 27, 62, 35, 63, 33, 61],
+            [36, 54, 10, 41, 26, 47, 28, 38, 22, 50, 24, 53],
+            [14, 51, 15, 7, 18, 0, 37, 3, 17, 6, 32, 1],
+            [34, 2, 20, 4, 19, 5, 29, 43, 13, 40, 23, 39],
+        ],
+    ]
+
+
+@pytest.mark.parametrize(("epoch", "digest"), [(0, "1f14fb780dac8a15"), (3, "637999add3e1fdac")])
+def test_the_order_of_many_shards_never_changes(epoch: int, digest: str) -> None:
+    shards = np.arange(40) * 97 % 1500 + 500
+    many = SimpleNamespace(
+        num_samples=46_160,
+        samples_per_shard=shards,
+        epoch_size=46_160 // 256 * 256,
+        num_canonical_nodes=64,
+        shuffle_algo="py1e",
+        shuffle_seed=17,
+        shuffle_block_size=4000,
+        batch_size=256,
+    )
+    ids = lay_out(many, ONE, epoch).astype("<i8")
+    assert hashlib.sha256(ids.tobytes()).hexdigest().startswith(digest)
 
 
 @pytest.mark.filterwarnings("ignore:Shuffle block size")
