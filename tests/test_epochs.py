@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +13,7 @@ from streaming.base.partition import get_partitions
 from streaming.base.shuffle import get_shuffle
 from streaming.base.world import World
 
-from esm2_composer.epochs import WHOLE_BATCHES, samples_left_out
+from esm2_composer.epochs import WHOLE_BATCHES, samples_left_out, shards_in_use
 
 SHARDS = [9, 1, 30, 4, 2, 18]  # samples
 SAMPLES = sum(SHARDS)
@@ -143,3 +143,38 @@ def test_every_epoch_and_seed_has_an_order_of_its_own() -> None:
     other.shuffle_seed = 6
     orders += [tuple(lay_out(other, ONE, epoch).ravel()) for epoch in range(3)]
     assert len(set(orders)) == 6
+
+
+def fetches(shards: list[int], room: int) -> int:
+    """How many shards are fetched by a cache that has room for so many, if they are read in this order."""
+    cache: OrderedDict[int, None] = OrderedDict()
+    count = 0
+    for shard in shards:
+        if shard not in cache:
+            count += 1
+            if len(cache) == room:
+                cache.popitem(last=False)
+        cache[shard] = None
+        cache.move_to_end(shard)
+    return count
+
+
+@pytest.mark.parametrize("nodes", [1, 4, 16, 32])
+@pytest.mark.parametrize("block", [200, 400, 10_000])
+def test_a_cache_for_the_shards_in_use_fetches_each_about_once(nodes: int, block: int) -> None:
+    size, count = 100, 240
+    many = SimpleNamespace(
+        num_samples=size * count,
+        samples_per_shard=np.full(count, size),
+        epoch_size=size * count,
+        num_canonical_nodes=16,
+        shuffle_algo="py1e",
+        shuffle_seed=SEED,
+        shuffle_block_size=block,
+        batch_size=32,
+    )
+    of_node = (lay_out(many, World(nodes, 1, 1, 0))[:, 0].ravel() // size).tolist()
+    room, distinct = shards_in_use(many, nodes), len(set(of_node))
+    assert room < 1.3 * distinct
+    assert fetches(of_node, room) < 1.1 * distinct
+    assert fetches(of_node, room // 2) > 10 * distinct, "half of it is not enough"
