@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from streaming.base.storage.download import CloudDownloader
 from torch.utils.data import DataLoader, IterableDataset
 
 from esm2_composer import alphabet
+from esm2_composer.epochs import shards_in_use
 from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule, choose, keyed_words, token_uniforms
 from esm2_composer.records import COLUMNS
@@ -164,13 +166,20 @@ def canonical_nodes(global_batch_size: int, ranks: int) -> int:
     if global_batch_size % ranks:
         raise UserError(f"global_train_batch_size {global_batch_size} is not a multiple of the {ranks} ranks")
     canonical = math.gcd(CANONICAL_NODES, global_batch_size)
-    nodes = ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    nodes = _nodes(ranks)
     if canonical % nodes and nodes % canonical:
         raise UserError(
             f"{nodes} nodes cannot share global_train_batch_size {global_batch_size}; "
             f"take a number of nodes that divides {canonical}"
         )
     return canonical
+
+
+def cache_needed(clusters: ClusterDataset) -> int:
+    """Bytes of the shards that this node reads from at a time, and of one more that is being unpacked."""
+    sizes = [shard.raw_data.bytes for shard in clusters.shards]
+    in_use = shards_in_use(clusters, _nodes(_world_size()))
+    return in_use * sum(sizes) // len(sizes) + max(shard.get_max_size() for shard in clusters.shards)
 
 
 def train_loader(
@@ -183,7 +192,8 @@ def train_loader(
 ) -> DataLoader:
     """Shuffled clusters, `global_batch_size` a step over all ranks, for training.
 
-    With a `cache_limit`, such as "200gb", shards that were not read for longest leave `local` to make room.
+    With a `cache_limit`, such as "200gb", shards that were not read for longest leave `local` to make room. If
+    they would soon be read again, a line says so.
 
     An epoch is a whole number of global batches: fewer clusters than one batch are left for later epochs,
     other ones each time.
@@ -199,10 +209,19 @@ def train_loader(
         draw=draw,
         batch_size=global_batch_size // ranks,
         shuffle=True,
+        shuffle_algo="py1e",
         shuffle_seed=draw.seed,
+        shuffle_block_size=max(4_000_000 // nodes, 2**18),  # Streaming's choice, kept if it should choose anew
         num_canonical_nodes=nodes,
         cache_limit=cache_limit,
     )
+    if cache_limit and clusters.cache_limit < (needed := cache_needed(clusters)) and not _rank():
+        print(
+            f"data.cache_limit {cache_limit} has no room for the shards in use at a time, so each will be fetched "
+            f"many times; give it {math.ceil(needed / 2**20)}mb",
+            file=sys.stderr,
+            flush=True,
+        )
     batches = clusters.num_samples // global_batch_size
     if not batches:
         raise UserError(
@@ -249,6 +268,10 @@ def open_clusters(remote: str | None, local: str, **arguments: Any) -> ClusterDa
         told = ", ".join(f"{name} ({encoding})" for name, encoding in columns.items())
         raise UserError(f"{place}: not shards of clusters; their columns are {told}")
     return clusters
+
+
+def _nodes(ranks: int) -> int:
+    return ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
 
 
 def _rank() -> int:

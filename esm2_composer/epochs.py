@@ -11,6 +11,8 @@ and it holds five arrays of an epoch at a time: 3.3 GB for the 65 million cluste
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from streaming import StreamingDataset
 from streaming.base.batching import batching_methods
@@ -56,6 +58,18 @@ def samples_left_out(samples: int, kept: int, seed: int, epoch: int) -> np.ndarr
     assert samples < 2**31
     left_out = np.random.default_rng((seed, epoch)).choice(samples, samples - kept, replace=False)
     return np.sort(left_out)
+
+
+def shards_in_use(dataset: StreamingDataset, nodes: int) -> int:
+    """How many shards a node reads from at a time, when an epoch is laid out for so many nodes.
+
+    A canonical node reads shards one after the other, but py1e spreads each over `shuffle_block_size` samples of
+    that node, so several at a time; and a shard may be cut between two canonical nodes.
+    """
+    canonical, shards = dataset.num_canonical_nodes, len(dataset.samples_per_shard)
+    pieces = (shards + canonical) / min(nodes, canonical)  # that the node reads in an epoch
+    share = dataset.shuffle_block_size * canonical / dataset.num_samples  # of the epoch, until one is done
+    return min(shards, math.ceil(pieces * min(1, 1.1 * share)))  # the number in use varies by a tenth
 
 
 WHOLE_BATCHES = "whole_batches"

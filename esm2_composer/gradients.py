@@ -20,7 +20,10 @@ def means_are_sums() -> bool:
 
 
 class DivideByRanks(Algorithm):
-    """Divides the gradients by the number of ranks, once they are complete. To be named before clipping."""
+    """Divides the gradients by the number of ranks, once they are complete.
+
+    As an algorithm, since those come before callbacks, of which clipping is one.
+    """
 
     def match(self, event: Event, state: State) -> bool:
         return event == Event.AFTER_TRAIN_BATCH

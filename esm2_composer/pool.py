@@ -8,8 +8,10 @@ sequence is computed.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
@@ -75,17 +77,27 @@ def deal(lengths: np.ndarray, hands: int, largest: int) -> list[list[int]]:
     assert not len(lengths) or lengths.max() <= largest, "a sequence is longer than a microbatch"
     order = np.argsort(-lengths, kind="stable").tolist()
     sizes = lengths.tolist()
-    rounds = max(1, math.ceil(sum(sizes) / (hands * largest)))
-    while True:
+
+    @functools.cache
+    def dealt(rounds: int) -> list[list[int]] | None:
+        """In so many rounds, unless a pile is too large then."""
         piles: list[list[int]] = [[] for _ in range(rounds * hands)]
         fill = [(0, pile) for pile in range(len(piles))]
         for i in order:
             tokens, pile = fill[0]
             heapq.heapreplace(fill, (tokens + sizes[i], pile))
             piles[pile].append(i)
-        if max(tokens for tokens, _ in fill) <= largest:
-            return _level(piles, lengths)
-        rounds += 1
+        return piles if max(tokens for tokens, _ in fill) <= largest else None
+
+    # As few rounds as have room for all tokens are tried first, then one more, three, seven; at last, by halves,
+    # those left out before the first that do. With more piles none is fuller, so no fewer would do.
+    fewest = max(1, math.ceil(sum(sizes) / (hands * largest)))
+    reach = 1
+    while dealt(fewest + reach - 1) is None:
+        reach *= 2
+    between = range(fewest + reach // 2, fewest + reach - 1)
+    rounds = between.start + bisect_left(between, True, key=lambda rounds: dealt(rounds) is not None)
+    return _level(dealt(rounds), lengths)
 
 
 def _level(piles: list[list[int]], lengths: np.ndarray, sweeps: int = 60) -> list[list[int]]:

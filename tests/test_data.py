@@ -213,6 +213,14 @@ def test_the_order_is_shuffled_anew_by_seed_and_epoch(
     assert len(set(map(tuple, orders))) == 5
 
 
+def test_the_order_of_training_never_changes(fresh: Callable[[], str], clusters: list[dict[str, Any]]) -> None:
+    loader = train_loader(DRAW, None, fresh(), BATCH, num_workers=0)
+    first, *_ = names(loader, clusters, epoch=0)
+    assert " ".join(name.removeprefix("UniRef50_") for name in first) == "8 12 34 35 18 24 2 3"
+    dataset = loader.dataset
+    assert (dataset.shuffle_algo, dataset.shuffle_block_size) == ("py1e", 500_000)
+
+
 def test_nodes_and_ranks_do_not_change_what_the_global_batches_hold(fresh: Callable[[], str]) -> None:
     loader = train_loader(DRAW, None, fresh(), BATCH, num_workers=0)
     dataset = loader.dataset

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
+from collections import Counter, OrderedDict
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from streaming.base.partition import get_partitions
 from streaming.base.shuffle import get_shuffle
 from streaming.base.world import World
 
-from esm2_composer.epochs import WHOLE_BATCHES, samples_left_out
+from esm2_composer.epochs import WHOLE_BATCHES, samples_left_out, shards_in_use
 
 SHARDS = [9, 1, 30, 4, 2, 18]  # samples
 SAMPLES = sum(SHARDS)
@@ -63,6 +64,44 @@ def test_where_nothing_is_left_out_the_layout_is_streamings(world: World, done: 
 
 
 @pytest.mark.filterwarnings("ignore:Shuffle block size")
+def test_the_order_of_an_epoch_never_changes() -> None:
+    """Or a run that another version of Streaming or numpy resumes would repeat clusters, and leave others out."""
+    assert [lay_out(dataset(12), ONE, epoch).reshape(5, 12).tolist() for epoch in (0, 1)] == [
+        [
+            [45, 52, 31, 60, 19, 56, 12, 46, 17, 62, 33, 59],
+            [34, 48, 21, 58, 16, 47, 44, 53, 22, 61, 27, 63],
+            [13, 37, 10, 55, 18, 57, 29, 39, 35, 54, 30, 50],
+            [11, 38, 26, 6, 36, 5, 24, 4, 28, 3, 9, 43],
+            [14, 41, 15, 8, 25, 2, 20, 0, 23, 7, 32, 42],
+        ],
+        [
+            [44, 46, 16, 52, 21, 55, 25, 60, 9, 56, 11, 58],
+            [45, 59, 12, 42, 31, 57, 27, 62, 35, 63, 33, 61],
+            [36, 54, 10, 41, 26, 47, 28, 38, 22, 50, 24, 53],
+            [14, 51, 15, 7, 18, 0, 37, 3, 17, 6, 32, 1],
+            [34, 2, 20, 4, 19, 5, 29, 43, 13, 40, 23, 39],
+        ],
+    ]
+
+
+@pytest.mark.parametrize(("epoch", "digest"), [(0, "1f14fb780dac8a15"), (3, "637999add3e1fdac")])
+def test_the_order_of_many_shards_never_changes(epoch: int, digest: str) -> None:
+    shards = np.arange(40) * 97 % 1500 + 500
+    many = SimpleNamespace(
+        num_samples=46_160,
+        samples_per_shard=shards,
+        epoch_size=46_160 // 256 * 256,
+        num_canonical_nodes=64,
+        shuffle_algo="py1e",
+        shuffle_seed=17,
+        shuffle_block_size=4000,
+        batch_size=256,
+    )
+    ids = lay_out(many, ONE, epoch).astype("<i8")
+    assert hashlib.sha256(ids.tobytes()).hexdigest().startswith(digest)
+
+
+@pytest.mark.filterwarnings("ignore:Shuffle block size")
 @pytest.mark.parametrize("batch", [6, 8, 12, 60])
 def test_global_batches_are_the_same_on_any_nodes_ranks_and_workers_and_after_any_stop(batch: int) -> None:
     for epoch in range(3):
@@ -104,3 +143,38 @@ def test_every_epoch_and_seed_has_an_order_of_its_own() -> None:
     other.shuffle_seed = 6
     orders += [tuple(lay_out(other, ONE, epoch).ravel()) for epoch in range(3)]
     assert len(set(orders)) == 6
+
+
+def fetches(shards: list[int], room: int) -> int:
+    """How many shards are fetched by a cache that has room for so many, if they are read in this order."""
+    cache: OrderedDict[int, None] = OrderedDict()
+    count = 0
+    for shard in shards:
+        if shard not in cache:
+            count += 1
+            if len(cache) == room:
+                cache.popitem(last=False)
+        cache[shard] = None
+        cache.move_to_end(shard)
+    return count
+
+
+@pytest.mark.parametrize("nodes", [1, 4, 16, 32])
+@pytest.mark.parametrize("block", [200, 400, 10_000])
+def test_a_cache_for_the_shards_in_use_fetches_each_about_once(nodes: int, block: int) -> None:
+    size, count = 100, 240
+    many = SimpleNamespace(
+        num_samples=size * count,
+        samples_per_shard=np.full(count, size),
+        epoch_size=size * count,
+        num_canonical_nodes=16,
+        shuffle_algo="py1e",
+        shuffle_seed=SEED,
+        shuffle_block_size=block,
+        batch_size=32,
+    )
+    of_node = (lay_out(many, World(nodes, 1, 1, 0))[:, 0].ravel() // size).tolist()
+    room, distinct = shards_in_use(many, nodes), len(set(of_node))
+    assert room < 1.3 * distinct
+    assert fetches(of_node, room) < 1.1 * distinct
+    assert fetches(of_node, room // 2) > 10 * distinct, "half of it is not enough"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
+import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +60,30 @@ def test_as_few_piles_as_hold_the_sequences(lengths: list[int], hands: int, larg
     dealt = deal(np.array(lengths, np.int32), hands, largest)
     assert len(dealt) == piles
     assert max(fills(np.array(lengths), dealt)) <= largest
+
+
+@pytest.mark.parametrize("hands", [1, 2, 7])
+@pytest.mark.parametrize(("shortest", "longest"), [(550, 650), (300, 500), (3, 1024)])
+def test_the_fewest_piles_are_found_in_few_trials(
+    shortest: int, longest: int, hands: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = np.random.default_rng(hands).integers(shortest, longest, 300)
+    piles = hands
+    while fullest_of(lengths, piles) > 1024:
+        piles += hands
+    placed = []
+    heapreplace = heapq.heapreplace
+    monkeypatch.setattr(heapq, "heapreplace", lambda *args: placed.append(args) or heapreplace(*args))
+    assert len(deal(lengths, hands, largest=1024)) == piles
+    assert len(placed) <= 16 * len(lengths)
+
+
+def fullest_of(lengths: np.ndarray, piles: int) -> int:
+    """Tokens of the fullest pile by LPT alone."""
+    fill = np.zeros(piles, int)
+    for length in -np.sort(-lengths):
+        fill[fill.argmin()] += length
+    return int(fill.max())
 
 
 def test_the_longest_go_first_each_to_the_emptiest_pile() -> None:
@@ -230,6 +257,48 @@ def test_the_loader_keeps_order_and_length_and_can_be_left_and_taken_up_again() 
         assert batch["num_sequences"] == 5
         break
     assert [batch["num_sequences"] for batch in loader] == [5, 9, 3]
+
+
+class Watched:
+    """Shares, and an event for each that is set when it is asked for."""
+
+    def __init__(self, count: int) -> None:
+        self.asked = [threading.Event() for _ in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+    def __getitem__(self, number: int) -> Sequences:
+        self.asked[number].set()
+        return random_share(1 + number)
+
+
+def test_the_next_batch_is_fetched_and_pooled_while_one_is_in_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = Watched(5)
+    pooled = [threading.Event() for _ in range(5)]
+
+    def watched(of: Pool, share: Sequences) -> dict[str, Any]:
+        batch = call(of, share)
+        pooled[batch["num_sequences"] - 1].set()
+        return batch
+
+    call = Pool.__call__
+    monkeypatch.setattr(Pool, "__call__", watched)
+    batches = iter(PooledLoader(DataLoader(shares, batch_size=None), microbatch_tokens=200))
+    for number in range(4):
+        assert next(batches)["num_sequences"] == 1 + number
+        assert shares.asked[number + 1].wait(60), "nobody asks for the next one until this one is done"
+        assert pooled[number + 1].wait(60), "the next one is fetched, but not pooled"
+
+
+@pytest.mark.parametrize("in_hand", range(3))
+def test_no_more_than_one_batch_is_fetched_ahead(in_hand: int) -> None:
+    shares = Watched(5)
+    batches = iter(PooledLoader(DataLoader(shares, batch_size=None), microbatch_tokens=200))
+    for _ in range(1 + in_hand):
+        next(batches)
+    batches.close()  # waits for the thread to end what it was told to do
+    assert [each.is_set() for each in shares.asked] == [number <= in_hand + 1 for number in range(5)]
 
 
 def test_what_fails_in_loading_fails_in_the_loop() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import tempfile
 import threading
@@ -22,7 +23,7 @@ from streaming.base.storage.download import S3Downloader
 from torch.utils.data import DataLoader
 
 from esm2_composer import shards
-from esm2_composer.data import ClusterDraw, evaluation_loader, train_loader
+from esm2_composer.data import ClusterDraw, cache_needed, evaluation_loader, train_loader
 from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule
 from esm2_composer.records import COLUMNS
@@ -81,6 +82,22 @@ def test_shards_stream_from_s3_through_a_cache_too_small_for_them(
         kept = list(cache.glob("*.mds"))
         assert 0 < len(kept) < len(list(many.glob("*.mds.zstd")))
         assert sum(file.stat().st_size for file in kept) <= limit
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_a_cache_limit_below_what_is_in_use_at_a_time_is_told(
+    many: Path, tmp_path: Path, capsys: pytest.CaptureFixture, enough: bool
+) -> None:
+    needed = cache_needed(train_loader(DRAW, str(many), str(tmp_path / "a"), 32, num_workers=0).dataset)
+    assert capsys.readouterr().err == ""
+    sizes = [file["raw_data"]["bytes"] for file in json.loads((many / "index.json").read_text())["shards"]]
+    assert sum(sizes) < needed < 1.2 * sum(sizes), "of so few, all are in use"
+    limit = f"{needed if enough else needed - 1}b"
+    train_loader(DRAW, str(many), str(tmp_path / "b"), 32, num_workers=0, cache_limit=limit)
+    told = (
+        f"data.cache_limit {limit} has no room for the shards in use at a time, so each will be fetched many times"
+    )
+    assert capsys.readouterr().err == ("" if enough else f"{told}; give it 1mb\n")
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_again(bucket: str, many: Path, tmp_path: Path) -> None:
