@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from collections import Counter
 from itertools import pairwise
 from types import SimpleNamespace
 
+import benchmark
 import composer.algorithms
 import pytest
 import torch
 from benchmarks import profile, step
 from benchmarks.contenders import (
+    Failure,
     Outcome,
     Work,
     contenders,
+    knows_sdpa,
     make_trainer,
     ours,
     padded,
     padded_microbatches,
     share_of,
+    transformers_esm,
 )
 from benchmarks.limits import Limits
 from composer import Trainer
@@ -117,8 +123,13 @@ def test_a_contender_times_the_steps_that_count(contender):
 def test_figures_are_medians_by_batch():
     batches = [[100] * 4, [200] * 4]
     work = Work("8m", "cuda", batches, microbatch_tokens=1024, warmup=1, steps=4)
-    rounds = [Outcome([2.0, 1.0, 2.2, 1.1], 2**20), Outcome([2.0, 1.0, 1.8, 9.0], 2**21)]  # begins with the second
-    result = step.summary(work, [H200], {"esm2_composer": rounds, "b": []}, {"esm2_composer": 1024, "b": 512})
+    rounds = [
+        Outcome([2.0, 1.0, 2.2, 1.1], 2**20, "sdpa"),
+        Outcome([2.0, 1.0, 1.8, 9.0], 2**21, "sdpa"),
+    ]  # begins with the second
+    failures = {"b": Failure("out of memory at 512 tokens a microbatch", out_of_memory=True)}
+    budgets = {"esm2_composer": 1024, "b": 512}
+    result = step.summary(work, [H200], {"esm2_composer": rounds, "b": []}, budgets, failures)
     row, none = result["contenders"]
     assert row["seconds_per_step"] == pytest.approx((2.0 + 1.05) / 2)
     assert row["real_tokens_per_second"] == pytest.approx(1200 / 3.05)
@@ -129,14 +140,87 @@ def test_figures_are_medians_by_batch():
     assert none["real_tokens_per_second"] is None
     lines = step.table(result).splitlines()
     assert "1.00x" in lines[-2]
-    assert lines[-1].endswith("out of memory")
+    assert lines[-1].endswith("failed: out of memory at 512 tokens a microbatch")
 
 
-def test_on_a_cpu_there_are_four():
-    assert [name for name in contenders("cpu") if "faesm" not in name] == [
-        *("esm2_composer", "esm2_composer, compiled"),
-        *("transformers, padded to 1024", "transformers, padded to longest"),
-    ]
+def broken(work: Work) -> Outcome:
+    raise ImportError("no kernel\nin here")
+
+
+def hungry(work: Work) -> Outcome:
+    if work.microbatch_tokens > 1024:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return Outcome([2.0, 2.0], 2**20, "sdpa")
+
+
+@pytest.mark.parametrize(
+    "names", [("esm2_composer", "peer", "hungry"), ("peer", "hungry"), ("esm2_composer", "b")]
+)
+def test_a_contender_that_fails_becomes_a_row_that_says_why(names, monkeypatch, call):
+    found = {name: lambda work: Outcome([1.0, 1.0], 2**20, "sdpa") for name in names}
+    found |= {"peer": broken, "hungry": hungry} if "peer" in names else {"esm2_composer": broken}
+    monkeypatch.setattr("benchmarks.contenders.contenders", lambda device: found)
+    monkeypatch.setattr(step, "contenders", lambda device: found)
+    monkeypatch.setattr(step, "in_own_process", lambda function, *given: function(*given))
+    monkeypatch.setattr(step, "measure_limits", lambda device: CPU)
+    code, out, err = call(benchmark.main, "step", "--device", "cpu", "--microbatch-tokens", "2048", "--json")
+    rows = {row["name"]: row for row in json.loads(out)["contenders"]}
+    assert list(rows) == list(found)
+    assert code == (1 if "b" in names else 0)  # ours failed
+    for name, row in rows.items():
+        if found[name] is broken:
+            assert (row["real_tokens_per_second"], row["failure"]) == (None, "ImportError: no kernel in here")
+        else:
+            assert row["seconds_per_step"] == (2.0 if name == "hungry" else 1.0)
+            assert row["failure"] is None
+            assert row["microbatch_tokens"] == (1024 if name == "hungry" else 2048)
+    assert sum(line.endswith("failed: ImportError: no kernel in here") for line in err.splitlines()) == 1
+    assert err.count("raise ImportError") == 1  # it is not tried again
+
+
+def test_a_contender_whose_process_is_killed_has_failed(monkeypatch):
+    start = step.in_own_process
+    monkeypatch.setattr(step, "in_own_process", lambda *_: start(os._exit, 9))
+    assert "killed" in step.attempt("a", TINY).reason
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_transformers_without_sdpa_takes_part_with_it_too(knows, monkeypatch):
+    monkeypatch.setattr("transformers.EsmForMaskedLM._supports_sdpa", knows)
+    peers = ["transformers"] if knows else ["transformers", "transformers, sdpa patched in"]
+    on_cpu = [f"{peer}, padded to {width}" for peer in peers for width in ("1024", "longest")]
+    ours = ["esm2_composer", "esm2_composer, compiled"]
+    assert [name for name in contenders("cpu") if "faesm" not in name] == ours + on_cpu
+    on_gpu = {name for name in contenders("cuda") if "faesm" not in name and "flash-attn" not in name}
+    assert on_gpu == {*ours, *on_cpu, *(f"{name}, compiled" for name in on_cpu)}
+    assert max(map(len, on_gpu)) <= step.NAME
+
+
+@pytest.mark.parametrize("attention", [None, "eager", "sdpa"])
+def test_transformers_attention_is_the_one_told_and_gives_the_same_logits(attention):
+    logits = []
+    ((inputs, _),) = padded_microbatches([40, 9, 20], None, 1024)
+    for chosen in ("eager", attention):
+        torch.manual_seed(0)
+        model, used = transformers_esm("8m", chosen)
+        calls = Calls()
+        with torch.no_grad(), calls:
+            logits.append(model.eval()(input_ids=inputs, attention_mask=(inputs != PAD).long())["logits"])
+        assert any("scaled_dot_product" in name for name in calls.names) == (used == "sdpa")
+    assert used == attention or (attention is None and used == ("sdpa" if knows_sdpa() else "eager"))
+    assert (logits[0] - logits[1])[inputs != PAD].abs().max() < 1e-4
+
+
+class Calls(TorchDispatchMode):
+    """The names of torch's operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        self.names.add(str(operator))
+        return operator(*arguments, **(keywords or {}))
 
 
 @pytest.mark.parametrize(
@@ -306,7 +390,7 @@ def test_on_a_gpu_every_contender_runs():
         pytest.skip("no GPU")
     given = ["--device", "cuda", "--microbatch-tokens", "2048", "--steps", "2", "--rounds", "1", "--batches", "1"]
     result = step.measure(arguments(*given))
-    assert all(row["real_tokens_per_second"] for row in result["contenders"])
+    assert not [row for row in result["contenders"] if row["failure"]]
     assert result["contenders"][0]["peak_mib"] > 100
 
 
