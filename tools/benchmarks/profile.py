@@ -156,7 +156,7 @@ def _products(c: Any) -> int:
 
 def _pointwise_bytes(c: Any, itemsize: int) -> float:
     """Bytes a token that the layers' norms, sums, rotations and GELUs move, forward and backward, if what lies
-    between two products is one pass that reads its inputs and writes its outputs once.
+    between two products is one pass that reads its inputs and writes its outputs once, without FSDP.
 
     In hidden sizes: 12 times the fp32 residual stream or its gradient; 16 times numbers of `itemsize`; and 5 times
     the width of the feed-forward in such (GELU reads and writes once, its gradient reads twice and writes once).
