@@ -32,6 +32,7 @@ from benchmarks.limits import Limits
 from composer import Trainer
 from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
 from composer.models import ComposerModel
+from torch.autograd.profiler_util import FunctionEvent
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -246,18 +247,34 @@ def test_kernels_and_operators_belong_to_parts(kernel, part):
 
 
 def test_time_in_which_kernels_overlap_counts_once():
-    def event(name: str, start: float, end: float, device=torch.autograd.DeviceType.CUDA) -> SimpleNamespace:
-        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end))
+    def event(name: str, start: float, end: float, device="CUDA", is_range: bool = False) -> FunctionEvent:
+        where = getattr(torch.autograd.DeviceType, device)
+        return FunctionEvent(0, name, 0, start, end, device_type=where, is_user_annotation=is_range)
 
     events = [
+        event("Optimizer.step#AdamW.step", 0, 20e6, is_range=True),  # what was named in the program
         event("nvjet_tst_64x8", 10e6, 14e6),
         event("flash_bwd_kernel", 0, 4e6),
         event("elementwise_kernel", 12e6, 15e6),  # the last second of it alone
         event("reduce_kernel", 13e6, 13.5e6),
-        event("aten::mm", 0, 20e6, torch.autograd.DeviceType.CPU),
+        event("aten::mm", 0, 20e6, "CPU"),
     ]
     parts = profile.kernels(SimpleNamespace(events=lambda: events))
     assert parts == {"attention": 4, "optimizer": 0, "matrix products": 4, profile.OTHER: 1}
+
+
+def test_time_between_operators_is_nobodys():
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with (
+        torch.profiler.profile(activities=[cpu]) as profiler,
+        torch.profiler.record_function("Optimizer.step#AdamW.step"),
+    ):
+        torch.ones(8) @ torch.ones(8, 8)
+    by_name = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
+    assert by_name["Optimizer.step#AdamW.step"] > 0
+    parts = profile.operators(profiler)
+    assert parts["optimizer"] == 0
+    assert sum(parts.values()) == pytest.approx(sum(t for name, t in by_name.items() if name.startswith("aten::")))
 
 
 def test_what_is_best_adds_up_to_the_models_operations_and_bytes():
