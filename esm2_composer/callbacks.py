@@ -154,7 +154,7 @@ class TokenMonitor(Callback):
         logger.log_metrics(
             {
                 "load/fill": tokens / (microbatches * self._microbatch_tokens),
-                "load/balance": (each[:, 0].mean() / each[:, 0].max()).item(),
+                "load/balance": tokens / (len(ranks) * max(each[:, 0].tolist())),
                 "metrics/train/perplexity": math.exp(min(state.total_loss_dict[LOSS], 50)),
                 "metrics/train/masked_accuracy": correct / max(predicted, 1),
             }

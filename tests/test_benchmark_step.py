@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import sys
+from collections import Counter
+from itertools import pairwise
 from types import SimpleNamespace
 
+import benchmark
+import composer.algorithms
 import pytest
 import torch
 from benchmarks import profile, step
 from benchmarks.contenders import (
+    Failure,
     Outcome,
     Work,
     contenders,
+    knows_sdpa,
     make_trainer,
     ours,
     padded,
     padded_microbatches,
     share_of,
+    transformers_esm,
 )
 from benchmarks.limits import Limits
+from composer import Trainer
+from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
+from composer.models import ComposerModel
+from torch.autograd.profiler_util import FunctionEvent
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
 
 from esm2_composer.alphabet import PAD
 from esm2_composer.errors import UserError
-from esm2_composer.model import ESM2, SIZES
+from esm2_composer.model import SIZES
 from esm2_composer.plan import GPUS, gpu_named, skeleton
 
 H200 = Limits("NVIDIA H200", 989e12, 780e12, 4.3e12, 141e9)
@@ -108,8 +124,13 @@ def test_a_contender_times_the_steps_that_count(contender):
 def test_figures_are_medians_by_batch():
     batches = [[100] * 4, [200] * 4]
     work = Work("8m", "cuda", batches, microbatch_tokens=1024, warmup=1, steps=4)
-    rounds = [Outcome([2.0, 1.0, 2.2, 1.1], 2**20), Outcome([2.0, 1.0, 1.8, 9.0], 2**21)]  # begins with the second
-    result = step.summary(work, [H200], {"esm2_composer": rounds, "b": []}, {"esm2_composer": 1024, "b": 512})
+    rounds = [
+        Outcome([2.0, 1.0, 2.2, 1.1], 2**20, "sdpa"),
+        Outcome([2.0, 1.0, 1.8, 9.0], 2**21, "sdpa"),
+    ]  # begins with the second
+    failures = {"b": Failure("out of memory at 512 tokens a microbatch", out_of_memory=True)}
+    budgets = {"esm2_composer": 1024, "b": 512}
+    result = step.summary(work, [H200], {"esm2_composer": rounds, "b": []}, budgets, failures)
     row, none = result["contenders"]
     assert row["seconds_per_step"] == pytest.approx((2.0 + 1.05) / 2)
     assert row["real_tokens_per_second"] == pytest.approx(1200 / 3.05)
@@ -120,14 +141,87 @@ def test_figures_are_medians_by_batch():
     assert none["real_tokens_per_second"] is None
     lines = step.table(result).splitlines()
     assert "1.00x" in lines[-2]
-    assert lines[-1].endswith("out of memory")
+    assert lines[-1].endswith("failed: out of memory at 512 tokens a microbatch")
 
 
-def test_on_a_cpu_there_are_four():
-    assert [name for name in contenders("cpu") if "faesm" not in name] == [
-        *("esm2_composer", "esm2_composer, compiled"),
-        *("transformers, padded to 1024", "transformers, padded to longest"),
-    ]
+def broken(work: Work) -> Outcome:
+    raise ImportError("no kernel\nin here")
+
+
+def hungry(work: Work) -> Outcome:
+    if work.microbatch_tokens > 1024:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return Outcome([2.0, 2.0], 2**20, "sdpa")
+
+
+@pytest.mark.parametrize(
+    "names", [("esm2_composer", "peer", "hungry"), ("peer", "hungry"), ("esm2_composer", "b")]
+)
+def test_a_contender_that_fails_becomes_a_row_that_says_why(names, monkeypatch, call):
+    found = {name: lambda work: Outcome([1.0, 1.0], 2**20, "sdpa") for name in names}
+    found |= {"peer": broken, "hungry": hungry} if "peer" in names else {"esm2_composer": broken}
+    monkeypatch.setattr("benchmarks.contenders.contenders", lambda device: found)
+    monkeypatch.setattr(step, "contenders", lambda device: found)
+    monkeypatch.setattr(step, "in_own_process", lambda function, *given: function(*given))
+    monkeypatch.setattr(step, "measure_limits", lambda device: CPU)
+    code, out, err = call(benchmark.main, "step", "--device", "cpu", "--microbatch-tokens", "2048", "--json")
+    rows = {row["name"]: row for row in json.loads(out)["contenders"]}
+    assert list(rows) == list(found)
+    assert code == (1 if "b" in names else 0)  # ours failed
+    for name, row in rows.items():
+        if found[name] is broken:
+            assert (row["real_tokens_per_second"], row["failure"]) == (None, "ImportError: no kernel in here")
+        else:
+            assert row["seconds_per_step"] == (2.0 if name == "hungry" else 1.0)
+            assert row["failure"] is None
+            assert row["microbatch_tokens"] == (1024 if name == "hungry" else 2048)
+    assert sum(line.endswith("failed: ImportError: no kernel in here") for line in err.splitlines()) == 1
+    assert err.count("raise ImportError") == 1  # it is not tried again
+
+
+def test_a_contender_whose_process_is_killed_has_failed(monkeypatch):
+    start = step.in_own_process
+    monkeypatch.setattr(step, "in_own_process", lambda *_: start(os._exit, 9))
+    assert "killed" in step.attempt("a", TINY).reason
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_transformers_without_sdpa_takes_part_with_it_too(knows, monkeypatch):
+    monkeypatch.setattr("transformers.EsmForMaskedLM._supports_sdpa", knows)
+    peers = ["transformers"] if knows else ["transformers", "transformers, sdpa patched in"]
+    on_cpu = [f"{peer}, padded to {width}" for peer in peers for width in ("1024", "longest")]
+    ours = ["esm2_composer", "esm2_composer, compiled"]
+    assert [name for name in contenders("cpu") if "faesm" not in name] == ours + on_cpu
+    on_gpu = {name for name in contenders("cuda") if "faesm" not in name and "flash-attn" not in name}
+    assert on_gpu == {*ours, *on_cpu, *(f"{name}, compiled" for name in on_cpu)}
+    assert max(map(len, on_gpu)) <= step.NAME
+
+
+@pytest.mark.parametrize("attention", [None, "eager", "sdpa"])
+def test_transformers_attention_is_the_one_told_and_gives_the_same_logits(attention):
+    logits = []
+    ((inputs, _),) = padded_microbatches([40, 9, 20], None, 1024)
+    for chosen in ("eager", attention):
+        torch.manual_seed(0)
+        model, used = transformers_esm("8m", chosen)
+        calls = Calls()
+        with torch.no_grad(), calls:
+            logits.append(model.eval()(input_ids=inputs, attention_mask=(inputs != PAD).long())["logits"])
+        assert any("scaled_dot_product" in name for name in calls.names) == (used == "sdpa")
+    assert used == attention or (attention is None and used == ("sdpa" if knows_sdpa() else "eager"))
+    assert (logits[0] - logits[1])[inputs != PAD].abs().max() < 1e-4
+
+
+class Calls(TorchDispatchMode):
+    """The names of torch's operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        self.names.add(str(operator))
+        return operator(*arguments, **(keywords or {}))
 
 
 @pytest.mark.parametrize(
@@ -153,18 +247,34 @@ def test_kernels_and_operators_belong_to_parts(kernel, part):
 
 
 def test_time_in_which_kernels_overlap_counts_once():
-    def event(name: str, start: float, end: float, device=torch.autograd.DeviceType.CUDA) -> SimpleNamespace:
-        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end))
+    def event(name: str, start: float, end: float, device="CUDA", is_range: bool = False) -> FunctionEvent:
+        where = getattr(torch.autograd.DeviceType, device)
+        return FunctionEvent(0, name, 0, start, end, device_type=where, is_user_annotation=is_range)
 
     events = [
+        event("Optimizer.step#AdamW.step", 0, 20e6, is_range=True),  # what was named in the program
         event("nvjet_tst_64x8", 10e6, 14e6),
         event("flash_bwd_kernel", 0, 4e6),
         event("elementwise_kernel", 12e6, 15e6),  # the last second of it alone
         event("reduce_kernel", 13e6, 13.5e6),
-        event("aten::mm", 0, 20e6, torch.autograd.DeviceType.CPU),
+        event("aten::mm", 0, 20e6, "CPU"),
     ]
     parts = profile.kernels(SimpleNamespace(events=lambda: events))
     assert parts == {"attention": 4, "optimizer": 0, "matrix products": 4, profile.OTHER: 1}
+
+
+def test_time_between_operators_is_nobodys():
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with (
+        torch.profiler.profile(activities=[cpu]) as profiler,
+        torch.profiler.record_function("Optimizer.step#AdamW.step"),
+    ):
+        torch.ones(8) @ torch.ones(8, 8)
+    by_name = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
+    assert by_name["Optimizer.step#AdamW.step"] > 0
+    parts = profile.operators(profiler)
+    assert parts["optimizer"] == 0
+    assert sum(parts.values()) == pytest.approx(sum(t for name, t in by_name.items() if name.startswith("aten::")))
 
 
 def test_what_is_best_adds_up_to_the_models_operations_and_bytes():
@@ -194,34 +304,101 @@ def test_a_profile_accounts_for_the_whole_step():
     assert len(text.splitlines()) == 2 + len(profile.PARTS) + 2 + 2
 
 
-def profiled(work: Work) -> dict[str, float]:
-    return profile.profile_steps(work, compiled=False)["waits_per_step"]
+class Reads(TorchDispatchMode):
+    """Who reads the value of a tensor, in order: the innermost function on the stack that is not torch's.
+
+    Not what an operator reads by itself, as the CPU's fused AdamW does; nor a DataLoader's seed, once an epoch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers: list[str] = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        if operator is torch.ops.aten._local_scalar_dense.default:
+            frame, of_a_loader = sys._getframe(1), False
+            while (module := frame.f_globals["__name__"]).startswith("torch."):
+                of_a_loader |= module.startswith("torch.utils.data.")
+                frame = frame.f_back
+            if not of_a_loader:
+                self.readers.append(f"{module}.{frame.f_code.co_name}")
+        return operator(*arguments, **(keywords or {}))
 
 
-def without_a_model(self, tokens, cu_seqlens, max_seqlen, positions):
-    """Logits that depend on all parameters, which the optimizer then steps, and on nothing else."""
-    nothing = sum(0 * parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
-    return (self.head.bias + nothing).expand(len(positions), -1)
+def readers(trainer) -> list[str]:
+    with Reads() as reads:
+        trainer.fit()
+    trainer.close()
+    return reads.readers
+
+
+class Linear(ComposerModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(4, 3)
+
+    def forward(self, batch):
+        return self.net(batch[0])
+
+    def loss(self, outputs, batch):
+        return torch.nn.functional.cross_entropy(outputs, batch[1])
+
+    def flops_per_batch(self, batch) -> int:  # for SpeedMonitor
+        return 1
+
+
+def composers_own(work: Work, compiled: bool = False, callbacks: tuple = ()) -> Trainer:
+    """Composer without anything of ours, but with the same monitors: as many steps, of two microbatches."""
+    on_gpu = work.device == "cuda"
+    steps = work.warmup + work.steps
+    rows = TensorDataset(torch.randn(2 * steps, 4), torch.randint(3, (2 * steps,)))
+    model = Linear()
+    return Trainer(
+        model=model,
+        optimizers=torch.optim.AdamW(model.parameters(), fused=True),
+        train_dataloader=DataLoader(rows, batch_size=2, pin_memory=on_gpu),
+        device_train_microbatch_size=1,
+        max_duration=f"{steps}ba",
+        device="gpu" if on_gpu else "cpu",
+        precision="amp_bf16" if on_gpu else "fp32",
+        algorithms=[composer.algorithms.GradientClipping("norm", 1.0)],
+        callbacks=[SpeedMonitor(window_size=10), LRMonitor(), *([MemoryMonitor()] if on_gpu else []), *callbacks],
+        progress_bar=False,
+    )
+
+
+# The norm of the gradient, and how many tokens were predicted right: read every tenth update.
+OWN_READS = ("esm2_composer.callbacks.batch_end", "esm2_composer.task.take_accuracy")
 
 
 def test_the_step_reads_no_value_that_composers_own_does_not(monkeypatch):
-    """On a CPU, where the batch is checked and its attention cut by its values: but for these two."""
+    """But for two in ten updates, and these only when Composer has waited for the update anyway.
+
+    On a CPU, where the batch is checked and its attention cut by its values: both are left out here.
+    """
     monkeypatch.setattr("esm2_composer.model._check_batch", lambda *_: None)
     monkeypatch.setattr("esm2_composer.model.select_attention", lambda *_: lambda q, k, v, *_: q + k + v)
-    with_model = profiled(TINY)
-    monkeypatch.setattr(ESM2, "forward", without_a_model)
-    assert with_model == profiled(TINY)
-    assert with_model["item"] > 0  # Composer's
+    work = Work("8m", "cpu", [[40, 9, 20], [30, 12]], microbatch_tokens=40, warmup=0, steps=20)
+    ours = readers(make_trainer(work))
+    theirs = [reader for reader in ours if not reader.startswith("esm2_composer.")]
+    assert Counter(theirs) == Counter(readers(composers_own(work)))
+    assert Counter(ours) - Counter(theirs) == dict.fromkeys(OWN_READS, 2)
+    steps = [r for r in ours if not r.startswith("composer.callbacks.")]
+    last = "composer.trainer.trainer._accumulate_time_across_ranks"  # that Composer reads of an update
+    assert all(before in (last, *OWN_READS) for before, reader in pairwise(steps) if reader in OWN_READS)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_step_waits_where_composers_own_does_and_nowhere_else(monkeypatch):
+def test_on_a_gpu_the_step_waits_where_composers_own_does_and_nowhere_else():
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    work = Work("8m", "cuda", [[300, 40, 500], [100, 700]], microbatch_tokens=1024, warmup=5, steps=10)
-    with_model = profiled(work)
-    monkeypatch.setattr(ESM2, "forward", without_a_model)
-    assert with_model == profiled(work)
+    work = Work("8m", "cuda", [[300, 40, 500], [100, 700]], microbatch_tokens=700, warmup=5, steps=10)
+    ours, theirs = (
+        profile.profile_steps(work, compiled=False, make=make)["waits_per_step"]
+        for make in (make_trainer, composers_own)
+    )
+    for wait in ("item", "device"):
+        assert ours[wait] <= theirs[wait] + len(OWN_READS) / 10 + 1e-9
 
 
 @pytest.mark.gpu
@@ -230,7 +407,7 @@ def test_on_a_gpu_every_contender_runs():
         pytest.skip("no GPU")
     given = ["--device", "cuda", "--microbatch-tokens", "2048", "--steps", "2", "--rounds", "1", "--batches", "1"]
     result = step.measure(arguments(*given))
-    assert all(row["real_tokens_per_second"] for row in result["contenders"])
+    assert not [row for row in result["contenders"] if row["failure"]]
     assert result["contenders"][0]["peak_mib"] > 100
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from composer.core import Precision
+from composer.distributed.fsdp2 import create_mixed_precision_policy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -55,6 +59,7 @@ def train(
     device: str,
     bf16: bool = True,
     fp8: bool = False,
+    fsdp: str | None = None,
     **compile_options,
 ) -> np.ndarray:
     """The loss of every step: as in training, but for Composer."""
@@ -65,6 +70,8 @@ def train(
     if compile_options:
         net.compile_layers(**compile_options)
     net.to(device)
+    if fsdp:
+        shard(net, fsdp)
     optimizer = build_adamw(net, 1e-3, (0.9, 0.98), 1e-8, 0.01)
     schedule = build_schedule(optimizer, warmup=10, updates=1000, decay_fraction=1.0, floor=1.0)
     losses = []
@@ -84,6 +91,20 @@ def train(
     return np.array(losses)
 
 
+def shard(net: ESM2, mixed_precision: str) -> None:
+    """As Composer does with FSDP version 2."""
+    policy = create_mixed_precision_policy(Precision.AMP_BF16, mixed_precision)
+    for module in (*net.layers, net):
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+
+
+@pytest.fixture
+def one_rank(tmp_path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 def check(losses: np.ndarray, exact: np.ndarray, one: float, mean: float) -> None:
     """No loss is off by more than the share `one` of it, and those of the last half not by `mean` on average."""
     assert exact[-5:].mean() < 0.9 * exact[:5].mean(), "something is learnt"
@@ -98,6 +119,27 @@ def test_the_loss_of_compiled_bf16_follows_fp32() -> None:
     made = batches(60, sequences=12)
     torch._dynamo.reset()
     check(train(SMALL, made, "cpu", backend="aot_eager"), train(SMALL, made, "cpu", bf16=False), 2e-3, 5e-4)
+
+
+def test_the_loss_of_bf16_under_fsdp_follows_fp32(one_rank) -> None:
+    made = batches(60, sequences=12)
+    check(train(SMALL, made, "cpu", fsdp="DEFAULT"), train(SMALL, made, "cpu", bf16=False), 2e-3, 5e-4)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "stream"), [(None, torch.float32), ("FULL", torch.float32), ("DEFAULT", torch.bfloat16)]
+)
+def test_the_residual_stream_is_bf16_only_where_fsdp_casts_the_embedding(fsdp, stream, one_rank) -> None:
+    """Autocast leaves the embedding in fp32, and sums with it."""
+    (batch,) = batches(1, sequences=3)
+    net, seen = ESM2(SMALL), set()
+    if fsdp:
+        shard(net, fsdp)
+    for layer in net.layers:
+        layer.register_forward_hook(lambda _, given, made: seen.update((given[0].dtype, made.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        net(batch["tokens"], batch["cu_seqlens"], batch["max_seqlen"])
+    assert seen == {stream}
 
 
 def test_the_loss_in_fp8_follows_fp32() -> None:
@@ -146,7 +188,7 @@ def test_fp8_is_for_the_layers_products_and_leaves_names_and_compiling_as_they_a
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_fp8_and_compiled_layers_can_be_sharded(tmp_path) -> None:
+def test_fp8_and_compiled_layers_can_be_sharded(one_rank) -> None:
     (batch,) = batches(1, sequences=3)
 
     def loss(net: ESM2) -> torch.Tensor:
@@ -159,19 +201,14 @@ def test_fp8_and_compiled_layers_can_be_sharded(tmp_path) -> None:
         nets.append(ESM2(SMALL))
         use_fp8(nets[-1], emulate=True)
     nets[1].compile_layers(backend="aot_eager")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        for module in (*nets[1].layers, nets[1]):
-            fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
-        losses = [loss(net) for net in nets]
-        for each in losses:
-            each.backward()
-        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
-        for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
-            if p.grad is not None:
-                assert (p.grad - q.grad.full_tensor()).norm() <= 1e-4 * p.grad.norm(), name
-    finally:
-        torch.distributed.destroy_process_group()
+    shard(nets[1], "FULL")
+    losses = [loss(net) for net in nets]
+    for each in losses:
+        each.backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+        if p.grad is not None:
+            assert (p.grad - q.grad.full_tensor()).norm() <= 1e-4 * p.grad.norm(), name
 
 
 def test_what_has_no_fp8_is_refused(monkeypatch) -> None:

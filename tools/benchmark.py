@@ -24,7 +24,7 @@ from esm2_composer.errors import run_command
 BENCHMARKS = ("step", "profile", "loader", "startup", "convert", "embed", "parity")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="name", required=True)
     for name in BENCHMARKS:
@@ -39,6 +39,7 @@ def main() -> None:
     print(benchmark.table(result), file=sys.stderr)
     if args.json:
         print(json.dumps(result))
+    return 0 if getattr(benchmark, "went_well", bool)(result) else 1
 
 
 if __name__ == "__main__":

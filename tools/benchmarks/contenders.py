@@ -14,6 +14,7 @@ import itertools
 import resource
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -51,31 +52,47 @@ class Work:
 class Outcome:
     seconds: list[float]  # of each step that counts; step i is on batch (warmup + i) % len(batches)
     peak_bytes: int  # on a GPU what was allocated at most, on a CPU by how much the process grew at most
+    attention: str  # as the contender calls it
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a contender has no figures."""
+
+    reason: str
+    out_of_memory: bool = False  # the GPU's: half a microbatch may do
 
 
 def contenders(device: str) -> dict[str, Callable[[Work], Outcome]]:
     """Those that can run here, ours first."""
     found = {"esm2_composer": ours, "esm2_composer, compiled": partial(ours, compiled=True)}
-    to_1024, to_longest = "transformers, padded to 1024", "transformers, padded to longest"
-    found |= {to_1024: partial(padded, width=1024), to_longest: padded}
-    if device == "cuda":
-        found[f"{to_1024}, compiled"] = partial(padded, width=1024, compiled=True)
-        found[f"{to_longest}, compiled"] = partial(padded, compiled=True)
-        if importlib.util.find_spec("flash_attn"):
-            found["esm2_composer, flash-attn, compiled"] = partial(ours, compiled=True, attention="flash")
-            found["transformers, flash-attn"] = partial(padded, attention="flash_attention_2")
+    peers: dict[str, str | None] = {"transformers": None}  # as it comes
+    if not knows_sdpa():  # a fair comparison takes what newer ones have
+        peers["transformers, sdpa patched in"] = "sdpa"
+    for model, chosen in peers.items():
+        for compiled in (False, True) if device == "cuda" else (False,):
+            end = ", compiled" if compiled else ""
+            plain = partial(padded, compiled=compiled, attention=chosen)
+            found |= {f"{model}, padded to 1024{end}": partial(plain, width=1024)}
+            found |= {f"{model}, padded to longest{end}": plain}
+    if device == "cuda" and importlib.util.find_spec("flash_attn"):
+        found["esm2_composer, flash-attn, compiled"] = partial(ours, compiled=True, attention="flash")
+        found["transformers, flash-attn"] = partial(padded, attention="flash_attention_2")
     if importlib.util.find_spec("faesm"):
         found["faesm, padded to longest"] = partial(padded, make=faesm)
     return found
 
 
-def run_contender(name: str, work: Work) -> Outcome | None:
-    """None if it ran out of the GPU's memory."""
+def run_contender(name: str, work: Work) -> Outcome | Failure:
+    """What came of it, whatever that is: peers fail in their own ways."""
     torch.manual_seed(0)
     try:
         return contenders(work.device)[name](work)
     except torch.OutOfMemoryError:
-        return None
+        return Failure(f"out of memory at {work.microbatch_tokens:,} tokens a microbatch", out_of_memory=True)
+    except Exception as error:
+        traceback.print_exc()
+        return Failure(" ".join(f"{type(error).__name__}: {error}".split())[:200])
 
 
 # This project
@@ -151,27 +168,55 @@ def ours(work: Work, compiled: bool = False, attention: str = "auto") -> Outcome
     before = resident_bytes()
     trainer.fit()
     trainer.close()
-    return outcome(ends, before, work)
+    return outcome(ends, before, work, attention)
 
 
 # Models on padded batches
 
 
-def transformers_esm(size: str, attention: str | None) -> torch.nn.Module:
-    """By default on torch's sdpa, if this transformers has that for ESM (4.53 has not), else on plain products."""
+def knows_sdpa() -> bool:
+    """Whether the installed transformers has sdpa for ESM, which it then takes by itself; 4.53 has not."""
+    from transformers import EsmForMaskedLM
+
+    return EsmForMaskedLM._supports_sdpa
+
+
+def transformers_esm(size: str, attention: str | None) -> tuple[torch.nn.Module, str]:
+    """The model, on the attention named or on transformers' own choice, and the attention's name."""
     from transformers import EsmConfig, EsmForMaskedLM
 
-    chosen = {} if attention is None else {"attn_implementation": attention}
-    return EsmForMaskedLM(EsmConfig(**hugging_face_config(SIZES[size]), **chosen))
+    patch = attention == "sdpa" and not knows_sdpa()
+    chosen = {} if attention is None or patch else {"attn_implementation": attention}
+    model = EsmForMaskedLM(EsmConfig(**hugging_face_config(SIZES[size]), **chosen))
+    if patch:
+        patch_sdpa_in(model)
+    return model, attention or model.config._attn_implementation
 
 
-def faesm(size: str, _: str | None) -> torch.nn.Module:
+def patch_sdpa_in(model: torch.nn.Module) -> None:
+    """Exchange the attention of a transformers that has only plain products for torch's function."""
+    from transformers.models.esm.modeling_esm import EsmSelfAttention
+
+    class SdpaSelfAttention(EsmSelfAttention):
+        def forward(self, hidden_states, attention_mask=None, *_, **__):
+            projections = (self.query, self.key, self.value)
+            q, k, v = (self.transpose_for_scores(project(hidden_states)) for project in projections)
+            q, k = self.rotary_embeddings(q * self.attention_head_size**-0.5, k)
+            mixed = F.scaled_dot_product_attention(q, k, v, attention_mask, scale=1.0)
+            return (mixed.transpose(1, 2).flatten(2),)
+
+    for layer in model.esm.encoder.layer:
+        layer.attention.self.__class__ = SdpaSelfAttention
+
+
+def faesm(size: str, _: str | None) -> tuple[torch.nn.Module, str]:
     """On flash-attn if that is installed, else on torch's sdpa."""
     from faesm.esm import FAEsmForMaskedLM, flash_attn_installed
 
     with tempfile.TemporaryDirectory() as folder:  # it wants a tokenizer beside the weights
         ESM2(SIZES[size]).save_hf(folder)
-        return FAEsmForMaskedLM.from_pretrained(folder, flash_attn_installed, 0.0)
+        model = FAEsmForMaskedLM.from_pretrained(folder, flash_attn_installed, 0.0)
+    return model, "flash-attn" if flash_attn_installed else "sdpa"
 
 
 def padded(
@@ -179,17 +224,20 @@ def padded(
     width: int | None = None,
     compiled: bool = False,
     attention: str | None = None,
-    make: Callable[[str, str | None], torch.nn.Module] = transformers_esm,
+    make: Callable[[str, str | None], tuple[torch.nn.Module, str]] = transformers_esm,
 ) -> Outcome:
     """A plain training loop on batches padded to `width` tokens, or to the longest of a microbatch."""
     o = recipe_of(work.size).optimizer
-    model = make(work.size, attention).to(work.device).train()
+    model, used = make(work.size, attention)
+    model = model.to(work.device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1]},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, o.lr, o.betas, o.eps, o.weight_decay, fused=True)
+    # transformers 4.53 keeps the last length, and is compiled anew for each: beyond torch's limit, not at all.
+    torch._dynamo.config.recompile_limit = 64
     forward = torch.compile(model, dynamic=width is None) if compiled else model
     batches = [padded_microbatches(lengths, width, work.microbatch_tokens) for lengths in work.batches]
     ends: list[float] = []
@@ -213,7 +261,7 @@ def padded(
         optimizer.step()
         assert total.isfinite()
         ends.append(time.perf_counter())
-    return outcome(ends, before, work)
+    return outcome(ends, before, work, used)
 
 
 def padded_microbatches(
@@ -252,14 +300,14 @@ def share_of(lengths: list[int]) -> dict[str, torch.Tensor]:
     return {"tokens": tokens, "labels": labels, "lengths": torch.tensor(lengths, dtype=torch.int32)}
 
 
-def outcome(ends: list[float], before: int, work: Work) -> Outcome:
+def outcome(ends: list[float], before: int, work: Work, attention: str) -> Outcome:
     """From the times at which steps ended, and the process's memory before the first."""
     if work.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     counted = ends[work.warmup - 1 :]
-    return Outcome([stop - start for start, stop in itertools.pairwise(counted)], peak)
+    return Outcome([stop - start for start, stop in itertools.pairwise(counted)], peak, attention)
 
 
 def resident_bytes() -> int:

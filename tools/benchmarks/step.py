@@ -1,12 +1,14 @@
 """Training steps (forward, backward, clip, AdamW) of one model on the same sequences of UniRef-like lengths, by
 this project through Composer's Trainer and by transformers' EsmForMaskedLM in plain PyTorch, padded to 1,024 and
-to the longest of a microbatch; on a GPU compiled too, with flash-attn if that is installed, and by faesm if that
-is: real tokens a second, the model's operations as a share of the peak and of a matrix product measured in the
-same run (operations on real tokens only, the same number for all), and peak memory.
+to the longest of a microbatch (a transformers without sdpa for ESM takes part as it is, and with sdpa patched in);
+on a GPU compiled too, with flash-attn if that is installed, and by faesm if that is: real tokens a second, the
+model's operations as a share of the peak and of a matrix product measured in the same run (operations on real
+tokens only, the same number for all), and peak memory.
 
 Every contender runs in a process of its own, the contenders in turns, so that none profits from another's memory
 or from a quiet moment of the machine. On a CPU peak memory is what the steps added to the process; on a GPU it is
-what was allocated at most, weights and optimizer included.
+what was allocated at most, weights and optimizer included. A contender that fails is a row that says why; the exit
+code is 0 if this project ran.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.contenders import Outcome, Work, contenders, recipe_of, run_contender
+from benchmarks.contenders import Failure, Outcome, Work, contenders, recipe_of, run_contender
 from benchmarks.lengths import uniref_like_lengths
 from benchmarks.limits import Limits, measure_limits
 
@@ -33,6 +36,7 @@ from esm2_composer.plan import GPU, fitting_microbatch, make_plan, skeleton
 
 LONGEST = 1024
 ON_CPU = 16 * LONGEST  # tokens of a microbatch: one of transformers' batches of 16
+NAME = 58  # letters of a contender's name
 ON_GPU = 64 * LONGEST  # at most: from half of that on, more hardly speed a GPU up
 
 
@@ -68,21 +72,33 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if not names:
         raise UserError(f"--only {' '.join(args.only)}: there are {', '.join(contenders(args.device))}")
     outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
+    failures: dict[str, Failure] = {}
     budgets = dict.fromkeys(names, work.microbatch_tokens)
     for turn in range(args.rounds):
         for name in names:
+            if name in failures:
+                continue
             print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
-            found = None
-            while found is None and budgets[name] >= LONGEST:
-                smaller = dataclasses.replace(work, microbatch_tokens=budgets[name])
-                found = in_own_process(run_contender, name, smaller)
-                if found is None:
-                    print(f"out of memory at {budgets[name]:,} tokens a microbatch", file=sys.stderr, flush=True)
-                    budgets[name] //= 2
-            if found is not None:
+            found = attempt(name, dataclasses.replace(work, microbatch_tokens=budgets[name]))
+            while isinstance(found, Failure) and found.out_of_memory and budgets[name] >= 2 * LONGEST:
+                print(found.reason, file=sys.stderr, flush=True)
+                budgets[name] //= 2
+                found = attempt(name, dataclasses.replace(work, microbatch_tokens=budgets[name]))
+            if isinstance(found, Failure):
+                print(f"{name}: {found.reason}", file=sys.stderr, flush=True)
+                failures[name] = found
+            else:
                 outcomes[name].append(found)
         limits.append(in_own_process(measure_limits, args.device))
-    return summary(work, limits, outcomes, budgets)
+    return summary(work, limits, outcomes, budgets, failures)
+
+
+def attempt(name: str, work: Work) -> Outcome | Failure:
+    """One contender's turn. If it fails, the others' figures stand."""
+    try:
+        return in_own_process(run_contender, name, work)
+    except BrokenProcessPool:
+        return Failure("its process was killed, as happens when the host's memory is full")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -134,15 +150,20 @@ def in_own_process(function: Callable, *arguments: Any) -> Any:
 
 
 def summary(
-    work: Work, limits: list[Limits], outcomes: dict[str, list[Outcome]], budgets: dict[str, int]
+    work: Work,
+    limits: list[Limits],
+    outcomes: dict[str, list[Outcome]],
+    budgets: dict[str, int],
+    failures: dict[str, Failure],
 ) -> dict[str, Any]:
     tokens = [sum(lengths) for lengths in work.batches]
     product = statistics.median(limit.product_flops for limit in limits)
     peak = limits[0].peak_flops
     rows = []
     for name, rounds in outcomes.items():
+        failure = failures[name].reason if name in failures else None
         if not rounds:
-            rows.append({"name": name, "real_tokens_per_second": None})
+            rows.append({"name": name, "real_tokens_per_second": None, "failure": failure})
             continue
         by_batch: dict[int, list[float]] = {}
         for found in rounds:
@@ -155,6 +176,7 @@ def summary(
         rows.append(
             {
                 "name": name,
+                "attention": rounds[0].attention,
                 "microbatch_tokens": budgets[name],
                 "steps": sum(map(len, by_batch.values())),
                 "seconds_per_step": seconds / len(medians),
@@ -163,6 +185,7 @@ def summary(
                 "mfu": peak and flops / peak,
                 "share_of_product": flops / product,
                 "peak_mib": max(found.peak_bytes for found in rounds) / 2**20,
+                "failure": failure,  # in a later round than those told of
             }
         )
     slots = [max(lengths) * len(lengths) for lengths in work.batches]
@@ -189,6 +212,12 @@ def operations(work: Work, batch: int) -> int:
     return skeleton(SIZES[work.size]).flops(lengths, round(0.15 * sum(lengths)))
 
 
+def went_well(result: dict[str, Any]) -> bool:
+    """Whether this project ran, if it was asked for; its peers need not."""
+    ours = [row for row in result["contenders"] if row["name"].startswith("esm2_composer")]
+    return not ours or ours[0]["failure"] is None
+
+
 def table(result: dict[str, Any]) -> str:
     peak = f"peak {result['peak_tflops']:,.0f} TFLOP/s, " if result["peak_tflops"] else ""
     lines = [
@@ -197,8 +226,8 @@ def table(result: dict[str, Any]) -> str:
         f"{result['batches']} batches of {', '.join(map(str, result['sequences']))} sequences, "
         f"{sum(result['real_tokens']):,} real tokens: {result['fill_at_1024']:.0%} of the slots at 1,024, "
         f"{result['fill_at_longest']:.0%} at the longest; {result['microbatch_tokens']:,} tokens a microbatch",
-        f"{'':42} {'s/step':>9} {'10 to 90 %':>12} {'real tok/s':>11} {'ours is':>8} {'MFU':>6} "
-        f"{'of product':>10} {'peak MiB':>9}",
+        f"{'':{NAME}} {'attention':17} {'s/step':>9} {'10 to 90 %':>12} {'real tok/s':>11} {'ours is':>8} "
+        f"{'MFU':>6} {'of product':>10} {'peak MiB':>9}",
     ]
     lines += [_row(row, result) for row in result["contenders"]]
     return "\n".join(lines)
@@ -207,14 +236,16 @@ def table(result: dict[str, Any]) -> str:
 def _row(row: dict[str, Any], result: dict[str, Any]) -> str:
     speed, first = row["real_tokens_per_second"], result["contenders"][0]
     if speed is None:
-        return f"{row['name']:42} out of memory"
+        return f"{row['name']:{NAME}} failed: {row['failure']}"
     low, high = row["spread"]
     ours = first["real_tokens_per_second"] if first["name"] == "esm2_composer" else None
     ratio = f"{ours / speed:.2f}x" if ours else "-"
     mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
     smaller = row["microbatch_tokens"] != result["microbatch_tokens"]
     return (
-        f"{row['name']:42} {row['seconds_per_step']:9.3f} {f'{low:+.0%} {high:+.0%}':>12} {speed:11,.0f} "
-        f"{ratio:>8} {mfu:>6} {row['share_of_product']:10.1%} {row['peak_mib']:9,.0f}"
+        f"{row['name']:{NAME}} {row['attention']:17} {row['seconds_per_step']:9.3f} "
+        f"{f'{low:+.0%} {high:+.0%}':>12} {speed:11,.0f} {ratio:>8} {mfu:>6} "
+        f"{row['share_of_product']:10.1%} {row['peak_mib']:9,.0f}"
         + (f"  ({row['microbatch_tokens']:,} tokens a microbatch)" if smaller else "")
+        + (f"  (then failed: {row['failure']})" if row["failure"] else "")
     )
