@@ -1,6 +1,6 @@
 """tools/benchmark.py: each of its short measurements runs, small, and shows what it says.
 
-`step` and `profile` are tested in test_benchmark_step.py, `convert` in test_benchmark_convert.py.
+The others have files of their own, test_benchmark_*.py.
 """
 
 from __future__ import annotations
@@ -28,16 +28,6 @@ def test_loader() -> None:
     (ranks,) = found["ranks"]
     assert 1 <= ranks["slowest_over_mean"] <= ranks["slowest_over_mean_at_worst"] < 1.01
     assert ranks["slowest_over_mean_before"] > 1.02
-
-
-def test_startup() -> None:
-    found = measure("startup", "--clusters", "70000", "--workers", "1", "--global-batch", "64")
-    launches = found["launches"]
-    assert list(launches) == ["from the start", "resumed in mid-epoch"]
-    for row in launches.values():
-        assert 0 < row["seconds"] < row["seconds_with_imports"]
-        assert row["imports_mib"] <= row["largest_process_mib"]
-        assert row["largest_process_mib"] <= 1.5 * row["all_processes_mib"]
 
 
 def test_embed() -> None:

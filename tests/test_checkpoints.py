@@ -189,7 +189,7 @@ def test_the_newest_checkpoint_is_found_by_a_recipe_that_trains_the_same(folder,
         save(folder, tmp_path, f"ep0-ba{update}-rank0.pt")
     free = (
         *("run_name=x", "max_duration=7000ba", "eval_interval=1ba", "device_microbatch_tokens=2048"),
-        *("save_interval=5ba", "save_num_checkpoints_to_keep=1", "precision=fp32", "compile=true"),
+        *("save_interval=5ba", "save_num_checkpoints_to_keep=1", "precision=amp_fp16", "compile=true"),
         *("model.attention=torch", "data.remote=/b", "data.local=/c", "data.cache_limit=9gb"),
         *("data.num_workers=0", "tensorboard_folder=null", "loggers.wandb.project=p"),
         "callbacks.best_checkpoints=1",

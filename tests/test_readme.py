@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 from conftest import ROOT, follow
 from plot_convergence import read_run
 from test_docs import commands
@@ -20,6 +21,7 @@ SHORT = (
 )
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_run_in_its_order(
     checkout: Path, raw: Path, shards: Path, finished: Path
 ) -> None:

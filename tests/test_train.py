@@ -171,16 +171,22 @@ def test_the_launcher_passes_the_line_and_the_exit_code_on(shards, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("overrides", "message"),
     [
-        ("model.attention=flash", "'flash' is not available on cpu.* available here: auto, cpu"),
-        ("save_folder=taken/checkpoints", r"save_folder taken/checkpoints cannot be written \(Not a directory\)"),
+        (
+            ["model.attention=flash", "precision=amp_bf16"],
+            "'flash' is not available on cpu.* available here: auto, cpu",
+        ),
+        (
+            ["save_folder=taken/checkpoints"],
+            r"save_folder taken/checkpoints cannot be written \(Not a directory\)",
+        ),
     ],
 )
-def test_what_this_machine_cannot_run_is_told_before_ranks_meet(shards, tmp_path, monkeypatch, override, message):
+def test_what_this_machine_cannot_run_is_told_before_ranks_meet(shards, tmp_path, monkeypatch, overrides, message):
     (tmp_path / "taken").write_text("mine")
     monkeypatch.chdir(tmp_path)
-    _, recipe, *overrides = command(shards, override)
+    _, recipe, *overrides = command(shards, *overrides)
     with pytest.raises(UserError, match=message):
         build_trainer(load_recipe(recipe, overrides))
     assert not torch.distributed.is_initialized()
