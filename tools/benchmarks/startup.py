@@ -86,6 +86,8 @@ def first_batch(split: str, global_batch: int, workers: int, done: int) -> dict[
     """Seconds to the first batch, with and without imports, and the most memory in the meantime."""
     import psutil
 
+    # A spawned process would spawn its own too, with imports of their own; those of a training run are forked.
+    multiprocessing.set_start_method("fork", force=True)
     start = time.perf_counter()
     from esm2_composer.data import ClusterDraw, train_loader
     from esm2_composer.masking import MaskingRule
