@@ -15,7 +15,9 @@ from plot_convergence import read_scalars
 
 from esm2_composer.callbacks import LOSS
 from esm2_composer.config import load_recipe
+from esm2_composer.data import ClusterDraw
 from esm2_composer.errors import UserError
+from esm2_composer.masking import MaskingRule
 from esm2_composer.model import SIZES
 from esm2_composer.runner import build_model, cluster_draw, fsdp_options
 
@@ -48,6 +50,13 @@ def test_the_published_settings(size, shards):
     assert recipe.eval_interval == ("2500ba" if size == "3b" else "10000ba")
     draw = cluster_draw(recipe)
     assert (draw.max_length, draw.masking.fraction, draw.masking.split) == (1024, 0.15, (0.8, 0.1, 0.1))
+
+
+def test_clusters_are_drawn_as_the_recipe_says(shards):
+    lengths = ("data.max_length=500", "data.min_length=9")
+    masks = ("data.mask_fraction=0.3", "data.mask_split=[0.5, 0.3, 0.2]", "data.replacement=all_tokens")
+    recipe = load_recipe(str(ROOT / "yamls/8m.yaml"), [f"data.remote={shards}", "seed=3", *lengths, *masks])
+    assert cluster_draw(recipe) == ClusterDraw(3, 500, 9, MaskingRule(0.3, (0.5, 0.3, 0.2), all_tokens=True))
 
 
 def test_the_recipe_that_continues_begins_where_the_published_schedule_ended(shards):

@@ -88,8 +88,14 @@ def test_sigterm_saves_and_exits_75_and_a_relaunch_goes_on(shards, finished, tmp
 
 
 def test_two_ranks_train_the_same_model_as_one(shards, finished, tmp_path):
-    result = composer("-n", "2", *command(shards, "device_microbatch_tokens=512"), cwd=tmp_path)
+    result = composer(
+        "-n", "2", *command(shards, "device_microbatch_tokens=512", "data.min_length=2"), cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
+    assert (
+        result.stderr.count("data.min_length 2: 0 clusters have no member that long, and show those they have")
+        == 1
+    )
     assert 0.9 < scalars(tmp_path, "load/balance")[10] <= 1
     assert losses(tmp_path) == pytest.approx(losses(finished), rel=1e-5)
     assert scalars(tmp_path, PERPLEXITY) == pytest.approx(scalars(finished, PERPLEXITY), rel=1e-4)

@@ -86,6 +86,8 @@ def first_batch(split: str, global_batch: int, workers: int, done: int) -> dict[
     """Seconds to the first batch, with and without imports, and the most memory in the meantime."""
     import psutil
 
+    # A spawned process would spawn its own too, with imports of their own; those of a training run are forked.
+    multiprocessing.set_start_method("fork", force=True)
     start = time.perf_counter()
     from esm2_composer.data import ClusterDraw, train_loader
     from esm2_composer.masking import MaskingRule
@@ -112,8 +114,8 @@ def first_batch(split: str, global_batch: int, workers: int, done: int) -> dict[
 
 
 class Peak:
-    """The most memory, looked at every 20 ms: of the largest process, of this one and its children together (pages
-    that they share counted once), and of what is new in /dev/shm."""
+    """The most memory, looked at every 20 ms: of the largest process, of this one and its children together, and
+    of what is new in /dev/shm."""
 
     process = processes = shared = 0
 
@@ -134,12 +136,31 @@ class Peak:
         me = psutil.Process()
         while not self._end.wait(0.02):
             try:
-                family = [each.memory_full_info() for each in (me, *me.children(recursive=True))]
-            except psutil.Error:  # one has just ended
+                family = [me.pid, *(child.pid for child in me.children(recursive=True))]
+                largest, together = memory_of(family)
+            except (psutil.Error, OSError):  # one has just ended
                 continue
-            self.process = max(self.process, *(each.rss for each in family))
-            self.processes = max(self.processes, sum(each.pss for each in family))
+            self.process = max(self.process, largest)
+            self.processes = max(self.processes, together)
             self.shared = max(self.shared, used_in(SHARED_MEMORY) - self._before)
+
+
+def memory_of(family: list[int]) -> tuple[int, int]:
+    """Bytes of the largest process, and of all together, pages that they share counted once.
+
+    Files that are mapped, which are libraries mostly, count as much as the process with most of them maps: their
+    share (PSS) would depend on who else on the machine uses the same ones.
+    """
+    status, maps = (
+        [_sizes(f"/proc/{process}/{file}") for process in family] for file in ("status", "smaps_rollup")
+    )
+    own = sum(each["Pss_Anon"] + each["Pss_Shmem"] for each in maps)
+    return max(each["VmRSS"] for each in status), own + max(each["RssFile"] for each in status)
+
+
+def _sizes(path: str) -> dict[str, int]:
+    lines = (line.split() for line in Path(path).read_text().splitlines())
+    return {words[0][:-1]: 1024 * int(words[1]) for words in lines if words[-1] == "kB"}
 
 
 def used_in(place: str) -> int:
