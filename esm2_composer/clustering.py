@@ -85,8 +85,8 @@ def build_clusters(
             }
             (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n")
             partial.rename(out)
-        except Exception as error:
-            shutil.rmtree(partial)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)  # an mmseqs that has not died yet may still write there
             if isinstance(error, OSError | sqlite3.OperationalError):  # as a full disk is to either
                 raise UserError(f"{partial}: cannot be written ({error})") from error
             raise

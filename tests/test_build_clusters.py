@@ -202,6 +202,17 @@ def test_a_mistake_is_a_user_error_and_leaves_nothing(failing_mmseqs, content, m
     assert {path.name for path in failing_mmseqs.iterdir()} == {"bin", "in.fasta"}
 
 
+def test_ctrl_c_leaves_nothing(failing_mmseqs, monkeypatch):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    (failing_mmseqs / "in.fasta").write_text(">a\nMKVLAAGIVGACDEF\n")
+    monkeypatch.setattr(clustering, "_mmseqs", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
+    assert {path.name for path in failing_mmseqs.iterdir()} == {"bin", "in.fasta"}
+
+
 def test_a_mistake_in_a_folder_named_disk_is_told_as_one(failing_mmseqs):
     (failing_mmseqs / "disk1").mkdir()
     (failing_mmseqs / "disk1/in.fasta").write_text("MKV\n")
