@@ -85,8 +85,8 @@ def build_clusters(
             }
             (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n")
             partial.rename(out)
-        except Exception as error:
-            shutil.rmtree(partial)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)  # an mmseqs that has not died yet may still write there
             if isinstance(error, OSError | sqlite3.OperationalError):  # as a full disk is to either
                 raise UserError(f"{partial}: cannot be written ({error})") from error
             raise
@@ -102,10 +102,14 @@ def mmseqs_version() -> str:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """An empty folder that no other process uses; what a killed one left in it is removed."""
+    """An empty folder that no other process uses; what a killed one left in it is removed.
+
+    MMseqs2 goes on when this process is killed, so it inherits the lock: the folder is free when both are gone.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
+        os.set_inheritable(handle, True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
     try:
@@ -114,7 +118,9 @@ def _locked(folder: Path) -> Iterator[None]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
     except BlockingIOError:
-        raise UserError(f"{folder}: another process is at work there") from None
+        raise UserError(
+            f"{folder}: another run is at work there, or the mmseqs of one that was killed; wait for it or stop it"
+        ) from None
     finally:
         os.close(handle)
 
@@ -254,6 +260,7 @@ def _mmseqs(command: str, work: Path, files: Sequence[str], options: Sequence[st
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        close_fds=False,  # the lock's is to stay open
     )
     if done.returncode:
         last = (done.stdout.strip() or "it says nothing").splitlines()[-1]

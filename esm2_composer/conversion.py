@@ -65,11 +65,14 @@ class Engine(Protocol):
         """The parts of these numbers, in any order. Raises EngineError where the input is not to blame."""
 
 
+KEPT = "the work is kept: run the same command again to go on"
+
+
 class Interrupted(UserError):
     """Not the input's fault: the work is kept, and the same command goes on."""
 
     def __init__(self, cause: object) -> None:
-        super().__init__(f"{cause}; the work is kept: run the same command again to go on")
+        super().__init__(f"{cause}; {KEPT}")
 
 
 def convert(
@@ -96,7 +99,7 @@ def convert(
 
     Raises:
         UserError: a mistake in input or options; nothing stays behind.
-        Interrupted: disk, memory or network failed; the work stays.
+        Interrupted: disk, memory or network failed; the work stays, as it does after a KeyboardInterrupt.
     """
     start = time.monotonic()
     engine = engine or Processes(workers)
@@ -143,7 +146,7 @@ def convert(
         except Interrupted:
             raise
         except KeyboardInterrupt:
-            raise Interrupted("stopped from the keyboard") from None
+            raise KeyboardInterrupt(KEPT) from None
         except PASSING as error:
             raise Interrupted(error) from error
         except UserError:

@@ -1,14 +1,16 @@
-"""What a user's mistake looks like: one line on stderr and exit code 2, never a traceback.
+"""What a user's mistake looks like: one line on stderr and exit code 2, never a traceback. Ctrl-C likewise, 130.
 
-Everything that is not a `UserError` is a defect of this package and keeps its traceback.
+Everything else that is not a `UserError` is a defect of this package and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 class UserError(Exception):
@@ -26,4 +28,16 @@ def run_command(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER_ERROR
+    except KeyboardInterrupt as stop:
+        code = _interrupted(*stop.args)
+    except SystemExit as stop:
+        if stop.code != EXIT_INTERRUPTED:
+            raise
+        code = _interrupted()  # importing Composer makes Ctrl-C this
     sys.exit(code)
+
+
+def _interrupted(*what_becomes_of_the_work: str) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on, Ctrl-C waits for nothing
+    print("; ".join(["interrupted", *what_becomes_of_the_work]), file=sys.stderr)
+    return EXIT_INTERRUPTED

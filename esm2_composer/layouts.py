@@ -300,6 +300,10 @@ def reading(path: Path | str) -> Iterator[None]:
     """
     try:
         yield
+    except RuntimeError as error:
+        if str(error) == "Query interrupted":  # DuckDB's word for Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
     except (pa.ArrowException, OSError, duckdb.Error) as error:
         if _is_passing(error):
             raise

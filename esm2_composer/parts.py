@@ -6,15 +6,10 @@ rows of the plan, the sequences under the ids there, and the options.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +21,7 @@ from esm2_composer.errors import UserError
 from esm2_composer.layouts import Layout, Progress, Sequences
 from esm2_composer.mds import ShardWriter, write_durably
 from esm2_composer.records import Report, build_record, choose_members
+from esm2_composer.workers import Workers
 
 MEMBERS_AT_ONCE = 5_000
 MAX_CLUSTER_BYTES = 128 * 2**20
@@ -156,10 +152,9 @@ class Processes:
             look_up = Sequences(self._sequences).look_up
             yield from (builder.build(number, look_up) for number in numbers)
         elif workers:
-            context = multiprocessing.get_context("spawn")  # a fork would hold the lock, and copy the memory
-            pool = ProcessPoolExecutor(workers, context, _start_worker, (builder, self._sequences))
+            pool = Workers(workers, _start_worker, builder, self._sequences)
             try:
-                yield from as_done(pool, _build_part, numbers, 2 * workers)
+                yield from as_done(pool, _build_part, numbers, 2 * workers, pool.stop)
             except BrokenProcessPool as error:
                 raise EngineError(error) from error
 
@@ -193,9 +188,6 @@ _sequences: Sequences
 
 def _start_worker(builder: PartBuilder, sequences: Path) -> None:
     global _builder, _sequences
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (wait_for_any([parent.sentinel]), os._exit(1)), daemon=True).start()
     _builder, _sequences = builder, Sequences(sequences)
 
 

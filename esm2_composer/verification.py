@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from esm2_composer.errors import UserError
 from esm2_composer.mds import Shard
 from esm2_composer.records import COLUMNS, RESIDUES
 from esm2_composer.storage import Store, is_remote
+from esm2_composer.workers import Workers
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 MAX_LENGTH = 1024  # tokens, <cls> and <eos> included
@@ -74,15 +73,11 @@ def _verify_split(
         raise UserError(f"{place}/index.json: damaged (it lists no shards)")
     lengths, draws, clusters = np.zeros(0), np.zeros(0), 0
     check = partial(_check_shard, place)
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, max(len(shards), 1)), context)
-    try:
+    with Workers(min(workers, max(len(shards), 1))) as pool:
         for number, counted in enumerate(pool.map(check, shards) if workers > 1 else map(check, shards), 1):
             lengths, draws = _add(lengths, counted[0]), _add(draws, counted[1])
             clusters += counted[2]
             progress("shards", number, len(shards))
-    finally:
-        pool.shutdown(cancel_futures=True)
     if not conversion and not clusters:
         raise UserError(f"{place}: its shards hold no cluster")
     residues = int(lengths @ np.arange(len(lengths)))

@@ -1,12 +1,15 @@
 """tools/build_clusters.py: a real run of MMseqs2 on real proteins and made families, and mistakes."""
 
 import contextlib
+import fcntl
 import json
 import os
 import random
 import resource
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -199,6 +202,17 @@ def test_a_mistake_is_a_user_error_and_leaves_nothing(failing_mmseqs, content, m
     assert {path.name for path in failing_mmseqs.iterdir()} == {"bin", "in.fasta"}
 
 
+def test_ctrl_c_leaves_nothing(failing_mmseqs, monkeypatch):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    (failing_mmseqs / "in.fasta").write_text(">a\nMKVLAAGIVGACDEF\n")
+    monkeypatch.setattr(clustering, "_mmseqs", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
+    assert {path.name for path in failing_mmseqs.iterdir()} == {"bin", "in.fasta"}
+
+
 def test_a_mistake_in_a_folder_named_disk_is_told_as_one(failing_mmseqs):
     (failing_mmseqs / "disk1").mkdir()
     (failing_mmseqs / "disk1/in.fasta").write_text("MKV\n")
@@ -221,12 +235,37 @@ def test_an_output_that_exists_or_is_being_made_is_refused(failing_mmseqs):
     (failing_mmseqs / "in.fasta").write_text(">a\nMKVLAAGIVGACDEF\n")
     with (
         clustering._locked(failing_mmseqs / ".out.partial"),
-        pytest.raises(UserError, match="another process is at work there"),
+        pytest.raises(UserError, match="another run is at work there"),
     ):
         build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
     (failing_mmseqs / "out").mkdir()
     with pytest.raises(UserError, match="out exists already"):
         build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
+
+
+def test_a_folder_is_free_when_the_mmseqs_of_a_killed_run_is_gone(failing_mmseqs):
+    """As the real one, this `mmseqs` starts a process of its own for its work, which no kill of others reaches."""
+    (failing_mmseqs / "in.fasta").write_text(">a\nMKVLAAGIVGACDEF\n")
+    work = failing_mmseqs / "bin/work"
+    os.mkfifo(work)
+    script = f'[ "$1" = version ] && exit 0\n/bin/sh -c "echo begun >{work}; read end <{work}"\nexit 3\n'
+    (failing_mmseqs / "bin/mmseqs").write_text(f"#!/bin/sh\n{script}")
+    command = [sys.executable, ROOT / "tools/build_clusters.py", "--fasta", failing_mmseqs / "in.fasta"]
+    killed = subprocess.Popen([*command, "--out", failing_mmseqs / "out"], stderr=subprocess.DEVNULL)
+    work.read_text()  # waits until mmseqs is at work
+    killed.kill()
+    killed.wait()
+    partial = failing_mmseqs / ".out.partial"
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        with pytest.raises(UserError, match="mmseqs of one that was killed"), clustering._locked(partial):
+            pass
+    finally:
+        work.write_text("end\n")
+        fcntl.flock(handle, fcntl.LOCK_EX)  # waits
+        os.close(handle)
+    with clustering._locked(partial):
+        assert not list(partial.iterdir())
 
 
 def test_without_mmseqs_the_tool_says_how_to_get_it(tmp_path):

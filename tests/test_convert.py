@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import runpy
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -249,6 +251,33 @@ def test_wrong_fasta_is_one_line_and_leaves_nothing(
     (tmp_path / "f.fasta").write_bytes(content)
     assert_refused(convert("--fasta", str(tmp_path / "f.fasta"), "--out", str(tmp_path / "out")), message)
     assert not list(tmp_path.glob("out/*"))
+
+
+def interrupt(command: list[str], begun: Callable[[], bool]) -> tuple[int, str]:
+    """Ctrl-C as soon as `begun`, which a terminal sends to all processes of it; its exit code and stderr."""
+    process = subprocess.Popen(
+        [sys.executable, str(TOOL), *command], start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    while not begun():
+        assert process.poll() is None
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=120)  # which is when the last of them is gone
+    return process.returncode, told
+
+
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(convert: Convert, data: Path, tmp_path: Path) -> None:
+    """It comes while workers start, which is when each would have a traceback to tell."""
+    members = [f"m{number}" for number in range(200_000)]
+    (data / "proteins.db").unlink()
+    write_layout(data, {"ur50_id": members}, dict.fromkeys(members, "MKV"))
+    command = [*options(data, tmp_path / "out"), "--workers", "2"]
+    interrupted = interrupt(command, (tmp_path / "out/.train.work/plan.json").exists)
+    assert interrupted == (130, "interrupted; the work is kept: run the same command again to go on\n")
+    assert not (tmp_path / "out/train").exists()
+    code, stderr = convert(*command)
+    assert code == 0
+    assert stderr.startswith("train: 200,000 clusters, 200,000 members, 600,000 residues in ")
 
 
 def test_existing_split_is_refused_and_left_alone(convert: Convert, data: Path, tmp_path: Path) -> None:

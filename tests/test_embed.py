@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -164,17 +165,22 @@ def test_the_tool_writes_rows_in_the_order_of_the_input(tool, weights, real_data
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.parquet"]
 
 
-def test_a_killed_run_goes_on_where_it_was(weights, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_goes_on_where_it_was(weights, tmp_path, number):
     proteins = random_proteins([200] * 100)
     fasta = write_fasta(tmp_path / "in.fasta", proteins)
     options = ("--batch-tokens", "256", "--max-length", "256", "--per-residue")  # one protein a chunk
     journal = tmp_path / ".out.parquet.partial"
     command = [sys.executable, TOOL, fasta, "--model", weights, "--out", tmp_path / "out.parquet", *options]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while not (journal.exists() and journal.stat().st_size > 150_000):
             assert process.poll() is None
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
+        process.send_signal(number)
+        told = process.stderr.read().splitlines()
+    if number == signal.SIGINT:
+        assert re.fullmatch(r"interrupted; \d+ proteins are kept: the same command goes on", told[-1])
+        assert (process.returncode, len(told)) == (130, 2)
     assert not (tmp_path / "out.parquet").exists()
     os.truncate(journal, journal.stat().st_size - 100)  # a row half-written
     again = python(*command[1:])

@@ -16,7 +16,7 @@ import pytest
 
 from esm2_composer.errors import UserError
 from esm2_composer.fasta import read_fasta
-from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout, Sequences
+from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout, Sequences, reading
 from esm2_composer.records import Report
 
 
@@ -201,6 +201,11 @@ def test_wrong_files_are_refused(tmp_path: Path, make: Callable[[Path], object],
     with pytest.raises(UserError) as caught:
         make(tmp_path)
     assert message in str(caught.value)
+
+
+def test_ctrl_c_in_a_query_is_no_damage(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), reading(tmp_path):
+        raise RuntimeError("Query interrupted")  # DuckDB raises that
 
 
 def test_a_table_without_index_is_refused(tmp_path: Path) -> None:

@@ -85,8 +85,11 @@ def main() -> None:
     journal = Journal(args.out, embedder.columns, origin, paths)
     if journal.rows:
         print(f"going on after {journal.rows:,} proteins of an earlier run", file=sys.stderr)
-    with tqdm(total=found.residues, unit=" residues", unit_scale=True, desc="embed", disable=None) as bar:
-        embed_file(args.fasta, found.proteins, journal, embedder, bar.update)
+    try:
+        with tqdm(total=found.residues, unit=" residues", unit_scale=True, desc="embed", disable=None) as bar:
+            embed_file(args.fasta, found.proteins, journal, embedder, bar.update)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{journal.rows:,} proteins are kept: the same command goes on") from None
     print(f"{args.out}: {found.proteins:,} proteins", file=sys.stderr)
 
 

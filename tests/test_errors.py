@@ -1,0 +1,39 @@
+"""errors.py: what a command that is stopped says, whoever stops it."""
+
+import signal
+import sys
+
+import pytest
+
+from esm2_composer.errors import run_command
+
+
+@pytest.fixture(autouse=True)
+def handler_is_given_back():
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("stop", "line"),
+    [
+        (KeyboardInterrupt(), "interrupted\n"),
+        (KeyboardInterrupt("the same command goes on"), "interrupted; the same command goes on\n"),
+        (SystemExit(130), "interrupted\n"),  # of Composer's handler
+    ],
+)
+def test_ctrl_c_is_one_line_and_a_second_one_ends_it_at_once(capsys, stop, line):
+    def main() -> None:
+        raise stop
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert (ended.value.code, capsys.readouterr().err) == (130, line)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+
+
+def test_other_exits_are_left_alone(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: sys.exit(2))  # as argparse does
+    assert (ended.value.code, capsys.readouterr().err) == (2, "")
