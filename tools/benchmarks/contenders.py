@@ -75,6 +75,8 @@ def contenders(device: str) -> dict[str, Callable[[Work], Outcome]]:
             plain = partial(padded, compiled=compiled, attention=chosen)
             found |= {f"{model}, padded to 1024{end}": partial(plain, width=1024)}
             found |= {f"{model}, padded to longest{end}": plain}
+    if device == "cuda" and importlib.util.find_spec("torchao"):
+        found["esm2_composer, fp8, compiled"] = partial(ours, compiled=True, fp8=True)
     if device == "cuda" and importlib.util.find_spec("flash_attn"):
         found["esm2_composer, flash-attn, compiled"] = partial(ours, compiled=True, attention="flash")
         found["transformers, flash-attn"] = partial(padded, attention="flash_attention_2")
@@ -115,18 +117,23 @@ def recipe_of(size: str) -> Recipe:
     return load_recipe(str(YAMLS / f"{size}.yaml"), ["fsdp=null"], data_is_here=False)
 
 
-def make_trainer(work: Work, compiled: bool = False, attention: str = "auto", callbacks: tuple = ()) -> Any:
+def make_trainer(
+    work: Work, compiled: bool = False, attention: str = "auto", fp8: bool = False, callbacks: tuple = ()
+) -> Any:
     """Composer's Trainer, with what the runner gives it that does work in a step."""
     from composer import Trainer
     from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
 
     from esm2_composer.callbacks import GradientClipping, TokenMonitor
+    from esm2_composer.fp8 import use_fp8
     from esm2_composer.optim import build_adamw, build_schedule
     from esm2_composer.pool import data_spec
     from esm2_composer.task import MaskedLanguageModel
 
     recipe = recipe_of(work.size)
     net = ESM2(dataclasses.replace(SIZES[work.size], attention=attention))
+    if fp8:
+        use_fp8(net)
     if compiled:
         net.compile_layers()
     model = MaskedLanguageModel(net)
@@ -155,7 +162,7 @@ def make_trainer(work: Work, compiled: bool = False, attention: str = "auto", ca
     )
 
 
-def ours(work: Work, compiled: bool = False, attention: str = "auto") -> Outcome:
+def ours(work: Work, compiled: bool = False, attention: str = "auto", fp8: bool = False) -> Outcome:
     from composer.core import Callback
 
     ends: list[float] = []
@@ -164,7 +171,7 @@ def ours(work: Work, compiled: bool = False, attention: str = "auto") -> Outcome
         def batch_end(self, state: Any, logger: Any) -> None:
             ends.append(time.perf_counter())
 
-    trainer = make_trainer(work, compiled, attention, (Clock(),))
+    trainer = make_trainer(work, compiled, attention, fp8, (Clock(),))
     before = resident_bytes()
     trainer.fit()
     trainer.close()
@@ -240,11 +247,11 @@ def padded(
     torch._dynamo.config.recompile_limit = 64
     forward = torch.compile(model, dynamic=width is None) if compiled else model
     batches = [padded_microbatches(lengths, width, work.microbatch_tokens) for lengths in work.batches]
+    counts = [sum(int((labels != PAD).sum()) for _, labels in microbatches) for microbatches in batches]
     ends: list[float] = []
     before = resident_bytes()
     for step in range(work.warmup + work.steps):
-        microbatches = batches[step % len(batches)]
-        masked = sum(int((labels != PAD).sum()) for _, labels in microbatches)
+        microbatches, masked = batches[step % len(batches)], counts[step % len(batches)]
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=work.device)
         for inputs, labels in microbatches:
