@@ -56,9 +56,8 @@ class DataSection:
 
     def split(self, name: str) -> tuple[str | None, str]:
         """(remote, local) of a split; remote is None where the shards are read in place."""
-        if self.local is None:
-            return None, f"{self.remote}/{name}"
-        return f"{self.remote}/{name}", f"{self.local}/{name}"
+        remote = f"{self.remote.rstrip('/')}/{name}"
+        return (None, remote) if self.local is None else (remote, f"{self.local}/{name}")
 
 
 @dataclass(frozen=True)
@@ -326,8 +325,18 @@ def _problems(r: Recipe, data_is_here: bool) -> typing.Iterator[str]:
             yield f"'{key}' is {value}; it must be at least {minimum}"
     if r.data.min_length > r.data.max_length - 2:
         yield f"'data.min_length' is {r.data.min_length}; with <cls> and <eos> that exceeds data.max_length"
+    named = {"run_name": r.run_name, "save_folder": r.save_folder, "data.remote": r.data.remote}
+    named |= {"data.local": r.data.local, "model.init_from": r.model.init_from}
+    for key, value in named.items():
+        if value is not None and not value.strip():
+            yield f"'{key}' is empty"
+    tokens = {"data.max_length": r.data.max_length, "device_microbatch_tokens": r.device_microbatch_tokens}
+    for key, value in tokens.items():
+        if value >= 2**31:  # places of tokens are int32
+            yield f"'{key}' is {value}; it must be below {2**31}"
     if r.data.cache_limit is not None:
-        if not re.fullmatch(r"\d+(\.\d+)?(kb|mb|gb|tb)", r.data.cache_limit):
+        limit = re.fullmatch(r"(\d+(?:\.\d+)?)(?:kb|mb|gb|tb)", r.data.cache_limit)
+        if not limit or not float(limit[1]):
             yield f"'data.cache_limit' is {r.data.cache_limit!r}; write a size such as 200gb"
         if r.data.local is None:
             yield "'data.cache_limit' is the limit of data.local, which is not set"
@@ -425,6 +434,9 @@ def _data_problems(data: DataSection) -> typing.Iterator[str]:
         return
     for split in ("train", "valid"):
         folder = Path(data.remote) / split
+        if data.local is not None and folder.resolve() == (Path(data.local) / split).resolve():
+            yield "'data.local' is data.remote itself, whose shards would be lost; null reads them in place"
+            return
         if not (folder / "index.json").is_file():
             yield f"'data.remote' is {data.remote}, which holds no {split} shards ({split}/index.json)"
         elif not _is_index(folder / "index.json"):

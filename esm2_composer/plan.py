@@ -223,10 +223,7 @@ def remedy(recipe: Recipe, plan: Plan, gpu: GPU) -> str | None:
 def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -> tuple[str, dict]:
     """A plan for people, and the same as plain data."""
     gpu = GPUS[gpu_name]
-    if recipe.global_train_batch_size % gpus:
-        raise UserError(
-            f"{gpus} GPUs cannot share global_train_batch_size {recipe.global_train_batch_size} equally"
-        )
+    _check_share(recipe, gpus)
     if recipe.fsdp is not None:
         recipe.fsdp.check_degrees(gpus)
     mfu = mfu or usual_mfu(recipe)
@@ -258,6 +255,13 @@ def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -
     return text, data
 
 
+def _check_share(recipe: Recipe, gpus: int) -> None:
+    if recipe.global_train_batch_size % gpus:
+        raise UserError(
+            f"{gpus} GPUs cannot share global_train_batch_size {recipe.global_train_batch_size} equally"
+        )
+
+
 def _memory_text(plan: Plan) -> str:
     parts = {
         "state": plan.state_bytes,
@@ -272,6 +276,7 @@ def describe(recipe: Recipe, ranks: int) -> str:
     """What `--dry-run` prints: the resolved recipe, its parameters, tokens a step and memory on so many GPUs, or
     on those that its data_parallel degrees make at least."""
     ranks = max(ranks, recipe.fsdp.fewest_ranks if recipe.fsdp else 1)
+    _check_share(recipe, ranks)
     plan = make_plan(recipe, ranks, GPUS["h100"], usual_mfu(recipe))
     sequences = recipe.global_train_batch_size
     return (

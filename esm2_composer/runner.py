@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from esm2_composer.plan import GPUS
 from esm2_composer.pool import data_spec
 from esm2_composer.preemption import shelter_worker
 from esm2_composer.saving import CheckpointSaver, on_rank_zero
+from esm2_composer.shards import patiently
 from esm2_composer.task import MaskedLanguageModel
 
 
@@ -102,9 +104,9 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     train = train_loader(draw, *recipe.data.split("train"), batch, workers, recipe.data.cache_limit)
     valid = evaluation_loader(draw, *recipe.data.split("valid"), batch, workers)
     train.worker_init_fn = valid.worker_init_fn = shelter_worker
-    saver.pin_data(on_rank_zero(lambda: _digest(recipe.data.split("train")[1])))
+    saver.pin_data(digest_of_all_nodes(recipe.data))
 
-    if recipe.data.min_length > 1:
+    if recipe.data.min_length > 1 and not dist.get_global_rank():
         _say(_short_clusters(recipe.data))
 
     sharded_on_cpu = recipe.fsdp is not None and recipe.fsdp.version == 2 and not on_gpu
@@ -159,9 +161,10 @@ def _peak_flops() -> float | None:
 
 
 def check_cache(data: DataSection) -> None:
-    """Raise a UserError if `data.local` holds other shards than `data.remote`: Streaming takes an index it has.
+    """Raise a UserError if `data.local` holds other shards than `data.remote`, or that has none: Streaming takes
+    an index it has.
 
-    A store that does not answer is no mistake of the user, and raises what it does.
+    A store that does not answer is no mistake of the user, and raises a ConnectionError.
     """
     for name in ("train", "valid"):
         remote, local = data.split(name)
@@ -170,7 +173,13 @@ def check_cache(data: DataSection) -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "index.json")
-            CloudDownloader.get(remote).download(f"{remote}/{path.name}", str(path), 60)
+            source = f"{remote}/{path.name}"
+            try:
+                patiently(partial(CloudDownloader.get(remote).download, source, str(path), 60), source)
+            except ConnectionError:
+                raise
+            except Exception as error:  # each store raises its own types
+                raise UserError(f"{remote}: cannot be opened as MDS shards ({error})") from error
             if path.read_bytes() != cached.read_bytes():
                 raise UserError(
                     f"data.local {data.local} holds other {name} shards than data.remote {data.remote}; "
@@ -178,13 +187,24 @@ def check_cache(data: DataSection) -> None:
                 )
 
 
-def _digest(local: str) -> str:
-    """Of the index of a split's shards, which holds the digest of each."""
-    return hashlib.sha256(Path(local, "index.json").read_bytes()).hexdigest()
+def digest_of_all_nodes(data: DataSection) -> str:
+    """Of the index of the training shards, which holds the digest of each.
+
+    Raises:
+        UserError: another node's cache holds other shards.
+    """
+    here = [Path(data.split(name)[1], "index.json").read_bytes() for name in ("train", "valid")]
+    digests = [hashlib.sha256(index).hexdigest() for index in here]
+    if any(others != digests for others in dist.all_gather_object(digests)):
+        raise UserError(
+            f"data.local {data.local} holds other shards on some nodes than on others; empty it where they are old"
+        )
+    return digests[0]
 
 
 def _short_clusters(data: DataSection) -> str:
-    count = count_short_clusters(f"{data.remote}/train", data.min_length)
+    remote, local = data.split("train")
+    count = count_short_clusters(remote or local, data.min_length)
     return (
         f"data.min_length {data.min_length}: {'an unknown number of' if count is None else f'{count:,}'} clusters "
         "have no member that long, and show those they have"

@@ -10,10 +10,10 @@ import tempfile
 import time
 import traceback
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -26,6 +26,8 @@ from streaming.base.shared import SharedMemory, _get_path
 from esm2_composer.epochs import WHOLE_BATCHES
 from esm2_composer.errors import UserError
 from esm2_composer.mds import Shard
+
+Result = TypeVar("Result")
 
 HASH = "xxh64"
 OPENING_SECONDS = 60
@@ -215,26 +217,33 @@ class CheckedStream(Stream):
         return {folder / info.basename: info.bytes for pair in shard.file_pairs for info in pair if info}
 
     def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
-        """Streaming's, again and again for half a minute where the store and not the request is at fault.
+        download = super()._download_file
+        return patiently(lambda: download(from_basename, to_basename), f"{self.remote}/{from_basename}")
 
-        Raises:
-            ConnectionError: the store did not come back; worth another start.
-        """
-        for wait in (*WAITS, None):
-            try:
-                return super()._download_file(from_basename, to_basename)
-            except Exception as error:  # each store raises its own types
-                if isinstance(error, FileNotFoundError | PermissionError | ValueError) or _is_refusal(error):
-                    raise
-                told = f"{self.remote}/{from_basename} cannot be fetched ({type(error).__name__}: {error})"
-                if wait is None:
-                    raise ConnectionError(told) from error
-                print(f"{told}; trying again in {wait} s", file=sys.stderr, flush=True)
-                time.sleep(wait)
-        raise AssertionError
+
+def patiently(download: Callable[[], Result], source: str) -> Result:
+    """Download again and again, for half a minute, where the store and not the request is at fault.
+
+    Raises:
+        ConnectionError: the store did not come back; worth another start.
+        Exception: what the store raises for a request that will never do.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return download()
+        except Exception as error:  # each store raises its own types
+            if isinstance(error, FileNotFoundError | PermissionError | ValueError) or _is_refusal(error):
+                raise
+            told = f"{source} cannot be fetched ({type(error).__name__}: {error})"
+            if wait is None:
+                raise ConnectionError(told) from error
+            print(f"{told}; trying again in {wait} s", file=sys.stderr, flush=True)
+            time.sleep(wait)
+    raise AssertionError
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether boto's error is an answer that would be the same again."""
+    """Whether boto's error is an answer that would be the same again, as those of too many requests are not."""
     answer = getattr(error, "response", {}).get("ResponseMetadata", {})
-    return 400 <= answer.get("HTTPStatusCode", 500) < 500
+    status = answer.get("HTTPStatusCode", 500)
+    return 400 <= status < 500 and status not in (408, 429)

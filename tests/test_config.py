@@ -216,6 +216,12 @@ def test_limits_belong_to_the_range() -> None:
         ("data.mask_fraction=1.01", "'data.mask_fraction' is 1.01; it must lie between 0 and 1"),
         ("data.min_length=1023", "'data.min_length' is 1023; with <cls> and <eos> that exceeds data.max_length"),
         ("data.cache_limit=many", "'data.cache_limit' is 'many'; write a size such as 200gb"),
+        ("data.cache_limit=0gb", "'data.cache_limit' is '0gb'; write a size such as 200gb"),
+        ("run_name=''", "'run_name' is empty"),
+        ("save_folder=''", "'save_folder' is empty"),
+        ("data.local=' '", "'data.local' is empty"),
+        ("data.max_length=2147483648", "'data.max_length' is 2147483648; it must be below 2147483648"),
+        ("device_microbatch_tokens=9999999999", "'device_microbatch_tokens' is 9999999999; it must be below"),
         ("data.cache_limit=2gb", "'data.cache_limit' is the limit of data.local, which is not set"),
         ("data.mask_fraction=0", "'data.mask_fraction' is 0.0; it must be above 0"),
         ("data.min_length=0", "'data.min_length' is 0; it must be at least 1"),
@@ -385,4 +391,25 @@ def test_fp8_goes_with_bf16_only() -> None:
 def test_a_kernel_of_16_bits_does_not_go_with_fp32(attention: str) -> None:
     assert mistake(f"model.attention={attention}", "precision=fp32") == (
         f"'model.attention' is {attention}, which computes in 16 bits, and 'precision' is fp32"
+    )
+
+
+@pytest.mark.parametrize("local", ["{}", "{}/", "{}/train/..", "link"])
+def test_a_cache_in_the_shards_own_folder_is_refused(tmp_path: Path, monkeypatch: Any, local: str) -> None:
+    """Streaming would take the packed shards for copies of its own, and remove them once unpacked."""
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to(tmp_path / "packed")
+    for split in ("train", "valid"):
+        Path("packed", split).mkdir(parents=True)
+        Path("packed", split, "index.json").write_text('{"shards": [1]}')
+    overrides = [f"data.remote={tmp_path}/packed", f"data.local={local.format('packed')}"]
+    Path("tiny.yaml").write_text(MINIMAL)
+    with pytest.raises(UserError, match=r"'data\.local' is data\.remote itself"):
+        load_recipe("tiny.yaml", overrides)
+
+
+def test_a_slash_at_the_end_of_a_remote_is_none_of_its_name() -> None:
+    assert load("data.remote=s3://bucket/prefix/", "data.local=/cache").data.split("train") == (
+        "s3://bucket/prefix/train",
+        "/cache/train",
     )

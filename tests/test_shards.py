@@ -14,7 +14,7 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
-from botocore.exceptions import EndpointConnectionError
+from botocore.exceptions import ClientError, EndpointConnectionError
 from conftest import cluster
 from moto.server import ThreadedMotoServer
 from streaming import MDSWriter, StreamingDataset
@@ -274,3 +274,21 @@ def test_shard_bounds_find_every_sample_as_streaming_does() -> None:
     ours, theirs = ShardBounds(sizes), Spanner(sizes)
     assert [ours[i] for i in range(13)] == [theirs[i] for i in range(13)]
     assert ours[np.int64(4)] == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("status", "refusal"), [(403, True), (404, True), (408, False), (429, False), (503, False)]
+)
+def test_an_answer_that_would_be_the_same_again_is_not_asked_for_again(status: int, refusal: bool) -> None:
+    error = ClientError({"ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
+    asked: list[int] = []
+
+    def download() -> None:
+        asked.append(1)
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "WAITS", (0, 0))
+        with pytest.raises(ClientError if refusal else ConnectionError):
+            shards.patiently(download, "s3://bucket/train/index.json")
+    assert len(asked) == (1 if refusal else 3)

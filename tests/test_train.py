@@ -13,13 +13,15 @@ import export_hf
 import plot_convergence
 import pytest
 import torch
+from composer.utils import dist
 from conftest import Run, command, composer, python
 from outcomes import assert_same_weights, assert_user_error, final_weights, losses, scalars
+from streaming.base.storage.download import LocalDownloader
 from transformers import AutoModelForMaskedLM
 
 from esm2_composer.config import DataSection, load_recipe
 from esm2_composer.errors import UserError
-from esm2_composer.runner import build_trainer, check_cache
+from esm2_composer.runner import build_trainer, check_cache, digest_of_all_nodes
 
 PERPLEXITY = "metrics/valid/perplexity"
 
@@ -220,7 +222,7 @@ def test_a_cache_of_other_shards_is_refused(shards, tmp_path, split):
     assert_user_error(result, f"data.local cache holds other {split} shards than data.remote {shards};")
 
 
-def test_a_cache_is_no_mistake_where_it_is_the_remotes_or_the_remote_does_not_answer(written, tmp_path):
+def test_a_cache_of_the_remotes_own_shards_is_taken_and_a_remote_that_is_not_there_told(written, tmp_path):
     for split in ("train", "valid"):
         shutil.copytree(written, tmp_path / "remote" / split)
     data = DataSection(str(tmp_path / "remote"), str(tmp_path / "cache"))
@@ -228,8 +230,35 @@ def test_a_cache_is_no_mistake_where_it_is_the_remotes_or_the_remote_does_not_an
     shutil.copytree(tmp_path / "remote", tmp_path / "cache")
     check_cache(data)
     shutil.rmtree(tmp_path / "remote")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="remote/train: cannot be opened as MDS shards"):
         check_cache(data)
+
+
+def test_a_store_that_is_away_while_the_cache_is_compared_is_waited_for(written, tmp_path, monkeypatch, capsys):
+    for split in ("train", "valid"):
+        shutil.copytree(written, tmp_path / "cache" / split)
+
+    def away(*_: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("esm2_composer.shards.WAITS", (0,))
+    monkeypatch.setattr(LocalDownloader, "_download_file_impl", away)
+    with pytest.raises(ConnectionError, match="no route to host"):
+        check_cache(DataSection(str(tmp_path / "remote"), str(tmp_path / "cache")))
+    assert capsys.readouterr().err.endswith("no route to host); trying again in 0 s\n")
+
+
+def test_nodes_whose_caches_hold_different_shards_are_told(shards, tmp_path, monkeypatch):
+    shutil.copytree(shards, tmp_path / "other")
+    index = tmp_path / "other/valid/index.json"
+    index.write_text(index.read_text() + " ")
+    here, there = DataSection("s3://b/x", str(shards)), DataSection("s3://b/x", str(tmp_path / "other"))
+    seen = []
+    monkeypatch.setattr(dist, "all_gather_object", lambda digests: seen.append(digests) or seen)
+    first = digest_of_all_nodes(here)
+    assert digest_of_all_nodes(here) == first
+    with pytest.raises(UserError, match="holds other shards on some nodes than on others"):
+        digest_of_all_nodes(there)
 
 
 @pytest.mark.parametrize("checkpoint", ["nothing.pt", "folder"])
