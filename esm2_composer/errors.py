@@ -5,12 +5,15 @@ Everything else that is not a `UserError` is a defect of this package and keeps 
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
+# What the system answers to a path that somebody gave, whatever is done with it.
+REFUSED = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 class UserError(Exception):
@@ -27,6 +30,11 @@ def run_command(main: Callable[[], int | None]) -> None:
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         code = EXIT_USER_ERROR
     except KeyboardInterrupt as stop:
         code = _interrupted(*stop.args)

@@ -93,6 +93,8 @@ def load_pretrained(path: str | Path, attention: str = "auto") -> ESM2:
         with torch.device("meta"):
             model = ESM2(ESM2Config(**config, attention=attention))
         return _fill(model, state, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # What names and numbers of other things lead to; what is damaged or missing has been told apart before.
         raise UserError(f"{path}: not an ESM-2 ({type(error).__name__}: {error})") from error
@@ -125,6 +127,8 @@ def _fill(model: ESM2, state: State, path: Path) -> ESM2:
             raise UserError(f"{path}: '{name}' has shape {tuple(state[name].shape)}, not {tuple(shape)}")
     if unknown := sorted(state.keys() - expected.keys()):
         raise UserError(f"{path}: not an ESM-2, it has '{unknown[0]}'")
+    if not state["rotary_bits"].view(torch.float32).isfinite().all():
+        raise UserError(f"{path}: its rotary frequencies hold what is no finite number")
     tensors = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}
     tensors["rotary_bits"] = state["rotary_bits"].clone()
     for name, tensor in tensors.items():
@@ -177,6 +181,8 @@ def _stack(foreign: State, num_layers: int, fair: bool, path: Path) -> dict[str,
     for decoder in _TIED:
         if decoder in foreign and not torch.equal(foreign[decoder], foreign[_TENSORS[0][2 if fair else 1]]):
             raise UserError(f"{path}: not an ESM-2, whose '{decoder}' is its embedding")
+    if any(key.startswith(f"{_FAIR_LAYER if fair else _HF_LAYER}.{num_layers}.") for key in foreign):
+        raise UserError(f"{path}: it has more layers than the {num_layers} it is said to have")
     for ours, keys in foreign_keys(num_layers, fair):
         if ours.startswith("contact_head") and keys[0] not in foreign:
             continue  # shipped apart, or not at all

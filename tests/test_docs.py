@@ -1,7 +1,7 @@
 """README.md and docs/: their commands are those that there are, their map is the package, their snippet runs.
 
-They are run in test_readme.py, test_continue.py and test_plot_convergence.py; job files are looked at in
-test_running.py.
+Those of the README and of walk-throughs are run in test_readme.py, test_continue.py and test_plot_convergence.py;
+job files are looked at in test_running.py.
 """
 
 from __future__ import annotations

@@ -37,3 +37,21 @@ def test_other_exits_are_left_alone(capsys):
     with pytest.raises(SystemExit) as ended:
         run_command(lambda: sys.exit(2))  # as argparse does
     assert (ended.value.code, capsys.readouterr().err) == (2, "")
+
+
+@pytest.mark.parametrize("path", ["folder", "file/inside", "n" * 300])
+def test_a_path_that_the_system_refuses_is_one_line(capsys, tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: open(path).close())
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert told.startswith(f"error: {path}: ")
+    assert told.count("\n") == 1
+
+
+def test_other_failures_of_the_system_are_told_in_full():
+    with pytest.raises(FileNotFoundError):
+        run_command(lambda: open("/nowhere").close())

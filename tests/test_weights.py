@@ -113,6 +113,24 @@ def test_rounded_rotary_frequencies_are_kept_both_ways(model, tmp_path):
     assert_same_weights(ESM2.from_pretrained(tmp_path / "back"), ours)
 
 
+def test_rotary_frequencies_that_are_no_numbers_are_refused(model, tmp_path):
+    reference = hugging_face(model)
+    for layer in reference.esm.encoder.layer:
+        layer.attention.self.rotary_embeddings.inv_freq.fill_(torch.nan)
+    reference.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="rotary frequencies hold what is no finite number"):
+        ESM2.from_pretrained(tmp_path)
+
+
+def test_layers_beyond_those_that_the_config_names_are_refused(model, tmp_path):
+    model.save_hf(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="it has more layers than the 1 it is said to have"):
+        ESM2.from_pretrained(tmp_path)
+
+
 def test_weights_without_a_contact_head_get_a_finite_one(model, tmp_path):
     save_fair_esm(model, tmp_path / "esm2.pt", "encoder.")
     (tmp_path / "esm2-contact-regression.pt").unlink()

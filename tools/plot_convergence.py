@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import json
 import math
 import os
@@ -357,7 +358,7 @@ def save(figure: Any, out: Path) -> None:
         figure.savefig(partial, format=out.suffix[1:], dpi=200, bbox_inches="tight")
         partial.rename(out)
     except OSError as error:
-        if partial.exists():
+        with contextlib.suppress(OSError):
             partial.unlink()
         raise UserError(f"{out}: cannot be written ({error.strerror})") from error
 
