@@ -38,7 +38,7 @@ from esm2_composer.records import EXAMPLES_KEPT, clean
 
 MIN_RESIDUES = 11
 COVERAGE = ("-c", "0.8", "--cov-mode", "0")  # 80 % of both sequences
-# Without --shuffle 0, MMseqs2 orders its input anew each time, and of equally long proteins another one represents.
+# Without --shuffle 0 MMseqs2 orders its input anew each time, and of equally long proteins another represents.
 CLUSTER = (*COVERAGE, "--cluster-mode", "2", "--cluster-reassign", "1", "--shuffle", "0", "--min-seq-id")
 SEARCH = (*COVERAGE, "-s", "6", "--min-seq-id", "0.5", "--format-output", "query")
 ROWS_AT_ONCE = 20_000
