@@ -9,6 +9,15 @@ import pytest
 from esm2_composer.workers import Workers
 
 
+@pytest.fixture
+def pythons_own_handler():
+    """Importing Composer, as other tests do, sets another."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("pythons_own_handler")
 def test_a_worker_never_hears_of_ctrl_c_and_the_command_still_does():
     with Workers(1) as pool:
         worker = pool.submit(os.getpid).result()
