@@ -23,7 +23,7 @@ import sqlite3
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -38,8 +38,7 @@ from esm2_composer.records import EXAMPLES_KEPT, clean
 
 MIN_RESIDUES = 11
 COVERAGE = ("-c", "0.8", "--cov-mode", "0")  # 80 % of both sequences
-# Without --shuffle 0 MMseqs2 orders its input anew each time, and of equally long proteins another represents.
-CLUSTER = (*COVERAGE, "--cluster-mode", "2", "--cluster-reassign", "1", "--shuffle", "0", "--min-seq-id")
+CLUSTER = (*COVERAGE, "--cluster-mode", "2", "--cluster-reassign", "1", "--min-seq-id")
 SEARCH = (*COVERAGE, "-s", "6", "--min-seq-id", "0.5", "--format-output", "query")
 ROWS_AT_ONCE = 20_000
 
@@ -194,15 +193,21 @@ def _insert(database: sqlite3.Connection, name: str, residues: str) -> bool:
 
 
 def _cluster(database, work, threads, say) -> None:
-    """Make the table member: the representatives at 90 %, clustered at 50 %."""
-    _write_fasta(work / "all.fasta", database.execute("SELECT number, sequence FROM protein"))
-    for identity, source, name in (("0.9", "all.fasta", "c90"), ("0.5", "c90_rep_seq.fasta", "c50")):
-        say(f"clustering at {identity} identity")
-        _mmseqs("easy-cluster", work, (source, name), (*CLUSTER, identity), threads)
+    """Make the table member: the representatives at 90 %, clustered at 50 %.
+
+    The order of MMseqs2's input decides which of two equally long proteins represents the other, and the order of
+    its output is another each time. So the first step's output is put in order before it is the second's input.
+    """
     database.execute("CREATE TABLE member (number INTEGER PRIMARY KEY, cluster INTEGER, valid INTEGER)")
-    with open(work / "c50_cluster.tsv") as lines:
-        pairs = (line.split() for line in lines)
-        database.executemany("INSERT INTO member (cluster, number) VALUES (?, ?)", pairs)
+    database.execute("INSERT INTO member (number, cluster) SELECT number, number FROM protein")
+    for identity in ("0.9", "0.5"):
+        say(f"clustering at {identity} identity")
+        _write_fasta(database, work / "representatives.fasta", "number = cluster")
+        _mmseqs("easy-cluster", work, ("representatives.fasta", "found"), (*CLUSTER, identity), threads)
+        database.execute("DELETE FROM member")
+        with open(work / "found_cluster.tsv") as lines:
+            pairs = (line.split() for line in lines)
+            database.executemany("INSERT INTO member (cluster, number) VALUES (?, ?)", pairs)
 
 
 def _choose_valid(database: sqlite3.Connection, count: int, seed: int) -> None:
@@ -222,9 +227,8 @@ def _choose_valid(database: sqlite3.Connection, count: int, seed: int) -> None:
 
 def _remove_like_valid(database, work, threads, say) -> dict[str, int]:
     """Remove the training members that match a validation sequence; gives the counts after it."""
-    for name, which in (("train.fasta", TRAIN), ("valid.fasta", VALID)):
-        query = f"SELECT number, sequence FROM member JOIN protein USING (number) WHERE {which}"
-        _write_fasta(work / name, database.execute(query))
+    _write_fasta(database, work / "train.fasta", TRAIN)
+    _write_fasta(database, work / "valid.fasta", VALID)
     clusters, members = (_count(database, what, TRAIN) for what in ("DISTINCT cluster", "number"))
     say("searching training members that match a validation sequence")
     _mmseqs("easy-search", work, ("train.fasta", "valid.fasta", "hits"), SEARCH, threads)
@@ -246,9 +250,11 @@ def _count(database: sqlite3.Connection, what: str, which: str) -> int:
     return database.execute(f"SELECT count({what}) FROM member WHERE {which}").fetchone()[0]
 
 
-def _write_fasta(path: Path, proteins: Iterable[tuple[int, str]]) -> None:
+def _write_fasta(database: sqlite3.Connection, path: Path, which: str) -> None:
+    """Members by number, in that order."""
+    query = f"SELECT number, sequence FROM member JOIN protein USING (number) WHERE {which} ORDER BY number"
     with open(path, "w") as file:
-        for number, sequence in proteins:
+        for number, sequence in database.execute(query):
             file.write(f">{number}\n{sequence}\n")
 
 

@@ -32,7 +32,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER_ERROR
     except OSError as error:
-        if error.errno not in REFUSED:
+        if error.filename is None or error.errno not in REFUSED:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         code = EXIT_USER_ERROR

@@ -1,5 +1,6 @@
 """errors.py: what a command that is stopped says, whoever stops it."""
 
+import errno
 import signal
 import sys
 
@@ -52,6 +53,10 @@ def test_a_path_that_the_system_refuses_is_one_line(capsys, tmp_path, monkeypatc
     assert told.count("\n") == 1
 
 
-def test_other_failures_of_the_system_are_told_in_full():
-    with pytest.raises(FileNotFoundError):
-        run_command(lambda: open("/nowhere").close())
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "", "x"), PermissionError(errno.EPERM, "")])
+def test_other_failures_of_the_system_are_told_in_full(error):
+    def main() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        run_command(main)

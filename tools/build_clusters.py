@@ -3,8 +3,7 @@
 DIR is new and then holds train_clusters.parquet and train.db, valid_clusters.parquet and validation.db, which
 tools/convert.py reads, and report.json. Members are the representatives of clusters at 90 % identity, clusters
 those of the members at 50 %; a share of the clusters is set aside for validation, and members for training that
-match one of them are removed. How many there are is the same for the same input and MMseqs2; between like proteins
-that could represent each other MMseqs2 may choose otherwise each time.
+match one of them are removed. The same input, seed and MMseqs2 give the same clusters.
 """
 
 from __future__ import annotations
