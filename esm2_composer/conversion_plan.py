@@ -220,6 +220,7 @@ def _table(batches: list[pa.RecordBatch]) -> pa.Table:
 def read_part(plan: Path, number: int) -> Iterator[tuple[str, list[str | None], list[str], bool, int]]:
     """(id, members named, those another cluster keeps, whether the other split has it, rows) of each cluster."""
     rows = pq.ParquetFile(plan).read_row_group(number).to_pydict()
+    pa.default_memory_pool().release_unused()  # of a huge cluster, more than its ids take
     current: list[Any] | None = None
     for name, named, shared, elsewhere in zip(*rows.values(), strict=True):
         if current and current[0] == name:

@@ -21,7 +21,8 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         own = message.rpartition(f"{__name__}.UserError: ")[2]  # a DataLoader worker's comes in a traceback
-        super().__init__(" ".join(own.split()))  # a cause may bring line breaks of its own
+        line = " ".join(own.split())  # a cause may bring line breaks of its own, and what a damaged file holds
+        super().__init__("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line))
 
 
 def run_command(main: Callable[[], int | None]) -> None:

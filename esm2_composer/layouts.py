@@ -286,7 +286,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         return pq.ParquetFile(path)
     except FileNotFoundError:
         raise ReadError(f"{path}: no such file") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if _is_passing(error):
             raise ReadError(f"{path}: cannot be read ({error})") from error
         raise UserError(f"{path}: not a parquet file ({error})") from error
@@ -304,16 +304,18 @@ def reading(path: Path | str) -> Iterator[None]:
         if str(error) == "Query interrupted":  # DuckDB's word for Ctrl-C
             raise KeyboardInterrupt from None
         raise
-    except (pa.ArrowException, OSError, duckdb.Error) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError, duckdb.Error) as error:
         if _is_passing(error):
             raise
         raise UserError(f"{path}: damaged ({str(error)[:300]})") from error
 
 
 def _is_passing(error: Exception) -> bool:
-    """Whether the system failed; of damage, Arrow gives no error number and DuckDB other types."""
-    out_of_something = duckdb.IOException, duckdb.OutOfMemoryException, MemoryError
-    return isinstance(error, out_of_something) or getattr(error, "errno", None) is not None
+    """Whether the system failed; of damage, Arrow gives no error number and DuckDB other types, but for one."""
+    if isinstance(error, duckdb.IOException):
+        return "Could not read enough bytes" not in str(error)  # a length in the file says more than there is
+    out_of_memory = duckdb.OutOfMemoryException, MemoryError
+    return isinstance(error, out_of_memory) or getattr(error, "errno", None) is not None
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from esm2_composer.conversion_plan import read_part, stage
 from esm2_composer.errors import UserError
 from esm2_composer.layouts import Layout, Progress, Sequences
 from esm2_composer.mds import ShardWriter, write_durably
-from esm2_composer.records import Report, build_record, choose_members
+from esm2_composer.records import Member, Report, build_record, choose_members
 from esm2_composer.workers import Workers
 
 MEMBERS_AT_ONCE = 5_000
@@ -68,13 +69,10 @@ class PartBuilder:
         """
         report, written = Report(), []
         writer = ShardWriter(self.work / "shards", f"{number:05}")
-        for clusters in self._batches(number, report):
-            found = _look_up(clusters, look_up)
-            report.counts["sequences_found"] += sum(map(len, found.values()))
-            for name, members in clusters:
-                record = build_record(
-                    name, [(member, found.get(member.encode(), ())) for member in members], report
-                )
+        for batch in self._batches(number, report):
+            members = _with_sequences(batch, look_up, report)
+            for name, chosen in batch:
+                record = build_record(name, islice(members, len(chosen)), report)
                 if record is None:
                     continue
                 if len(record["residues"]) > MAX_CLUSTER_BYTES:
@@ -112,19 +110,20 @@ class PartBuilder:
         yield batch
 
 
-def _look_up(clusters: list[tuple[str, list[str]]], look_up: LookUp) -> dict[bytes, list]:
-    members = [member for _, members in clusters for member in members]
-    if len(clusters) > 1:
-        return look_up(members)
-    found: dict[bytes, list] = {}
+def _with_sequences(batch: list[tuple[str, list[str]]], look_up: LookUp, report: Report) -> Iterator[Member]:
+    """The members of all clusters of a batch; of a huge one a few at a time, or they would fill the memory."""
+    members = [member for _, chosen in batch for member in chosen]
     size = 0
-    for start in range(0, len(members), MEMBERS_AT_ONCE):  # a huge cluster must not fill the memory first
-        some = look_up(members[start : start + MEMBERS_AT_ONCE])
-        found.update(some)
-        size += sum(len(sequence) for given in some.values() for sequence in given if isinstance(sequence, bytes))
-        if size > MAX_CLUSTER_BYTES:
-            raise _too_large(clusters[0][0])
-    return found
+    for start in range(0, len(members), MEMBERS_AT_ONCE):
+        some = members[start : start + MEMBERS_AT_ONCE]
+        found = look_up(some)
+        report.counts["sequences_found"] += sum(map(len, found.values()))
+        if len(batch) == 1:
+            size += sum(len(text) for given in found.values() for text in given if isinstance(text, bytes))
+            if size > MAX_CLUSTER_BYTES:
+                raise _too_large(batch[0][0])
+        for member in some:
+            yield member, found.get(member.encode(), ())
 
 
 def _too_large(cluster_id: str) -> UserError:

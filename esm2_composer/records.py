@@ -16,7 +16,7 @@ import hashlib
 import heapq
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -147,16 +147,18 @@ def choose_members(
     report.counts["members_read"] += len(named)
     if len(named) == 1 and named[0] and not owned_elsewhere:  # most clusters
         return [named[0]]
-    seen: set[str] = set()
+    members: list[str] = []
+    elsewhere, before = set(owned_elsewhere), None
     for member in sorted(member or "" for member in named):
         if not member:
             report.reject("member without id", cluster_id, 1)
-        elif member in seen:
+        elif member == before:
             report.change("member named again in its cluster", member)
-        elif member in owned_elsewhere:
+        elif member in elsewhere:
             report.reject("member of another cluster", member, 1)
-        seen.add(member)
-    members = sorted(seen.difference(owned_elsewhere, [""]))
+        else:
+            members.append(member)
+        before = member
     if limit and len(members) > limit:
         report.change("cluster cut to the member limit", cluster_id)
         report.counts["members_left_out"] += len(members) - limit
@@ -168,14 +170,14 @@ def _keyed_hash(seed: int, text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
 
 
-def build_record(cluster_id: str, members: Sequence[Member], report: Report) -> dict[str, Any] | None:
+def build_record(cluster_id: str, members: Iterable[Member], report: Report) -> dict[str, Any] | None:
     """The MDS sample of a cluster, or None if no member is left; `report` learns of everything.
 
     Args:
         members: as `choose_members` gives them, with all sequences found under each id.
     """
     report.counts["clusters_read"] += 1
-    kept = []
+    kept, member_id = [], None
     for member_id, given in members:
         if len(given) == 1 and is_clean(given[0]):  # nearly every member
             kept.append(given[0])
@@ -190,7 +192,7 @@ def build_record(cluster_id: str, members: Sequence[Member], report: Report) -> 
         kept.append(residues)
     if not kept:
         # Its members, if it has any, are counted already.
-        report.reject("cluster with no usable member" if members else "cluster without members", cluster_id, 0)
+        report.reject("cluster with no usable member" if member_id else "cluster without members", cluster_id, 0)
         return None
     lengths = [len(sequence) for sequence in kept]
     residues = b"".join(kept)

@@ -16,6 +16,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from esm2_composer import conversion_plan, parts
 from esm2_composer.conversion import Interrupted, Options, convert
 from esm2_composer.conversion_plan import make_plan
 from esm2_composer.errors import UserError
-from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout
+from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout, Sequences
 from esm2_composer.records import LENGTH_LABELS, Report
 
 SPLIT_FILES = {
@@ -462,6 +463,28 @@ def test_huge_clusters_are_whole_unless_capped(tmp_path: Path) -> None:
     assert [member for member in whole if member in kept] == capped
 
 
+def test_sequences_of_a_huge_cluster_are_looked_up_a_few_at_a_time_and_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Found(dict):
+        """A dict that can be watched."""
+
+    look_up, given, held = Sequences.look_up, [], []
+
+    def watched(self: Sequences, ids: list[str]) -> Found:
+        held.append(sum(found() is not None for found in given))
+        found = Found(look_up(self, ids))
+        given.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Sequences, "look_up", watched)
+    layout = huge(tmp_path, 3 * parts.MEMBERS_AT_ONCE, 10)
+    told = convert(layout, str(tmp_path / "out"), Options())
+    assert told["members_written"] == told["sequences_found"] == 3 * parts.MEMBERS_AT_ONCE + 1
+    assert len(held) == 4  # three for the huge cluster, one for the small
+    assert max(held) == 1  # the one before goes when the next has come
+
+
 def test_a_cluster_too_large_for_a_sample_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "MAX_CLUSTER_BYTES", 2**20)
     layout = huge(tmp_path, 12_000, 100)
@@ -515,6 +538,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 CONVERT = """
 import sys
 import time
+import weakref
 from pathlib import Path
 from esm2_composer import conversion, conversion_plan, parts
 from esm2_composer.layouts import BioNeMo

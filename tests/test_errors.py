@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from esm2_composer.errors import run_command
+from esm2_composer.errors import UserError, run_command
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +60,7 @@ def test_other_failures_of_the_system_are_told_in_full(error):
 
     with pytest.raises(type(error)):
         run_command(main)
+
+
+def test_a_message_is_one_line_of_text_whatever_is_quoted_in_it():
+    assert str(UserError("a\n  b \x1b[31m\0 é \udcff")) == r"a b \x1b[31m\x00 é \udcff"

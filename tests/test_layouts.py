@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from esm2_composer.conversion_plan import make_plan
 from esm2_composer.errors import UserError
 from esm2_composer.fasta import read_fasta
 from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout, Sequences, reading
@@ -201,6 +202,31 @@ def test_wrong_files_are_refused(tmp_path: Path, make: Callable[[Path], object],
     with pytest.raises(UserError) as caught:
         make(tmp_path)
     assert message in str(caught.value)
+
+
+NO_TEXT = pa.array([b"M\xff"]).view(pa.string())
+
+
+def test_text_that_is_none_is_damage(tmp_path: Path) -> None:
+    """Arrow takes the bytes of a string for granted until somebody looks at them."""
+    layout = Flat(write_clusters(tmp_path / "x.parquet", {**PARQUET, "sequence": NO_TEXT}))
+    with pytest.raises(UserError, match=r"x\.parquet: damaged \('utf-8' codec can't decode"):
+        layout.stage(tmp_path, Report(), lambda read: None)
+    layout = BioNeMo(*write_layout(tmp_path, {"ur50_id": NO_TEXT}, {}))
+    with pytest.raises(UserError, match=r"clusters\.parquet: damaged"):
+        make_plan(layout, tmp_path, None, 1, Report())
+    pq.write_table(pa.table(PARQUET), tmp_path / "y.parquet", store_schema=False)
+    named = (tmp_path / "y.parquet").read_bytes()
+    (tmp_path / "y.parquet").write_bytes(named.replace(b"sequence", b"sequenc\xff"))
+    with pytest.raises(UserError, match=r"y\.parquet: not a parquet file \('utf-8' codec can't decode"):
+        Flat(tmp_path / "y.parquet")
+
+
+def test_a_disk_that_fails_is_no_damage_and_a_wrong_length_is(tmp_path: Path) -> None:
+    with pytest.raises(duckdb.IOException), reading(tmp_path):
+        raise duckdb.IOException("IO Error: Could not read from file: Input/output error")
+    with pytest.raises(UserError, match="damaged"), reading(tmp_path):
+        raise duckdb.IOException("IO Error: Could not read enough bytes from file")  # DuckDB raises that
 
 
 def test_ctrl_c_in_a_query_is_no_damage(tmp_path: Path) -> None:
