@@ -58,6 +58,13 @@ def test_members_are_uniform_over_epochs() -> None:
     assert_uniform(seen, [f"<{'A' * 30}>", "<C>", f"<{'D' * 7}>", f"<{'E' * 30}>"])
 
 
+def test_members_of_a_huge_cluster_are_uniform() -> None:
+    """5,000 members, each of which shows the tenth of them that it is in."""
+    tenths = "ACDEFGHIKL"
+    members = [letter.encode() for letter in tenths for _ in range(500)]
+    assert_uniform(windows(cluster(*members), max_length=50, epochs=1000), [f"<{letter}>" for letter in tenths])
+
+
 def test_members_below_min_length_are_not_shown() -> None:
     draw = ClusterDraw(seed=1, max_length=50, min_length=5, masking=NOTHING_MASKED)
     some = cluster(b"AAAA", b"CCCCC", b"D", b"EEEEEE", b"FFFF")

@@ -12,6 +12,8 @@ import contextlib
 import json
 import os
 import sqlite3
+import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ CONVERT = Path(__file__).parents[1] / "convert.py"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clusters", type=int, nargs="+", default=[10_000, 100_000], help="sizes (%(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes (%(default)s)")
+    parser.add_argument("--huge", type=int, default=0, help="members of the first cluster, and time its draw")
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -40,22 +43,25 @@ def measure(args: argparse.Namespace) -> dict:
     for clusters in args.clusters:
         with tempfile.TemporaryDirectory(prefix="convert-") as folder:
             print(f"making {clusters:,} clusters", file=sys.stderr, flush=True)
-            make_input(Path(folder), clusters)
+            make_input(Path(folder), clusters, args.huge)
             for workers in args.workers:
-                rows.append({"clusters": clusters, "workers": workers, **convert(Path(folder), workers)})
+                rows.append(
+                    {"clusters": clusters, "workers": workers, **convert(Path(folder), workers, args.huge)}
+                )
                 rate = rows[-1]["clusters_per_second"]
                 print(f"{workers} workers: {rate:,.0f} clusters a second", file=sys.stderr, flush=True)
     return {"load_average": os.getloadavg()[0], "cpus": len(os.sched_getaffinity(0)), "rows": rows}
 
 
-def make_input(folder: Path, clusters: int) -> None:
-    """clusters.parquet and proteins.db."""
+def make_input(folder: Path, clusters: int, huge: int) -> None:
+    """clusters.parquet and proteins.db; the first cluster has at least `huge` members."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     generator = np.random.default_rng(clusters)
     sizes = np.minimum(generator.random(clusters) ** (-1 / CLUSTER_TAIL), MAX_CLUSTER).astype(int)
+    sizes[0] = max(sizes[0], huge)
     members = int(sizes.sum())
     ids = generator.permutation(members)
     names = pa.array([f"UniRef90_A0A{number:09X}" for number in ids.tolist()])
@@ -79,7 +85,7 @@ def make_input(folder: Path, clusters: int) -> None:
             database.executemany("INSERT INTO protein VALUES (?, ?)", zip(named, sequences, strict=True))
 
 
-def convert(folder: Path, workers: int) -> dict:
+def convert(folder: Path, workers: int, huge: int) -> dict:
     """Seconds, clusters a second, peak memory of the parent and of the largest worker, bytes a residue."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         command = [sys.executable, CONVERT, "--clusters", folder / "clusters.parquet"]
@@ -91,7 +97,9 @@ def convert(folder: Path, workers: int) -> dict:
         if process.returncode:
             raise RuntimeError(f"conversion ended with exit code {process.returncode}")
         told = json.loads((Path(out) / "train" / "conversion.json").read_text())
-        size = sum(path.stat().st_size for path in (Path(out) / "train").glob("*.zstd"))
+        shards = list((Path(out) / "train").glob("*.zstd"))
+        size = sum(path.stat().st_size for path in shards)
+        draws = time_draws(shards) if huge else {}
     rate = told["clusters_written"] / told["elapsed_seconds"]
     return {
         "members": told["members_written"],
@@ -104,7 +112,28 @@ def convert(folder: Path, workers: int) -> dict:
         "parent_mib": peaks["parent"] / 2**20,
         "worker_mib": peaks["worker"] / 2**20,
         "bytes_per_residue": size / told["residues_written"],
+        **draws,
     }
+
+
+def time_draws(shards: list[Path]) -> dict[str, float]:
+    """CPU milliseconds to find, read and draw from a cluster: those of the median and of the largest one."""
+    import zstd
+
+    from esm2_composer.data import ClusterDraw
+    from esm2_composer.masking import MaskingRule
+    from esm2_composer.mds import Shard
+
+    draw = ClusterDraw(seed=0, max_length=1024, min_length=1, masking=MaskingRule())
+    taken: list[tuple[int, float]] = []  # members, milliseconds
+    for path in shards:
+        content = memoryview(zstd.decompress(path.read_bytes()))
+        for number in range(struct.unpack_from("<I", content)[0]):
+            start = time.thread_time()
+            cluster = Shard(content)[number]
+            draw.window(cluster, epoch=0)
+            taken.append((len(cluster["lengths"]), 1000 * (time.thread_time() - start)))
+    return {"draw_ms": statistics.median(ms for _, ms in taken), "draw_huge_ms": max(taken)[1]}
 
 
 def watch(process: subprocess.Popen) -> dict[str, float]:
@@ -133,5 +162,10 @@ def table(result: dict) -> str:
         f"{row['clusters_per_second']:11,.0f} {row['clusters_per_cpu_second']:10,.0f} {row['uniref_hours']:10.1f} "
         f"{row['parent_mib']:11,.0f} {row['worker_mib']:11,.0f} {row['bytes_per_residue']:14.3f}"
         for row in result["rows"]
+    ]
+    lines += [
+        f"a cluster takes {row['draw_ms']:.4f} ms to draw from, the huge one {row['draw_huge_ms']:.2f} ms"
+        for row in result["rows"]
+        if "draw_ms" in row
     ]
     return "\n".join(lines)
