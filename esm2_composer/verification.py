@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zstd
 
 from esm2_composer.errors import UserError
 from esm2_composer.mds import Shard
@@ -95,10 +96,10 @@ def _verify_split(
 def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:
     """How many members, and how many draws of a member from each cluster, have each length; clusters."""
     from streaming.base.compression import decompress
-    from streaming.base.hashing import get_hash
 
     try:
-        name, hashes = entry["zip_data"]["basename"], dict(entry["zip_data"]["hashes"])
+        name = entry["zip_data"]["basename"]
+        told = [(entry[kind]["bytes"], dict(entry[kind]["hashes"])) for kind in ("zip_data", "raw_data")]
         columns = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
         samples, compression = entry["samples"], entry["compression"]
     except (LookupError, TypeError, ValueError):
@@ -113,10 +114,13 @@ def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndar
             packed = path.read_bytes()
         except OSError as error:
             raise UserError(f"{place}/{name}: cannot be read ({error})") from error
-        for algorithm, expected in hashes.items():
-            if get_hash(algorithm, packed) != expected:
-                raise UserError(f"{place}/{name}: its {algorithm} is not that of index.json; the shard is damaged")
-        shard = Shard(memoryview(decompress(compression, packed)))
+        try:
+            _check_file(packed, *told[0])
+            content = decompress(compression, packed)
+            _check_file(content, *told[1])
+        except (ValueError, zstd.Error) as error:  # an algorithm may be none, and without hashes damage shows here
+            raise UserError(f"{place}/{name}: {error}") from error
+        shard = Shard(memoryview(content))
         lengths, draws = np.zeros(0), np.zeros(0)
         for number in range(samples):
             sample = shard[number]
@@ -128,6 +132,17 @@ def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndar
             counts = np.bincount(members).astype(float)
             lengths, draws = _add(lengths, counts), _add(draws, counts / len(members))
     return lengths, draws, samples
+
+
+def _check_file(content: bytes, size: int, hashes: dict[str, str]) -> None:
+    """Raises ValueError if that is not its size, or a hash is not its own."""
+    from streaming.base.hashing import get_hash
+
+    for algorithm, expected in hashes.items():
+        if get_hash(algorithm, content) != expected:
+            raise ValueError(f"its {algorithm} is not that of index.json; the shard is damaged")
+    if len(content) != size:
+        raise ValueError(f"it has {len(content):,} bytes, by index.json {size}; the shard is damaged")
 
 
 @cache

@@ -59,9 +59,31 @@ def rewrite(split: Path, old: bytes, new: bytes) -> None:
     edit_index(split, lambda index: index["shards"][0].update(files))
 
 
+def forget_hashes(split: Path) -> None:
+    """As MDSWriter writes it by default; and what is packed is damaged."""
+    edit_index(
+        split, lambda index: [index["shards"][0][kind].update(hashes={}) for kind in ("raw_data", "zip_data")]
+    )
+    path = split / "shard.00000.00.mds.zstd"
+    path.write_bytes(bytes(path.stat().st_size))
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "cannot be read": lambda split: (split / "shard.00000.00.mds.zstd").unlink(),
     "its xxh64 is not that of index.json": lambda split: (split / "shard.00000.00.mds.zstd").write_bytes(b"x"),
+    "mds.zstd: its xxh64 is not that of": lambda split: edit_index(
+        split, lambda index: index["shards"][0]["raw_data"]["hashes"].update(xxh64="0" * 16)
+    ),
+    "bytes, by index.json 7; the shard is damaged": lambda split: edit_index(
+        split, lambda index: index["shards"][0]["raw_data"].update(bytes=7)
+    ),
+    "mds.zstd: md6 is not a supported hash algorithm": lambda split: edit_index(
+        split, lambda index: index["shards"][0]["zip_data"]["hashes"].update(md6="0")
+    ),
+    "mds.zstd: gzap is not a supported compression algorithm": lambda split: edit_index(
+        split, lambda index: index["shards"][0].update(compression="gzap")
+    ),
+    "mds.zstd: Input data invalid": forget_hashes,
     "lengths of c1 do not add up to its residues": lambda split: rewrite(
         split, b"\x05\0\0\0MKVLA", b"\x04\0\0\0MKVLA"
     ),
