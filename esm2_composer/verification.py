@@ -37,29 +37,27 @@ def verify(
     places = [(uri.rpartition("/")[2], uri), *((split, f"{uri}/{split}") for split in ("train", "valid"))]
     found = {}
     for split, place in places:
-        with tempfile.TemporaryDirectory() as folder:
-            index = _fetch_json(place, "index.json", Path(folder))
-            if index is None:
-                continue
-            conversion = _fetch_json(place, "conversion.json", Path(folder))
-        found[split] = _verify_split(place, index, conversion, workers, progress)
+        index = _read_json(place, "index.json")
+        if index is not None:
+            conversion = _read_json(place, "conversion.json")
+            found[split] = _verify_split(place, index, conversion, workers, progress)
     if not found:
         raise UserError(f"{uri}: no index.json there, nor in train/ or valid/: no finished shards")
     return found
 
 
-def _fetch_json(place: str, name: str, folder: Path) -> dict[str, Any] | None:
-    if is_remote(place):
-        store = Store(place, folder)
-        path = store.download(name, folder) if store.exists(name) else None
-    else:
-        path = Path(place) / name if (Path(place) / name).is_file() else None
-    if not path:
-        return None
-    try:
-        told = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{place}/{name}: damaged ({error})") from error
+def _read_json(place: str, name: str) -> dict[str, Any] | None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(place) / name
+        if is_remote(place):
+            store = Store(place, Path(folder))
+            path = store.download(name, Path(folder)) if store.exists(name) else Path(folder) / name
+        if not path.is_file():
+            return None
+        try:
+            told = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{place}/{name}: damaged ({error})") from error
     if not isinstance(told, dict):
         raise UserError(f"{place}/{name}: damaged (it holds no names and values)")
     return told

@@ -790,3 +790,4 @@ def test_real_proteins_give_the_same_shards_through_every_layout(tmp_path: Path)
     assert_counts(told, "tiny", "valid")
     told = convert(Fasta([folder / "uniref50.fasta.gz"]), str(tmp_path / "alone"), Options())
     assert (told["clusters_written"], told["members_written"]) == (352, 352)
+    assert told["residues_written"] == 105_547
