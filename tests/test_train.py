@@ -13,14 +13,17 @@ import export_hf
 import plot_convergence
 import pytest
 import torch
+from composer.core import Callback
 from composer.utils import dist
 from conftest import Run, command, composer, python
 from outcomes import assert_same_weights, assert_user_error, final_weights, losses, scalars
 from streaming.base.storage.download import LocalDownloader
 from transformers import AutoModelForMaskedLM
 
+from esm2_composer import runner
 from esm2_composer.config import DataSection, load_recipe
 from esm2_composer.errors import UserError
+from esm2_composer.gradients import DivideByRanks
 from esm2_composer.runner import build_trainer, check_cache, digest_of_all_nodes
 
 PERPLEXITY = "metrics/valid/perplexity"
@@ -176,6 +179,35 @@ def test_a_wrong_recipe_is_one_line_and_exit_code_2(shards, tmp_path, overrides,
 def test_the_launcher_passes_the_line_and_the_exit_code_on(shards, tmp_path):
     result = composer("-n", "2", *command(shards, "optimiser.lr=1"), cwd=tmp_path)
     assert_user_error(result, "unknown key 'optimiser'")
+
+
+@pytest.mark.parametrize(
+    ("sharding", "sums", "corrections"),
+    [("fsdp.version=2", True, [DivideByRanks]), ("fsdp.version=2", False, []), ("fsdp=null", True, [])],
+)
+def test_sharded_gradients_that_come_as_sums_are_divided(
+    shards, tmp_path, monkeypatch, sharding, sums, corrections
+):
+    """Whether the trainer is told to: what comes of it is in test_gradients.py and test_global_batch.py."""
+
+    class Told(Exception):
+        pass
+
+    def tell(**arguments):
+        raise Told([type(algorithm) for algorithm in arguments["algorithms"]])
+
+    monkeypatch.setattr(runner, "Trainer", tell)
+    monkeypatch.setattr(runner, "means_are_sums", lambda: sums)
+    monkeypatch.setattr(runner, "Preemption", Callback)  # it would take this process's signals
+    monkeypatch.setenv("FSDP_VERSION", "none")  # is given back, too
+    monkeypatch.chdir(tmp_path)
+    _, recipe, *overrides = command(shards, sharding)
+    try:
+        with pytest.raises(Told) as told:
+            build_trainer(load_recipe(recipe, overrides))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert told.value.args == (corrections,)
 
 
 @pytest.mark.parametrize(
