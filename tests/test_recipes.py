@@ -15,7 +15,7 @@ from plot_convergence import read_scalars
 
 from esm2_composer.callbacks import LOSS
 from esm2_composer.config import load_recipe
-from esm2_composer.data import ClusterDraw
+from esm2_composer.data import ClusterDraw, canonical_nodes
 from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import SIZES
@@ -87,6 +87,12 @@ def test_every_key_is_explained_once(name):
     assert len(keys) == len(set(keys))
     bare = set(re.findall(r"^ *(\w+):(?=.)(?!.*#)(?! *$)", text, re.MULTILINE))
     assert bare <= {"num_heads", "ffn_hidden_size"}, "told with num_layers and hidden_size"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_order_of_an_epoch_is_laid_out_as_the_recipe_tells(name, shards):
+    (told,) = re.findall(r"(\d+)\s+# canonical nodes", (ROOT / f"yamls/{name}.yaml").read_text())
+    assert canonical_nodes(load(name, shards).global_train_batch_size, ranks=1) == int(told)
 
 
 @pytest.mark.parametrize("size", ["650m", "3b", "15b"])
