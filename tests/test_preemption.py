@@ -75,9 +75,16 @@ def tell_in_evaluation(run: Run, line: str, tell: Callable[[], None]) -> None:
         worker.resume()
 
 
-def catches_sigterm(rank: psutil.Process) -> bool:
+def catches(rank: psutil.Process, number: signal.Signals) -> bool:
     status = Path(f"/proc/{rank.pid}/status").read_text()
-    return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
+    return bool(int(status.split("SigCgt:")[1].split()[0], 16) >> (number - 1) & 1)
+
+
+SIGNALS = [("launcher", signal.SIGTERM), ("last rank", signal.SIGTERM), ("last rank", signal.SIGUSR1)]
+
+
+def send(number: signal.Signals, run: Run, receiver: str) -> None:
+    (run.launcher if receiver == "launcher" else run.ranks()[-1]).send_signal(number)
 
 
 NO_SAVES = "save_interval=100ba"  # but what a signal brings about
@@ -95,7 +102,7 @@ def test_sigusr1_to_one_of_two_ranks_makes_both_save_and_leave(shards, tmp_path)
 
 def test_sigterm_to_one_of_two_ranks_that_are_starting_makes_both_leave_at_once(shards, tmp_path):
     with Run("-n", "2", *command(shards), cwd=tmp_path) as run:
-        run.wait_until(lambda: sum(map(catches_sigterm, run.ranks())) == 2)
+        run.wait_until(lambda: sum(catches(rank, signal.SIGTERM) for rank in run.ranks()) == 2)
         time.sleep(2)  # they import
         run.ranks()[1].terminate()
         code, _ = run.end()
@@ -106,22 +113,15 @@ def test_sigterm_to_one_of_two_ranks_that_are_starting_makes_both_leave_at_once(
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("moment", ["step", "evaluation"])
-@pytest.mark.parametrize(
-    ("receiver", "number"),
-    [("launcher", signal.SIGTERM), ("last rank", signal.SIGTERM), ("last rank", signal.SIGUSR1)],
-)
+@pytest.mark.parametrize(("receiver", "number"), SIGNALS)
 def test_a_signal_in_training(long_validation, undisturbed, tmp_path, ranks, moment, receiver, number):
     arguments = command(long_validation, NO_SAVES)
     with Run("-n", str(ranks), *arguments, cwd=tmp_path) as run:
-
-        def tell() -> None:
-            (run.launcher if receiver == "launcher" else run.ranks()[-1]).send_signal(number)
-
         if moment == "step":
             run.wait_for("update 3/")
-            tell()
+            send(number, run, receiver)
         else:
-            tell_in_evaluation(run, "update 7/14: loss", tell)
+            tell_in_evaluation(run, "update 7/14: loss", lambda: send(number, run, receiver))
         code, seconds = run.end()
     print(f"{ranks} ranks, {receiver}, {number.name}, {moment}: code {code} in {seconds:.1f} s")
     assert code == 75, "".join(run.lines)
@@ -137,28 +137,31 @@ def test_a_signal_in_training(long_validation, undisturbed, tmp_path, ranks, mom
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("receiver", ["launcher", "last rank"])
+@pytest.mark.parametrize(("receiver", "number"), SIGNALS)
 @pytest.mark.parametrize("moment", ["watches signals", "imports torch", "opens shards"])
-def test_a_signal_while_starting(long_validation, tmp_path, ranks, receiver, moment):
+def test_a_signal_while_starting(long_validation, tmp_path, ranks, moment, receiver, number):
     def has_come(rank: psutil.Process) -> bool:
         if moment == "watches signals":
-            return catches_sigterm(rank)
+            return catches(rank, number)
         if moment == "imports torch":
             return "libtorch" in Path(f"/proc/{rank.pid}/maps").read_text()
         return (tmp_path / "runs/demo/checkpoints/recipe.yaml").exists()
 
     with Run("-n", str(ranks), *command(long_validation, NO_SAVES), cwd=tmp_path) as run:
         run.wait_until(lambda: sum(map(has_come, run.ranks())) == ranks)
-        (run.launcher if receiver == "launcher" else run.ranks()[-1]).terminate()
+        send(number, run, receiver)
         code, seconds = run.end()
     assert not any(line.startswith("update 1/") for line in run.lines)
-    print(f"{ranks} ranks, {receiver}, which {moment}: code {code} in {seconds:.1f} s")
+    print(f"{ranks} ranks, {receiver}, {number.name}, which {moment}: code {code} in {seconds:.1f} s")
     assert code == 75, "".join(run.lines)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("goes_on", [True, False])
-def test_a_signal_while_data_do_not_come(shards, tmp_path, goes_on):
+@pytest.mark.parametrize(
+    ("receiver", "number", "goes_on"),
+    [*((*case, True) for case in SIGNALS), ("launcher", signal.SIGTERM, False)],  # SIGUSR1 sets no limit
+)
+def test_a_signal_while_data_do_not_come(shards, tmp_path, receiver, number, goes_on):
     arguments = command(shards, "save_interval=2ba", "max_duration=200ba", "eval_interval=200ba")
     with Run(*arguments, cwd=tmp_path) as run:
         run.wait_for("update 10/")
@@ -169,7 +172,7 @@ def test_a_signal_while_data_do_not_come(shards, tmp_path, goes_on):
         while before != checkpoints(tmp_path):  # it takes what they have made
             before = checkpoints(tmp_path)
             time.sleep(2)
-        run.launcher.terminate()
+        send(number, run, receiver)
         time.sleep(2)
         if goes_on:
             for worker in workers:
@@ -177,7 +180,8 @@ def test_a_signal_while_data_do_not_come(shards, tmp_path, goes_on):
         code, seconds = run.end()
         _, alive = psutil.wait_procs(workers, timeout=30)  # stopped ones, which only the kernel can end
         assert not alive
-    print(f"loader stopped, {'then resumed' if goes_on else 'for good'}: code {code} in {seconds + 2:.1f} s")
+    then = "then resumed" if goes_on else "for good"
+    print(f"{receiver}, {number.name}, loader stopped, {then}: code {code} in {seconds + 2:.1f} s")
     assert code == 75, "".join(run.lines)
     assert (checkpoints(tmp_path) == before) == (not goes_on)
     assert python(*arguments, cwd=tmp_path).returncode == 0
