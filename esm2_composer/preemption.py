@@ -36,11 +36,15 @@ _watching = threading.Event()
 
 def watch_signals() -> None:
     """Start to watch: before slow imports, and again after Composer's, which takes SIGTERM over."""
+    if not _watching.is_set():
+        _watching.set()
+        _open_pipe()
+    # Only now, or a signal in between would be lost; until here it ends the process.
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)  # without a handler nothing is written to the pipe
-    if _watching.is_set():
-        return
-    _watching.set()
+
+
+def _open_pipe() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
