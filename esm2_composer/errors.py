@@ -5,10 +5,11 @@ Everything else that is not a `UserError` is a defect of this package and keeps 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -23,6 +24,15 @@ class UserError(Exception):
         own = message.rpartition(f"{__name__}.UserError: ")[2]  # a DataLoader worker's comes in a traceback
         line = " ".join(own.split())  # a cause may bring line breaks of its own, and what a damaged file holds
         super().__init__("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line))
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Puts a recipe's key before what is wrong with its value: a ValueError, too, becomes a UserError."""
+    try:
+        yield
+    except (UserError, ValueError) as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def run_command(main: Callable[[], int | None]) -> None:

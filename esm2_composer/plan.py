@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from esm2_composer.config import FSDPSection, Recipe, to_yaml
-from esm2_composer.errors import UserError
+from esm2_composer.errors import UserError, naming
 from esm2_composer.model import ESM2, SIZES, ESM2Config, count_parameters
 
 
@@ -94,11 +94,10 @@ def usual_mfu(recipe: Recipe) -> float:
 def architecture(recipe: Recipe) -> ESM2Config:
     m = recipe.model
     if m.init_from is not None:
-        return ESM2.from_pretrained(m.init_from).config
-    try:
+        with naming("model.init_from"):
+            return ESM2.from_pretrained(m.init_from).config
+    with naming("model"):
         return SIZES[m.size] if m.size else ESM2Config(**m.dimensions)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from error
 
 
 def make_plan(

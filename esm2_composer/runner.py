@@ -33,7 +33,7 @@ from esm2_composer.callbacks import (
 from esm2_composer.checkpoints import RECIPE, find_checkpoint, open_folder, take_over
 from esm2_composer.config import DataSection, FSDPSection, ModelSection, Recipe, batches
 from esm2_composer.data import ClusterDraw, canonical_nodes, count_short_clusters, evaluation_loader, train_loader
-from esm2_composer.errors import UserError
+from esm2_composer.errors import UserError, naming
 from esm2_composer.fp8 import use_fp8
 from esm2_composer.gradients import DivideByRanks, means_are_sums
 from esm2_composer.masking import MaskingRule
@@ -67,10 +67,8 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     elsewhere = parallelism is not None and recipe.fsdp.sync_module_states and dist.get_global_rank() > 0
     with torch.device("meta") if elsewhere else contextlib.nullcontext():
         net = build_model(recipe.model)
-    try:
+    with naming("model.attention"):
         select_attention(net.config.attention, "cuda" if on_gpu else "cpu", net.config.head_size)
-    except ValueError as error:
-        raise UserError(f"model.attention: {error}") from error
     if recipe.fp8 and on_gpu:
         use_fp8(net)
     elif recipe.fp8:
@@ -213,13 +211,12 @@ def _short_clusters(data: DataSection) -> str:
 
 def build_model(section: ModelSection) -> ESM2:
     """The network a recipe's `model` section asks for."""
-    try:
-        if section.init_from is not None:
+    if section.init_from is not None:
+        with naming("model.init_from"):
             return ESM2.from_pretrained(section.init_from, attention=section.attention)
-        dimensions = section.dimensions if section.size is None else dataclasses.asdict(SIZES[section.size])
+    dimensions = section.dimensions if section.size is None else dataclasses.asdict(SIZES[section.size])
+    with naming("model"):
         return ESM2(ESM2Config(**{**dimensions, "attention": section.attention}))
-    except ValueError as error:
-        raise UserError(f"model: {error}") from error
 
 
 def cluster_draw(recipe: Recipe) -> ClusterDraw:

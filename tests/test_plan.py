@@ -135,6 +135,22 @@ def test_a_dry_run_on_one_rank_tells_of_those_that_the_degrees_make():
         describe(recipe("8m"), 3)
 
 
+@pytest.mark.parametrize("tell", [describe, lambda recipe, ranks: report(recipe, ranks, "h100")])
+def test_weights_that_are_not_there_are_told_with_their_key(tell):
+    with pytest.raises(UserError, match=r"^model\.init_from: nowhere\.pt: no such file"):
+        tell(recipe("8m", "model.size=null", "model.init_from=nowhere.pt"), 1)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_each_gpu_can_be_planned_for(gpu):
+    text, plan = report(recipe("650m"), 64, gpu)
+    assert f"on 64 x {gpu}" in text
+    assert f" of {GPUS[gpu].memory / 1e9:.0f}: fits" in text
+    assert plan["compute_seconds"] == pytest.approx(
+        report(recipe("650m"), 64, "h100")[1]["compute_seconds"] * GPUS["h100"].flops / GPUS[gpu].flops
+    )
+
+
 def test_the_command_needs_neither_data_nor_gpus(tmp_path):
     result = python(ROOT / "tools/plan.py", ROOT / "yamls/3b.yaml", "--gpus", "128", "--json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

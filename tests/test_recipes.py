@@ -208,6 +208,8 @@ def test_a_sharded_run_killed_on_two_ranks_goes_on_with_two_and_with_one(shards,
         last += 2
         start("3b", shards, killed, *sharded, f"max_duration={last}ba", ranks=ranks)
         assert (folder / "latest-rank0.pt").resolve().name.endswith(f"-ba{last}")
+    done = start("3b", shards, killed, *sharded, f"max_duration={last}ba", ranks=2)
+    assert "is done" in done.stdout
     start("3b", shards, whole, *sharded, f"max_duration={last}ba")
     losses, expected = (read_scalars(path / "runs/esm2_3b/tensorboard", LOSS) for path in (killed, whole))
     assert sorted(expected) == list(range(last))

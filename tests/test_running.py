@@ -1,5 +1,6 @@
 """Every command, script and manifest in docs/running.md is what it says."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -40,8 +41,22 @@ def test_shell_is_shell(script):
     assert checked.returncode == 0, checked.stderr
 
 
-def test_the_slurm_job_requeues_when_told_to_leave_and_is_told_in_time():
-    assert re.search(rf'-eq {EXIT_PREEMPTED} \]; then\n\s+scontrol requeue "\$SLURM_JOB_ID"', SLURM)
+@pytest.mark.parametrize("code", [0, 1, 2, EXIT_DIVERGED, EXIT_PREEMPTED])
+def test_the_slurm_job_requeues_itself_when_told_to_leave_and_only_then(code, tmp_path):
+    """The script itself, where SLURM's commands write down what they are told."""
+    for name, then in (("srun", f"exit {code}"), ("scontrol", "")):
+        (tmp_path / name).write_text(f'#!/bin/bash\necho {name} "$1 $2" >> told\n{then}\n')
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").write_text(f"PATH={tmp_path}:$PATH\n")
+    environment = {**os.environ, "SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "8", "SLURM_JOB_NODELIST": "n[1-8]"}
+    done = subprocess.run(["bash", ROOT / "docs/jobs/slurm.sh"], cwd=tmp_path, env=environment, timeout=20)
+    assert done.returncode == code
+    told = (tmp_path / "told").read_text().splitlines()
+    assert ("scontrol requeue 17" in told) == (code == EXIT_PREEMPTED)
+
+
+def test_the_slurm_job_is_told_to_leave_in_time():
     assert int(re.search(r"--signal=TERM@(\d+)", SLURM)[1]) > GRACE
     inner = re.search(r"bash -c '(.*?)'", SLURM, re.DOTALL)[1]
     assert subprocess.run(["bash", "-n"], input=inner, text=True, timeout=20).returncode == 0
@@ -95,6 +110,21 @@ def test_the_plans_that_are_told_are_those_of_the_tool(size, row):
         f"{step:.3f} s: {compute:.3f}, {communication:.3f}",
         *(f"{plan['days']:.2f} days", f"{plan['gpu_hours']:,.0f}", str(plan["useful_gpus"])),
     ]
+
+
+def test_what_fits_one_gpu_is_what_the_plan_finds():
+    def change(size: str, gpus: int, *overrides: str) -> str | None:
+        recipe = load_recipe(str(ROOT / f"yamls/{size}.yaml"), overrides, data_is_here=False)
+        return report(recipe, gpus, "h100")[1]["change"]
+
+    told = " ".join(TEXT.split())
+    (smaller,) = re.findall(
+        r"On one 80 GB GPU all recipes up to 650M fit as they are, 3B with `(.*?)`; 15B needs eight", told
+    )
+    assert [change(size, 1) for size in ("8m", "35m", "150m", "650m")] == [None] * 4
+    assert change("3b", 1) == smaller
+    assert change("3b", 1, smaller) is None
+    assert [change("15b", gpus) is None for gpus in (4, 8)] == [False, True]
 
 
 def test_the_keys_that_may_change_are_told():

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import evaluate
 import export_hf
@@ -27,6 +28,7 @@ from esm2_composer.gradients import DivideByRanks
 from esm2_composer.runner import build_trainer, check_cache, digest_of_all_nodes
 
 PERPLEXITY = "metrics/valid/perplexity"
+DIMENSIONS = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")
 
 
 def test_training_logs_loss_perplexity_and_real_tokens(finished):
@@ -120,7 +122,8 @@ def test_a_run_is_logged_to_wandb_without_a_network(shards, tmp_path):
         *command(shards, "loggers.wandb.project=test", "max_duration=4ba"), cwd=tmp_path, WANDB_MODE="offline"
     )
     assert result.returncode == 0, result.stderr
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"loss/train/total" in log.read_bytes()
 
 
 @pytest.mark.slow
@@ -155,9 +158,8 @@ def test_the_export_is_the_trained_model_and_scores_the_same(shards, finished, t
 
 def test_training_goes_on_from_weights_named_in_the_recipe(shards, finished, tmp_path):
     checkpoint = finished / "runs/demo/checkpoints/latest-rank0.pt"
-    dimensions = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")
     from_scratch = [o for o in command(shards) if not o.startswith("model.")]
-    overrides = [f"model.{name}=null" for name in dimensions]
+    overrides = [f"model.{name}=null" for name in DIMENSIONS]
     overrides += [f"model.init_from={checkpoint}", "max_duration=1ba", "schedule.warmup=0", "eval_interval=1ba"]
     result = python(*from_scratch, *overrides, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -221,6 +223,10 @@ def test_sharded_gradients_that_come_as_sums_are_divided(
             ["save_folder=taken/checkpoints"],
             r"save_folder taken/checkpoints cannot be written \(Not a directory\)",
         ),
+        (
+            ["model.init_from=nowhere.pt", *(f"model.{name}=null" for name in DIMENSIONS)],
+            r"^model\.init_from: nowhere\.pt: no such file",
+        ),
     ],
 )
 def test_what_this_machine_cannot_run_is_told_before_ranks_meet(shards, tmp_path, monkeypatch, overrides, message):
@@ -238,6 +244,17 @@ def test_ranks_that_cannot_share_a_batch_are_told_before_they_meet(shards, monke
     _, recipe, *overrides = command(shards)
     with pytest.raises(UserError, match="global_train_batch_size 16 is not a multiple of the 3 ranks"):
         build_trainer(load_recipe(recipe, overrides))
+
+
+def test_ranks_that_the_degrees_do_not_make_are_told_before_they_meet(shards, tmp_path, monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "16")
+    monkeypatch.setattr(runner, "get_device", lambda _: SimpleNamespace(name="gpu"))
+    monkeypatch.chdir(tmp_path)
+    _, recipe, *overrides = command(shards, "fsdp.version=1", "fsdp.data_parallel_shard_degree=8")
+    with pytest.raises(UserError, match="data_parallel_shard_degree 8 does not make the 16 ranks"):
+        build_trainer(load_recipe(recipe, overrides))
+    assert not list(tmp_path.iterdir())
 
 
 def test_too_few_clusters_are_one_line_and_exit_code_2(shards, tmp_path):
