@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -234,6 +235,11 @@ def test_limits_belong_to_the_range() -> None:
         ("optimizer.clip_norm=-1", "'optimizer.clip_norm' is -1.0; it must be above 0"),
         ("global_train_batch_size=0", "'global_train_batch_size' is 0; it must be at least 1"),
         ("schedule.updates=0", "'schedule.updates' is 0; it must be at least 1"),
+        ("save_num_checkpoints_to_keep=0", "'save_num_checkpoints_to_keep' is 0; it must be at least 1"),
+        ("seed=-1", "'seed' is -1; it must be at least 0"),
+        ("seed=2147483648", "'seed' is 2147483648; it must be below 2147483648"),
+        ("optimizer.eps=0", "'optimizer.eps' is 0.0; it must be above 0"),
+        ("optimizer.weight_decay=-0.1", "'optimizer.weight_decay' is -0.1; it must be at least 0"),
         ("callbacks.best_checkpoints=-1", "'callbacks.best_checkpoints' is -1; it must be at least 0"),
         ("callbacks.max_loss_rise=0", "'callbacks.max_loss_rise' is 0.0; it must be above 0"),
         ("save_folder=gs://bucket/run", "'save_folder' is gs://bucket/run; write a folder or s3://bucket/prefix"),
@@ -269,6 +275,13 @@ def test_values_that_cannot_train_are_refused(override: str, key: str) -> None:
 def test_both_splits_must_have_shards(folder: Path, split: str) -> None:
     (folder / "shards" / split / "index.json").unlink()
     assert f"no {split} shards ({split}/index.json)" in mistake()
+
+
+def test_shards_that_cannot_be_unpacked_in_their_place_need_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not bind who runs tests as root
+    told = "'data.remote' is shards, where shards cannot be unpacked; set 'data.local' to a folder"
+    assert mistake() == told
+    assert load("data.local=cache").data.local == "cache"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"shards": []}', "\\ud800"])
