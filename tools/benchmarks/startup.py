@@ -1,5 +1,5 @@
 """From launch to the first global batch of a split with as many clusters as UniRef50, and on resume in mid-epoch:
-seconds, peak memory of the processes, and room in /dev/shm.
+seconds, peak memory of a node's processes, and room in /dev/shm.
 
 The index names a thousand shards; their files are links to one, of very short proteins, unpacked already: so this
 is the time that the order of an epoch takes, and not that of the first download.
@@ -8,6 +8,7 @@ is the time that the order of an epoch takes, and not that of the first download
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,14 @@ SHARED_MEMORY = "/dev/shm"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clusters", type=int, default=65_182_365, help="of the split; UniRef50's by default")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes")
+    parser.add_argument("--ranks", type=int, default=1, help="of the node")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes of each rank")
     parser.add_argument("--global-batch", type=int, default=2048, help="sequences")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    if args.workers < 1 or args.global_batch < 1 or args.clusters < args.global_batch:
-        raise UserError("--workers and --global-batch must be at least 1, --clusters at least one global batch")
+    if min(args.ranks, args.workers, args.global_batch) < 1 or args.clusters < args.global_batch:
+        raise UserError("--ranks, --workers and --global-batch must be at least 1, --clusters one global batch")
     half = args.clusters // args.global_batch // 2 * args.global_batch
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -41,10 +44,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             print(name, file=sys.stderr, flush=True)
             split = Path(folder, name.replace(" ", "_"))
             write_split(split, args.clusters)
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as launch:  # one of its own
-                rows[name] = launch.submit(first_batch, str(split), args.global_batch, args.workers, done).result()
+            with ProcessPoolExecutor(args.ranks, multiprocessing.get_context("spawn")) as launch:  # of its own
+                of_rank = partial(
+                    first_batch,
+                    ranks=args.ranks,
+                    split=str(split),
+                    global_batch=args.global_batch,
+                    workers=args.workers,
+                    done=done,
+                )
+                rows[name], *_ = launch.map(of_rank, range(args.ranks))
     return {
         "clusters": args.clusters,
+        "ranks": args.ranks,
         "workers": args.workers,
         "global_batch": args.global_batch,
         "load_average": os.getloadavg()[0],
@@ -82,28 +94,40 @@ def write_split(folder: Path, clusters: int) -> None:
     (folder / "index.json").write_text(json.dumps({"version": 2, "shards": shards + last}))
 
 
-def first_batch(split: str, global_batch: int, workers: int, done: int) -> dict[str, float]:
-    """Seconds to the first batch, with and without imports, and the most memory in the meantime."""
-    import psutil
-
+def first_batch(
+    rank: int, ranks: int, split: str, global_batch: int, workers: int, done: int
+) -> dict[str, float] | None:
+    """Seconds until each rank has its first batch, with and without imports, and the most memory in the meantime;
+    rank 0 tells it of all."""
     # A spawned process would spawn its own too, with imports of their own; those of a training run are forked.
     multiprocessing.set_start_method("fork", force=True)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    os.environ.update({name: str(value) for name, value in place.items()})
     start = time.perf_counter()
+    import torch.distributed as dist
+
     from esm2_composer.data import ClusterDraw, train_loader
     from esm2_composer.masking import MaskingRule
 
+    dist.init_process_group("gloo", init_method=f"file://{split}.ranks", rank=rank, world_size=ranks)
+    pids = [os.getpid()] * ranks
+    dist.all_gather_object(pids, os.getpid())
     imported = time.perf_counter()
-    imports = psutil.Process().memory_info().rss
-    with Peak() as peak:
+    _, imports = memory_of(pids)
+    dist.barrier()
+    with Peak(pids) if rank == 0 else contextlib.nullcontext() as peak:
         draw = ClusterDraw(seed=17, max_length=1024, min_length=1, masking=MaskingRule())
         loader = train_loader(draw, None, split, global_batch, workers)
         if done:
             state = loader.dataset.state_dict(done, from_beginning=True)
+            dist.barrier()  # else a rank might find another's half-loaded state
             loader.dataset.load_state_dict({**state, "epoch": 0, "sample_in_epoch": done})
+            dist.barrier()  # as a run's ranks do before they train
         batches = iter(loader)
         next(batches)
+        dist.barrier()
         end = time.perf_counter()
-    return {
+    return peak and {
         "seconds": end - imported,
         "seconds_with_imports": end - start,
         "imports_mib": imports / 2**20,
@@ -114,10 +138,13 @@ def first_batch(split: str, global_batch: int, workers: int, done: int) -> dict[
 
 
 class Peak:
-    """The most memory, looked at every 20 ms: of the largest process, of this one and its children together, and
+    """The most memory, looked at every 20 ms: of the largest process, of ranks and loader processes together, and
     of what is new in /dev/shm."""
 
     process = processes = shared = 0
+
+    def __init__(self, ranks: list[int]) -> None:
+        self._ranks = ranks
 
     def __enter__(self) -> Peak:
         self._before = used_in(SHARED_MEMORY)
@@ -133,11 +160,11 @@ class Peak:
     def _watch(self) -> None:
         import psutil
 
-        me = psutil.Process()
+        ranks = [psutil.Process(rank) for rank in self._ranks]
         while not self._end.wait(0.02):
             try:
-                family = [me.pid, *(child.pid for child in me.children(recursive=True))]
-                largest, together = memory_of(family)
+                children = [child.pid for rank in ranks for child in rank.children(recursive=True)]
+                largest, together = memory_of([*self._ranks, *children])
             except (psutil.Error, OSError):  # one has just ended
                 continue
             self.process = max(self.process, largest)
@@ -171,8 +198,9 @@ def used_in(place: str) -> int:
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['clusters']:,} clusters, global batches of {result['global_batch']:,}, {result['workers']} "
-        f"loader processes; load average {result['load_average']:.1f} at the end",
+        f"{result['clusters']:,} clusters, global batches of {result['global_batch']:,}, ranks: "
+        f"{result['ranks']}, loader processes of each: {result['workers']}; load average "
+        f"{result['load_average']:.1f} at the end",
         f"{'':22} {'first batch, s':>14} {'with imports':>12} {'imports, MiB':>12} {'largest process':>15} "
         f"{'all':>6} {'/dev/shm':>9}",
     ]
