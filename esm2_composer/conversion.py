@@ -31,7 +31,6 @@ from typing import Any, Protocol
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from esm2_composer import layouts
 from esm2_composer.conversion_plan import Plan, make_plan
@@ -42,7 +41,7 @@ from esm2_composer.layouts import Layout
 from esm2_composer.mds import write_durably
 from esm2_composer.parts import EngineError, Options, Part, PartBuilder, Processes
 from esm2_composer.records import Report
-from esm2_composer.storage import StoreError, is_remote
+from esm2_composer.storage import StoreError, is_remote, xxh64
 
 FORMAT = 1  # to be raised when the same input and options would give other shards
 UPLOADS = 8  # at a time
@@ -118,7 +117,7 @@ def convert(
             return {**finished, "already_done": True}
         other_split = destination.other_cluster_ids()
         state["other_split"] = _hash(other_split)
-        _start_or_go_on(work, state)
+        _start_or_go_on(work, {**state, "destination": destination.address})
         try:
             staged = engine.stage(layout, work, partial(progress, "sequences read", total=0))
             plan = make_plan(layout, work, other_split, workers, staged)
@@ -149,8 +148,11 @@ def convert(
             raise KeyboardInterrupt(KEPT) from None
         except PASSING as error:
             raise Interrupted(error) from error
-        except UserError:
+        except UserError as error:
+            uploaded = is_remote(out) and any((work / "parts").glob("*.json"))
             shutil.rmtree(work)
+            if uploaded:
+                raise UserError(f"{error}; shards stay at {out}/{options.split}, without index.json") from error
             raise
         shutil.rmtree(work)
     return conversion
@@ -177,7 +179,7 @@ def _locked(work: Path) -> Iterator[None]:
 
 
 def _hash(cluster_ids: Path | None) -> str | None:
-    return cluster_ids and xxhash.xxh64(cluster_ids.read_bytes()).hexdigest()
+    return cluster_ids and xxh64(cluster_ids)
 
 
 def _describe(layout: Layout, options: Options) -> dict[str, Any]:
@@ -235,9 +237,13 @@ def _convert_parts(
     records = [work / "parts" / f"{number:05}.json" for number in range(plan.parts)]
     so_far = Report()
     so_far.merge(plan.report)
-    for path in filter(Path.exists, records):
-        so_far.merge(_read_record(path)[1])
-    missing = [number for number, path in enumerate(records) if not path.exists()]
+    published, missing = destination.published(), []
+    for number, path in enumerate(records):
+        shards, report = _read_record(path) if path.exists() else (None, None)
+        if shards is None or any(shard["zip_data"]["basename"] not in published for shard in shards):
+            missing.append(number)  # also what was uploaded and has gone
+        else:
+            so_far.merge(report)
     progress("clusters", so_far.counts["clusters_read"], plan.clusters)
 
     def publish(part: Part) -> Report:

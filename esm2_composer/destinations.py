@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from esm2_composer.errors import UserError
-from esm2_composer.storage import Store, is_remote
+from esm2_composer.storage import Store, StoreError, is_remote
 
 SPLITS = ("train", "valid")
 
@@ -25,6 +25,8 @@ def open_destination(out: str, split: str, work: Path) -> LocalSplit | RemoteSpl
 
 class LocalSplit:
     """A split on disk: it appears whole, by a rename."""
+
+    address = None  # work in progress lies there too
 
     def __init__(self, out: str, split: str, work: Path) -> None:
         self._out, self._split, self._work = Path(out), split, work
@@ -44,9 +46,17 @@ class LocalSplit:
         return _read_conversion(split / "conversion.json")
 
     def other_cluster_ids(self) -> Path | None:
-        """cluster_ids.parquet of the other split, if that is there."""
-        path = self._out / _other(self._split) / "cluster_ids.parquet"
-        return path if path.exists() else None
+        """cluster_ids.parquet of the other split, if that is there. Raises UserError if it is there without."""
+        other = self._out / _other(self._split)
+        if (other / "cluster_ids.parquet").exists():
+            return other / "cluster_ids.parquet"
+        if (other / "index.json").exists():
+            raise _cannot_compare(str(other))
+        return None
+
+    def published(self) -> set[str]:
+        """The names of the shards that are where they shall be."""
+        return {path.name for path in (self._work / "shards").iterdir()}
 
     def publish(self, name: str) -> None:
         """The shard lies where it will be."""
@@ -62,19 +72,30 @@ class RemoteSplit:
     def __init__(self, out: str, split: str, work: Path) -> None:
         self._out, self._split, self._work = out.rstrip("/"), split, work
         self._store = Store(f"{self._out}/{split}", work / "shards")
+        self.address = [self._out, os.environ.get("S3_ENDPOINT_URL")]
 
     def conversion(self) -> dict[str, Any] | None:
         """As LocalSplit's."""
-        if not self._store.exists("index.json"):
+        if "index.json" not in self._store.names("index.json"):
             return None
-        if not self._store.exists("conversion.json"):
+        if "conversion.json" not in self._store.names("conversion.json"):
             raise UserError(f"{self._out}/{self._split} exists already; remove it, or choose another --out")
         return _read_conversion(self._fetch(self._store, "conversion.json"))
 
     def other_cluster_ids(self) -> Path | None:
         """As LocalSplit's, fetched."""
-        store = Store(f"{self._out}/{_other(self._split)}", self._work / "other")
-        return self._fetch(store, "cluster_ids.parquet") if store.exists("cluster_ids.parquet") else None
+        other = f"{self._out}/{_other(self._split)}"
+        store = Store(other, self._work / "other")
+        there = store.names()
+        if "cluster_ids.parquet" in there:
+            return self._fetch(store, "cluster_ids.parquet")
+        if "index.json" in there:
+            raise _cannot_compare(other)
+        return None
+
+    def published(self) -> set[str]:
+        """As LocalSplit's."""
+        return self._store.names("shard.")
 
     def _fetch(self, store: Store, name: str) -> Path:
         folder = self._work / "fetched"
@@ -88,7 +109,11 @@ class RemoteSplit:
         (self._work / "shards" / name).unlink()
 
     def finish(self) -> None:
-        """Upload what makes it a split. Raises StoreError."""
+        """Upload what makes it a split. Raises StoreError, also if a shard has gone since it was uploaded."""
+        index = json.loads((self._work / "shards" / "index.json").read_text())
+        lost = {shard["zip_data"]["basename"] for shard in index["shards"]} - self.published()
+        if lost:
+            raise StoreError(f"{self._out}/{self._split}/{min(lost)} was uploaded and is not there any more")
         for name in ("cluster_ids.parquet", "conversion.json", "index.json"):
             self._store.upload(name)
 
@@ -96,6 +121,13 @@ class RemoteSplit:
 def _other(split: str) -> str:
     (other,) = set(SPLITS) - {split}
     return other
+
+
+def _cannot_compare(other: str) -> UserError:
+    return UserError(
+        f"{other} has no cluster_ids.parquet, so nobody can tell whether a cluster is in both splits; "
+        "make it anew, or choose another --out"
+    )
 
 
 def _read_conversion(path: Path) -> dict[str, Any]:

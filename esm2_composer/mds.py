@@ -69,6 +69,9 @@ class Shard:
     def xxh64(self) -> str:
         return xxhash.xxh64(self._bytes).hexdigest()
 
+    def __len__(self) -> int:
+        return struct.unpack_from("<I", self._bytes)[0]
+
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Sample `number`: as `records` makes it, but its residues are a memoryview."""
         start, end = struct.unpack_from("<II", self._bytes, 4 * (1 + number))

@@ -5,6 +5,7 @@ An upload counts only when the object has been read back and has the same hash.
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
 from pathlib import Path
@@ -34,6 +35,9 @@ class Store:
         from streaming.base.storage.upload import CloudUploader
 
         self._uri, self._folder = uri.rstrip("/"), folder
+        logging.getLogger(CloudUploader.__module__).setLevel(
+            logging.ERROR
+        )  # it warns of a folder with files in it
         try:
             self._uploader = CloudUploader.get((str(folder), self._uri), keep_local=True, retry=1, exist_ok=True)
             self._downloader = CloudDownloader.get(self._uri)
@@ -44,13 +48,13 @@ class Store:
         """Store `name` of the folder. Raises StoreError if that fails however often it is tried."""
         from streaming.base.util import retry
 
-        expected = _hash(self._folder / name)
+        expected = xxh64(self._folder / name)
 
         @retry(num_attempts=ATTEMPTS)
         def upload() -> None:
             self._uploader.upload_file(name)
             with tempfile.TemporaryDirectory(dir=self._folder) as scratch:
-                if _hash(self._fetch(name, Path(scratch))) != expected:
+                if xxh64(self._fetch(name, Path(scratch))) != expected:
                     raise StoreError(f"{self._uri}/{name} differs from what was sent")
 
         try:
@@ -58,13 +62,13 @@ class Store:
         except Exception as error:
             raise StoreError(f"{self._uri}/{name}: {error}") from error
 
-    def exists(self, name: str) -> bool:
-        """Raises StoreError if the store does not say."""
+    def names(self, start: str = "") -> set[str]:
+        """What is there under names that begin so. Raises StoreError if the store does not say."""
         try:
-            found = self._uploader.list_objects(name) or []
+            found = self._uploader.list_objects(start) or []
         except Exception as error:
             raise StoreError(f"{self._uri}: cannot be listed ({error})") from error
-        return any(f"/{key}".endswith(f"/{name}") for key in found)
+        return {key.rpartition("/")[2] for key in found}
 
     def download(self, name: str, folder: Path) -> Path:
         """Fetch an object into `folder`; its path there. Raises StoreError if that fails, however often tried."""
@@ -80,7 +84,8 @@ class Store:
         return folder / name
 
 
-def _hash(path: Path) -> str:
+def xxh64(path: Path) -> str:
+    """Of a file of any size."""
     with path.open("rb") as file:
         digest = xxhash.xxh64()
         while piece := file.read(2**20):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 import zstd
 
 from esm2_composer.errors import UserError
+from esm2_composer.layouts import open_parquet, reading
 from esm2_composer.mds import Shard
 from esm2_composer.records import COLUMNS, RESIDUES
 from esm2_composer.storage import Store, is_remote
@@ -31,7 +34,8 @@ def verify(
 
     Raises:
         UserError: a shard is missing, its hash or size is not the index's, a sample's lengths do not add up, it
-            holds a letter that is no residue, index.json is no split's, or the counts are not conversion.json's.
+            holds a letter that is no residue, index.json is no split's, the counts are not conversion.json's, or
+            cluster_ids.parquet names other clusters.
     """
     uri = uri.rstrip("/")
     places = [(uri.rpartition("/")[2], uri), *((split, f"{uri}/{split}") for split in ("train", "valid"))]
@@ -46,13 +50,20 @@ def verify(
     return found
 
 
-def _read_json(place: str, name: str) -> dict[str, Any] | None:
+@contextlib.contextmanager
+def _fetched(place: str, name: str) -> Iterator[Path | None]:
+    """A file of a split, fetched if need be; None if there is none."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(place) / name
         if is_remote(place):
             store = Store(place, Path(folder))
-            path = store.download(name, Path(folder)) if store.exists(name) else Path(folder) / name
-        if not path.is_file():
+            path = store.download(name, Path(folder)) if name in store.names(name) else Path(folder) / name
+        yield path if path.is_file() else None
+
+
+def _read_json(place: str, name: str) -> dict[str, Any] | None:
+    with _fetched(place, name) as path:
+        if path is None:
             return None
         try:
             told = json.loads(path.read_text())
@@ -70,12 +81,12 @@ def _verify_split(
     shards = index.get("shards")
     if not isinstance(shards, list):
         raise UserError(f"{place}/index.json: damaged (it lists no shards)")
-    lengths, draws, clusters = np.zeros(0), np.zeros(0), 0
+    lengths, draws, clusters, ids = np.zeros(0), np.zeros(0), 0, 0
     check = partial(_check_shard, place)
     with Workers(min(workers, max(len(shards), 1))) as pool:
         for number, counted in enumerate(pool.map(check, shards) if workers > 1 else map(check, shards), 1):
             lengths, draws = _add(lengths, counted[0]), _add(draws, counted[1])
-            clusters += counted[2]
+            clusters, ids = clusters + counted[2], ids + counted[3]
             progress("shards", number, len(shards))
     if not conversion and not clusters:
         raise UserError(f"{place}: its shards hold no cluster")
@@ -85,14 +96,29 @@ def _verify_split(
         expected = conversion.get(f"{name}_written", 0) if conversion else count
         if count != expected:
             raise UserError(
-                f"{place}: {count:,} {name}, but conversion.json says {expected:,}; "
+                f"{place}: {count:,} {name}, but conversion.json says {expected}; "
                 "a shard is missing from index.json, or another split's"
             )
+    with _fetched(place, "cluster_ids.parquet") as path:
+        if path and _sum_of_hashes(_listed(place, path)) != ids % 2**64:
+            raise UserError(f"{place}/cluster_ids.parquet: not the ids of the clusters in the shards")
     return {"shards": len(shards), **counts, **_statistics(lengths, draws)}
 
 
-def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:
-    """How many members, and how many draws of a member from each cluster, have each length; clusters."""
+def _listed(place: str, path: Path) -> Iterator[str | None]:
+    with reading(f"{place}/{path.name}"), open_parquet(path) as ids:
+        for batch in ids.iter_batches(columns=["cluster_id"]):
+            yield from batch["cluster_id"].to_pylist()
+
+
+def _sum_of_hashes(ids: Iterable[str | None]) -> int:
+    """Equal for the same ids in any order."""
+    return sum(xxhash.xxh64_intdigest(name or "") for name in ids) % 2**64
+
+
+def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """How many members, and how many draws of a member from each cluster, have each length; clusters; their ids'
+    hashes."""
     from streaming.base.compression import decompress
 
     try:
@@ -100,6 +126,8 @@ def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndar
         told = [(entry[kind]["bytes"], dict(entry[kind]["hashes"])) for kind in ("zip_data", "raw_data")]
         columns = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
         samples, compression = entry["samples"], entry["compression"]
+        if Path(name).name != name:
+            raise ValueError
     except (LookupError, TypeError, ValueError):
         raise UserError(
             f"{place}/index.json: not an entry of a compressed shard in MDS format: {str(entry)[:100]}"
@@ -119,9 +147,12 @@ def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndar
         except (ValueError, zstd.Error) as error:  # an algorithm may be none, and without hashes damage shows here
             raise UserError(f"{place}/{name}: {error}") from error
         shard = Shard(memoryview(content))
-        lengths, draws = np.zeros(0), np.zeros(0)
+        if len(shard) != samples:
+            raise UserError(f"{place}/{name}: {len(shard):,} samples, but index.json says {samples}")
+        lengths, draws, ids = np.zeros(0), np.zeros(0), []
         for number in range(samples):
             sample = shard[number]
+            ids.append(sample["cluster_id"])
             members = sample["lengths"]
             if members.min() < 1 or members.sum() != len(sample["residues"]):
                 raise UserError(f"{place}/{name}: lengths of {sample['cluster_id']} do not add up to its residues")
@@ -129,7 +160,7 @@ def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndar
                 raise UserError(f"{place}/{name}: {sample['cluster_id']} holds letters that are no residues")
             counts = np.bincount(members).astype(float)
             lengths, draws = _add(lengths, counts), _add(draws, counts / len(members))
-    return lengths, draws, samples
+    return lengths, draws, samples, _sum_of_hashes(ids)
 
 
 def _check_file(content: bytes, size: int, hashes: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 from streaming import StreamingDataset
-from test_conversion import bionemo, hashes, random_data
+from test_conversion import bionemo, hashes, in_order, random_data
 
 from esm2_composer import conversion_plan, storage
 from esm2_composer.conversion import Interrupted, Options, convert
@@ -213,6 +213,59 @@ def test_a_store_that_is_lost_at_the_end_keeps_the_work(bucket: Bucket, layout: 
     assert bucket.stored == [f"x/train/{name}" for name in last]
 
 
+def test_a_shard_that_has_gone_since_its_upload_is_made_again(
+    bucket: Bucket, layout: BioNeMo, tmp_path: Path
+) -> None:
+    client = boto3.client("s3", endpoint_url=bucket.url)
+
+    def fault(method: str, path: str, body: bytes) -> bytes | int:
+        if "valid" in path and bucket.stored:  # the other split is looked for once more, after all uploads
+            client.delete_object(Bucket="bucket", Key="x/train/shard.00000.00.mds.zstd")
+        return body
+
+    bucket.fault = fault
+    with pytest.raises(Interrupted, match=r"x/train/shard\.00000\.00\.mds\.zstd was uploaded and is not there"):
+        convert(layout, "s3://bucket/x", Options(), scratch=tmp_path)
+    assert "x/train/index.json" not in bucket.stored
+    bucket.fault = lambda method, path, body: body
+    bucket.stored.clear()
+    assert convert(layout, "s3://bucket/x", Options(), scratch=tmp_path)["clusters_written"] == 100
+    assert [name for name in bucket.stored if "shard" in name] == ["x/train/shard.00000.00.mds.zstd"]
+    assert verify("s3://bucket/x")["train"]["clusters"] == 100
+
+
+def test_unfinished_work_for_another_place_is_refused(bucket: Bucket, layout: BioNeMo, tmp_path: Path) -> None:
+    """The names of their folders are the same."""
+    bucket.fault = fail(storage.ATTEMPTS, 500, "index.json")
+    with pytest.raises(Interrupted):
+        convert(layout, "s3://bucket/a-b", Options(), scratch=tmp_path)
+    with pytest.raises(UserError, match=r"destination\.0 was 's3://bucket/a-b', is 's3://bucket/a_b'"):
+        convert(layout, "s3://bucket/a_b", Options(), scratch=tmp_path)
+    convert(layout, "s3://bucket/a-b/", Options(), scratch=tmp_path)
+
+
+def test_what_is_refused_at_last_says_what_stays(bucket: Bucket, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(conversion_plan, "PART_CLUSTERS", 10)
+    names = [name for name, _ in in_order({f"c{number}": [] for number in range(40)})]
+    layout = bionemo(tmp_path, {"ur50_id": names}, {name: "MK" if name in names[:30] else "M1" for name in names})
+    with pytest.raises(
+        UserError, match=r"bad residue.*; shards stay at s3://bucket/x/train, without index\.json$"
+    ):
+        convert(layout, "s3://bucket/x", Options(), max_reject_fraction=0.1, scratch=tmp_path / "scratch")
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_split_without_its_clusters_ids_cannot_be_compared(bucket: Bucket, tmp_path: Path) -> None:
+    layout = bionemo(tmp_path, {"ur50_id": ["a"]}, {"a": "MK"})
+    client = boto3.client("s3", endpoint_url=bucket.url)
+    for out in (str(tmp_path / "out"), "s3://bucket/x"):
+        convert(layout, out, Options("train"), scratch=tmp_path)
+        (tmp_path / "out/train/cluster_ids.parquet").unlink(missing_ok=True)
+        client.delete_object(Bucket="bucket", Key="x/train/cluster_ids.parquet")
+        with pytest.raises(UserError, match=r"train has no cluster_ids\.parquet, so nobody can tell"):
+            convert(layout, out, Options("valid"), scratch=tmp_path)
+
+
 def test_no_bucket_is_one_clear_line(bucket: Bucket, layout: BioNeMo, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^s3://none/x/train: cannot be opened"):
         convert(layout, "s3://none/x", Options(), scratch=tmp_path / "scratch")
@@ -239,8 +292,8 @@ def test_an_object_counts_only_when_it_comes_back_alike(bucket: Bucket, tmp_path
     with pytest.raises(StoreError, match=r"s3://bucket/x/file: .* did not match"):
         store.upload("file")
     store.upload("file")
-    assert store.exists("file")
-    assert not store.exists("fil")
+    assert store.names() == store.names("file") == store.names("fil") == {"file"}
+    assert store.names("filed") == set()
     (tmp_path / "there").mkdir()
     assert store.download("file", tmp_path / "there").read_bytes() == b"content"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]

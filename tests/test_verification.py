@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstd
 from test_conversion import SPLIT_FILES, bionemo
@@ -93,6 +95,22 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     ),
     "not a shard of clusters; its columns are ['name']": lambda split: edit_index(
         split, lambda index: index["shards"][0].update(column_names=["name"], column_encodings=["str"])
+    ),
+    "2 samples, but index.json says 1": lambda split: edit_index(
+        split, lambda index: index["shards"][0].update(samples=1)
+    ),
+    "2 samples, but index.json says x": lambda split: edit_index(
+        split, lambda index: index["shards"][0].update(samples="x")
+    ),
+    "not an entry of a compressed shard in MDS format: {'column_encodings'": lambda split: edit_index(
+        split, lambda index: index["shards"][0]["zip_data"].update(basename="../train/shard.00000.00.mds.zstd")
+    ),
+    "cluster_ids.parquet: not the ids of the clusters in the shards": lambda split: pq.write_table(
+        pa.table({"cluster_id": ["c1", "c3"]}), split / "cluster_ids.parquet"
+    ),
+    "cluster_ids.parquet: not a parquet file": lambda split: (split / "cluster_ids.parquet").write_bytes(b"x"),
+    "2 clusters, but conversion.json says None": lambda split: (split / "conversion.json").write_text(
+        '{"clusters_written": null}'
     ),
     "index.json: damaged (it holds no names": lambda split: (split / "index.json").write_text("[]"),
     "index.json: damaged (it lists no shards)": lambda split: (split / "index.json").write_text('{"version": 2}'),
