@@ -32,7 +32,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.errors import UserError
+from esm2_composer.errors import UserError, refuse_existing
 from esm2_composer.fasta import read_fasta
 from esm2_composer.records import EXAMPLES_KEPT, clean
 
@@ -71,8 +71,7 @@ def build_clusters(
             much of it is unusable, or what is left makes fewer than two clusters.
     """
     version = mmseqs_version()
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists already; remove it, or choose another folder")
+    refuse_existing(out, "folder")
     partial = out.with_name(f".{out.name}.partial")
     with _locked(partial):
         try:

@@ -161,7 +161,11 @@ class Embedder:
 
     @torch.inference_mode()
     def rows(self, chunk: Sequence[Protein]) -> pa.RecordBatch:
-        """The output's rows of a chunk, in its order."""
+        """The output's rows of a chunk, in its order.
+
+        Raises:
+            UserError: a protein's embedding is no finite number.
+        """
         names, proteins = zip(*chunk, strict=True)
         lengths = np.array([len(residues) for residues in proteins])
         starts = np.concatenate(([0], lengths.cumsum()))
@@ -188,6 +192,10 @@ class Embedder:
                 residues[np.concatenate(places)] = x.cpu().numpy()
 
         means = (sums.cpu().numpy() / lengths[:, None]).astype(np.float32)
+        finite = np.isfinite(means).all(1)  # and then so are the residues'
+        if not finite.all():
+            first = names[finite.argmin()]
+            raise UserError(f"the embedding of {first!r} is no finite number: the model overflows")
         columns = [pa.array(names), pa.array(lengths, pa.int32()), pa.array(map(len, cut), pa.int32())]
         columns.append(_vectors(means))
         if residues is not None:
@@ -225,12 +233,18 @@ def embed_file(
     `progress` is called with numbers of residues that are done, first those of an earlier run.
 
     Raises:
-        UserError: there are no longer the `count` proteins that `survey` found.
+        UserError: there are no longer the `count` proteins that `survey` found, or an embedding is no finite
+            number; then the journal is gone, since the same command would end so again.
     """
     proteins = read_proteins(source)
     progress(sum(len(residues) for _, residues in islice(proteins, journal.rows)))
     for chunk in embedder.chunks(proteins):
-        journal.append(embedder.rows(chunk))
+        try:
+            rows = embedder.rows(chunk)
+        except UserError:
+            journal.discard()
+            raise
+        journal.append(rows)
         progress(sum(len(residues) for _, residues in chunk))
     if journal.rows != count:
         raise UserError(

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -33,6 +35,12 @@ def naming(key: str) -> Iterator[None]:
         yield
     except (UserError, ValueError) as error:
         raise UserError(f"{key}: {error}") from error
+
+
+def refuse_existing(out: Path, kind: str = "file") -> None:
+    """Raises UserError if there is something at `out`, which a rename would replace; a link to nowhere too."""
+    if os.path.lexists(out) or out.name == "..":
+        raise UserError(f"{out} exists already; remove it, or choose another {kind}")
 
 
 def run_command(main: Callable[[], int | None]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.errors import UserError
+from esm2_composer.errors import UserError, refuse_existing
 
 METADATA_KEY = b"esm2_composer"
 ROW_GROUP_BYTES = 32 * 2**20
@@ -42,8 +42,7 @@ class Journal:
             UserError: `out` exists or cannot be written, another process holds its journal, or the journal was
                 begun with another origin.
         """
-        if out.exists():
-            raise UserError(f"{out} exists already; remove it, or choose another file")
+        refuse_existing(out)
         self._out, self.path = out, out.with_name(f".{out.name}.partial")
         self._schema = columns.with_metadata({METADATA_KEY: json.dumps({**(paths or {}), **origin})})
         self._origin = origin
@@ -54,7 +53,7 @@ class Journal:
         except BlockingIOError:
             raise UserError(f"{out}: another process is writing it") from None
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
+            raise UserError(f"{out}: cannot be written ({error})") from error
         batches = [(batch.num_rows, end) for batch, end in self._batches()]
         self.rows = sum(rows for rows, _ in batches)
         if batches:
@@ -103,6 +102,11 @@ class Journal:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
 
+    def discard(self) -> None:
+        """Remove the journal and its rows: nothing can go on with them."""
+        self.path.unlink()
+        self._file.close()
+
     def finish(self) -> None:
         """Write the parquet file from the journal, then remove the journal.
 
@@ -128,8 +132,7 @@ class Journal:
                 "the same command goes on behind these"
             )
         whole.rename(self._out)
-        self.path.unlink()
-        self._file.close()
+        self.discard()
 
     def _row_groups(self) -> Iterator[pa.Table]:
         held, size = [], 0

@@ -239,8 +239,11 @@ def test_an_output_that_exists_or_is_being_made_is_refused(failing_mmseqs):
     ):
         build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
     (failing_mmseqs / "out").mkdir()
-    with pytest.raises(UserError, match="out exists already"):
-        build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
+    (failing_mmseqs / "link").symlink_to("nothing")
+    for out in ("out", "link", "nowhere/.."):
+        with pytest.raises(UserError, match=f"{out} exists already"):
+            build(failing_mmseqs / "in.fasta", out=failing_mmseqs / out)
+    assert not (failing_mmseqs / "nowhere").exists()
 
 
 def test_a_folder_is_free_when_the_mmseqs_of_a_killed_run_is_gone(failing_mmseqs):

@@ -348,6 +348,22 @@ def test_weights_that_are_no_numbers_are_refused(tool, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.fasta", "weights"]
 
 
+def test_a_model_that_overflows_is_refused_by_the_first_protein_and_leaves_nothing(tool, tmp_path):
+    model = ESM2(ESM2Config(2, 32, 2, 64))
+    with torch.no_grad():
+        model.embed.weight[alphabet.TOKENS.index("W")] = 3e38
+        model.layers[0].fc2.bias.fill_(2e38)  # to overflow where both meet, in the first layer's output
+    model.save_hf(tmp_path / "weights")
+    proteins = [("a", b"MKV" * 40), ("b", b"MKV"), ("c", b"MWV"), ("d", b"MKV"), ("e", b"WWW")]
+    fasta = write_fasta(tmp_path / "in.fasta", proteins)
+    options = ("--layer", "1", "--batch-tokens", "100", "--max-length", "100")  # the first is a chunk of its own
+    arguments = (fasta, "--model", tmp_path / "weights", "--out", tmp_path / "out.parquet", *options)
+    assert_refused(tool(*arguments), ["'c'", "no finite number"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.fasta", "weights"]
+    write_fasta(fasta, [protein for protein in proteins if b"W" not in protein[1]])
+    assert tool(*arguments)[0] == 0
+
+
 def test_a_file_that_changes_while_it_is_read_is_not_taken_for_whole(weights, tmp_path):
     fasta = write_fasta(tmp_path / "in.fasta", random_proteins([20, 30]))
     one = embedder(weights)
@@ -356,6 +372,29 @@ def test_a_file_that_changes_while_it_is_read_is_not_taken_for_whole(weights, tm
         embed_file(fasta, 3, journal, one, lambda residues: None)
     assert not (tmp_path / "out.parquet").exists()
     release(journal)
+
+
+@pytest.mark.parametrize("out", ["link.parquet", "folder", "folder/..", "nowhere/.."])
+def test_an_output_that_is_a_link_or_a_folder_is_refused_and_stays(tool, weights, tmp_path, out):
+    fasta = write_fasta(tmp_path / "in.fasta", random_proteins([20]))
+    (tmp_path / "link.parquet").symlink_to("nothing")
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert_refused(tool(fasta, "--model", weights, "--out", f"{tmp_path}/{out}"), [out, "exists already"])
+    with pytest.raises(UserError, match="exists already"):
+        Journal(Path(f"{tmp_path}/{out}"), COLUMNS, {})
+    assert sorted(tmp_path.rglob("*")) == before
+    assert os.readlink(tmp_path / "link.parquet") == "nothing"
+
+
+@pytest.mark.parametrize("place", ["fasta", "--model", "--out"])
+@pytest.mark.parametrize("path", ["file/inside", "n" * 300, "n" * 250])
+def test_a_path_that_the_system_refuses_is_one_line_and_leaves_nothing(tool, weights, tmp_path, place, path):
+    (tmp_path / "file").touch()
+    fasta = write_fasta(tmp_path / "in.fasta", random_proteins([20]))
+    given = {"fasta": fasta, "--model": weights, "--out": tmp_path / "out.parquet", place: tmp_path / path}
+    assert_refused(tool(given["fasta"], "--model", given["--model"], "--out", given["--out"]), [path])
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["file", "in.fasta"]
 
 
 @pytest.mark.parametrize(

@@ -90,11 +90,34 @@ def test_what_a_killed_export_left_is_replaced(checkpoint, tmp_path, call):
     assert sorted(os.listdir(tmp_path)) == ["checkpoint", "hf"]
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(checkpoint, tmp_path, call):
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("file/hf", "cannot be written"),
+        ("n" * 250, "cannot be written"),  # its name while it is made is longer
+        ("n" * 300, "name too long"),
+        ("nowhere/..", "exists already"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_one_line_and_leaves_nothing(checkpoint, tmp_path, call, out, words):
     (tmp_path / "file").write_text("")
-    code, _, err = call(export_hf.main, checkpoint, tmp_path / "file/hf")
+    code, _, err = call(export_hf.main, checkpoint, f"{tmp_path}/{out}")
     assert code == 2
-    assert "cannot be written" in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "file"]
+
+
+@pytest.mark.parametrize("path", ["file/inside", "n" * 300])
+def test_a_checkpoint_that_the_system_refuses_is_one_line(tmp_path, call, path):
+    (tmp_path / "file").write_text("")
+    code, _, err = call(export_hf.main, tmp_path / path, tmp_path / "hf")
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert path in err
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_checkpoint_that_is_half_written_leaves_nothing(checkpoint, tmp_path, call):

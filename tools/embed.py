@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from esm2_composer.errors import UserError, run_command
+from esm2_composer.errors import UserError, refuse_existing, run_command
 
 
 def main() -> None:
@@ -42,8 +42,7 @@ def main() -> None:
         raise UserError(f"--batch-tokens {args.batch_tokens} must hold a window of {args.max_length}")
     if not 0 <= args.max_reject_fraction <= 1:
         raise UserError(f"--max-reject-fraction {args.max_reject_fraction} must lie between 0 and 1")
-    if args.out.exists():
-        raise UserError(f"{args.out} exists already; remove it, or choose another file")
+    refuse_existing(args.out)
     if not args.fasta.is_file():
         raise UserError(f"{args.fasta}: no such file (a pipe will not do: it is read twice)")
 

@@ -7,11 +7,10 @@ CHECKPOINT is a Composer checkpoint, a Hugging Face folder or a fair-esm file; O
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from pathlib import Path
 
-from esm2_composer.errors import UserError, run_command
+from esm2_composer.errors import UserError, refuse_existing, run_command
 
 
 def main() -> None:
@@ -19,8 +18,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    if os.path.lexists(args.out):
-        raise UserError(f"{args.out} exists already; remove it, or choose another folder")
+    refuse_existing(args.out, "folder")
 
     from esm2_composer.model import ESM2
 
