@@ -159,6 +159,31 @@ def test_every_rule_has_its_floor(shards, tmp_path, call):
     ]
 
 
+def test_the_figure_shows_every_point_floor_and_condition():
+    """What the table and the lines below it say, but for update 0, for which a logarithmic axis has no place."""
+    published = {"published 8M": PUBLISHED["8m"]}
+    run = Run("mine", CURVE, {**CONDITIONS, "data.replacement": "amino_acids"})
+    notes = [plot_convergence.SOURCE.format(size="8M"), *compare(run, run, "8m", 1946)]
+    figure = draw([run], published, {"unigram": 18.2, "copier": 15.3}, notes)
+    curves = [dict(zip(*line.get_data(), strict=True)) for line in figure.axes[0].lines[:2]]
+    assert curves == [{50: 19.5, 100: 17.25}, PUBLISHED["8m"]]
+    assert [set(line.get_ydata()) for line in figure.axes[0].lines[2:]] == [{18.2}, {15.3}]
+    labels = {label.get_text() for label in figure.axes[0].texts}
+    assert labels == {"mine  17.25", "published 8M  10.26", "unigram  18.20", "copier  15.30"}
+    (caption,) = figure.texts
+    assert " ".join(caption.get_text().split()) == " ".join(notes)
+    assert "328,360 UniRef50 clusters" in notes[0]
+    assert "data.replacement amino_acids, not all_tokens; validated on 1,946 other clusters" in notes[1]
+
+
+def test_a_dollar_in_a_name_is_no_mathematics(tmp_path, call):
+    runs = [write_run(tmp_path / name / "demo") for name in ("$a", "$\\b$c")]  # in names, and in the caption
+    code, _, err = call(plot_convergence.main, *runs, "--reference", "8m", "--out", tmp_path / "curve.svg")
+    assert code == 0, err
+    drawn = (tmp_path / "curve.svg").read_text()
+    assert all(f"<!-- {run}  17.25 -->" in drawn for run in runs)
+
+
 def test_many_runs_look_different():
     figure = draw([Run(f"{i}", CURVE, {}) for i in range(12)], {}, {}, [])
     looks = [(line.get_color(), line.get_marker()) for line in figure.axes[0].lines]
@@ -190,10 +215,23 @@ def damaged(folder: Path) -> Path:
     return folder
 
 
+def unreadable(folder: Path, make) -> Path:
+    folder.mkdir()
+    make(folder / "events.out.tfevents.1")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (lambda tmp: [tmp / "nowhere"], ["nowhere", "no such folder"]),
+        (lambda tmp: [write_run(tmp / "a") / next(tmp.glob("a/events*"))], ["events.out", "no such folder"]),
+        (lambda tmp: [tmp / ("n" * 300)], ["nnn"]),
+        (lambda tmp: [unreadable(tmp / "a", Path.mkdir)], ["tfevents.1", "cannot be read"]),
+        (lambda tmp: [unreadable(tmp / "a", lambda p: p.symlink_to("x"))], ["tfevents.1", "cannot be read"]),
+        (lambda tmp: [write_run(tmp / "a"), "--data", tmp / ("n" * 300)], ["nnn"]),
+        (lambda tmp: [write_run(tmp / "a"), "--out", tmp / f"{'n' * 245}.png"], ["cannot be written"]),
+        (lambda tmp: [write_run(tmp / "a"), "--out", tmp / f"{'n' * 300}.png"], ["nnn"]),
         (lambda tmp: [tmp], ["no TensorBoard events", PERPLEXITY]),
         (lambda tmp: [write_run(tmp / "a").parent, write_run(tmp / "b").parent], ["several runs", "/a", "/b"]),
         (lambda tmp: [damaged(tmp / "run")], ["events.out", "damaged"]),
@@ -212,15 +250,18 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, call, arguments, words)
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert all(word in err for word in words), err
+    assert not list(tmp_path.glob("*.p*"))
 
 
-def test_a_figure_that_exists_stays(tmp_path, call):
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda figure: figure.symlink_to("nothing")])
+def test_a_figure_that_exists_stays(tmp_path, call, make):
     run, figure = write_run(tmp_path / "a"), tmp_path / "figure.png"
-    figure.write_text("mine")
+    make(figure)
+    before = os.lstat(figure)
     code, _, err = call(plot_convergence.main, run, "--out", figure)
     assert code == 2
     assert "exists already" in err
-    assert figure.read_text() == "mine"
+    assert os.lstat(figure) == before
     assert sorted(os.listdir(tmp_path)) == ["a", "figure.png"]
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from esm2_composer.config import DataSection
-from esm2_composer.errors import UserError, run_command
+from esm2_composer.errors import UserError, refuse_existing, run_command
 
 PERPLEXITY = "metrics/valid/perplexity"
 
@@ -85,8 +85,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.out and args.out.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {args.out} must end in .png, .pdf or .svg")
-    if args.out and os.path.lexists(args.out):
-        raise UserError(f"{args.out} exists already; remove it, or choose another name")
+    if args.out:
+        refuse_existing(args.out)
     if args.data and "://" in args.data and not args.local:
         raise UserError(f"--data {args.data} needs --local, a folder for its cache")
 
@@ -159,7 +159,10 @@ def read_events(folder: Path, *tags: str) -> Iterator[tuple[Path, Any, Any]]:
 
 def records(file: Path) -> Iterator[bytes]:
     """The records of a file, as far as it has been written: each is a length, its checksum, data, its checksum."""
-    content = file.read_bytes()
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     start = 0
     while start + 8 <= len(content):
         data = start + 12
@@ -312,7 +315,14 @@ def draw(runs: list[Run], published: dict[str, dict[int, float]], levels: dict[s
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(color=faint, labelcolor=ink, labelsize=9)
-    figure.text(0.07, 0.10 / height, caption, fontsize=7, color="0.3", va="bottom", linespacing=1.3)
+    figure.text(
+        *(0.07, 0.10 / height, caption),
+        fontsize=7,
+        color="0.3",
+        va="bottom",
+        linespacing=1.3,
+        parse_math=False,  # a $ of a name is a $
+    )
     return figure
 
 
@@ -348,6 +358,7 @@ def label_ends(axes: Any, ends: list[tuple[str, float, float, str]]) -> None:
             fontsize=9,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
             annotation_clip=False,
+            parse_math=False,
         )
 
 
