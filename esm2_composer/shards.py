@@ -24,7 +24,7 @@ from streaming.base.format import Reader
 from streaming.base.shared import SharedMemory, _get_path
 
 from esm2_composer.epochs import WHOLE_BATCHES
-from esm2_composer.errors import UserError
+from esm2_composer.errors import REFUSED, UserError
 from esm2_composer.mds import Shard
 
 Result = TypeVar("Result")
@@ -243,7 +243,9 @@ def patiently(download: Callable[[], Result], source: str) -> Result:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether boto's error is an answer that would be the same again, as those of too many requests are not."""
+    """Whether it would be the same again: the system's about a path, or boto's but those of too many requests."""
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        return True
     answer = getattr(error, "response", {}).get("ResponseMetadata", {})
     status = answer.get("HTTPStatusCode", 500)
     return 400 <= status < 500 and status not in (408, 429)

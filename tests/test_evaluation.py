@@ -274,6 +274,10 @@ def test_a_checkpoint_that_is_damaged_or_does_not_fit_is_refused(
     ("arguments", "words"),
     [
         (["--data", "/nowhere"], ["/nowhere", "no valid shards"]),
+        (["--data", "n" * 300], ["nnn"]),
+        (["--data", __file__], ["test_evaluation.py", "no valid shards"]),
+        (["--data", "SHARDS", "--local", f"{__file__}/x"], ["test_evaluation.py"]),
+        (["--data", "SHARDS", "--local", "n" * 300], ["nnn"]),
         (["--data", "SHARDS", "--split", "test"], ["no test shards"]),
         (["--data", "s3://bucket/x"], ["needs --local"]),
         (["--data", "SHARDS", "--max-length", "4"], ["--max-length 4", "at least 8"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import shutil
@@ -276,11 +277,20 @@ def test_shard_bounds_find_every_sample_as_streaming_does() -> None:
     assert ours[np.int64(4)] == (2, 0)
 
 
+def answer(status: int) -> ClientError:
+    return ClientError({"ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
+
+
 @pytest.mark.parametrize(
-    ("status", "refusal"), [(403, True), (404, True), (408, False), (429, False), (503, False)]
+    ("error", "refusal"),
+    [
+        *((answer(status), True) for status in (403, 404)),
+        *((answer(status), False) for status in (408, 429, 503)),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "cache/index.json"), True),
+        (OSError(errno.EIO, "Input/output error", "cache/index.json"), False),
+    ],
 )
-def test_an_answer_that_would_be_the_same_again_is_not_asked_for_again(status: int, refusal: bool) -> None:
-    error = ClientError({"ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
+def test_an_answer_that_would_be_the_same_again_is_not_asked_for_again(error: Exception, refusal: bool) -> None:
     asked: list[int] = []
 
     def download() -> None:
@@ -289,6 +299,6 @@ def test_an_answer_that_would_be_the_same_again_is_not_asked_for_again(status: i
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "WAITS", (0, 0))
-        with pytest.raises(ClientError if refusal else ConnectionError):
+        with pytest.raises(type(error) if refusal else ConnectionError):
             shards.patiently(download, "s3://bucket/train/index.json")
     assert len(asked) == (1 if refusal else 3)
