@@ -6,6 +6,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -346,6 +347,16 @@ def test_weights_that_are_no_numbers_are_refused(tool, tmp_path):
     result = tool(fasta, "--model", tmp_path / "weights", "--out", tmp_path / "out.parquet")
     assert_refused(result, ["weights", "'layers.0.fc1.weight' holds what is no finite number"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.fasta", "weights"]
+
+
+def test_weights_that_are_half_written_or_of_another_alphabet_are_refused(tool, weights, tmp_path):
+    fasta = write_fasta(tmp_path / "in.fasta", random_proteins([20]))
+    for name, words in (("model.safetensors", "cannot be read as weights"), ("vocab.txt", "not ESM-2's tokens")):
+        damaged = Path(shutil.copytree(weights, tmp_path / name)) / name
+        damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+        result = tool(fasta, "--model", tmp_path / name, "--out", tmp_path / "out.parquet")
+        assert_refused(result, [str(damaged), words])
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_a_model_that_overflows_is_refused_by_the_first_protein_and_leaves_nothing(tool, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from conftest import ROOT, Run, composer, python
-from plot_convergence import read_scalars
+from plot_convergence import PUBLISHED, read_scalars
 
 from esm2_composer.callbacks import LOSS
 from esm2_composer.config import load_recipe
@@ -73,6 +73,21 @@ def test_published_runs_keep_their_best_and_lay_out_the_schedule_for_all_updates
     assert recipe.schedule.updates == recipe.updates
     assert (recipe.fsdp is None) == (size in ("8m", "35m", "150m"))
     assert recipe.fsdp is None or recipe.fsdp.state_dict_type == "sharded"
+
+
+def test_the_table_in_the_readme_is_that_of_the_recipes_and_of_the_published_curves(shards):
+    row = r"^\| `(\w+)\.yaml` \| (\d+), (\d+), (\d+) \| (\S+), (\S+) \| (.*) \| (\S+).* \|$"
+    rows = re.findall(row, (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [size for size, *_ in rows] == list(SIZES)
+    sharding = {"SHARD_GRAD_OP": "gradients, optimizer", "FULL_SHARD": "full"}
+    for size, layers, width, heads, rate, warmup, sharded, perplexity in rows:
+        recipe, model = load(size, shards), SIZES[size]
+        assert (int(layers), int(width), int(heads)) == (model.num_layers, model.hidden_size, model.num_heads)
+        assert (float(rate), int(warmup.replace(",", ""))) == (recipe.optimizer.lr, recipe.schedule.warmup)
+        recomputing = ", recomputing layers" if recipe.fsdp and recipe.fsdp.activation_checkpointing else ""
+        expected = "none (DDP)" if recipe.fsdp is None else sharding[recipe.fsdp.sharding_strategy] + recomputing
+        assert sharded == expected
+        assert perplexity == (f"{PUBLISHED[size][500_000]:.2f}" if size in PUBLISHED else "\N{EN DASH}")
 
 
 def explained(text: str) -> list[str]:
