@@ -70,7 +70,9 @@ def real_data() -> Path:
     return REAL_DATA
 
 
-def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+def run(
+    *command: str | Path, cwd: Path = ROOT, timeout: float = 600, **environment: str
+) -> subprocess.CompletedProcess:
     """Run a command to its end, its output as text."""
     return subprocess.run(
         [str(part) for part in command],
@@ -78,7 +80,7 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subproces
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=timeout,
     )
 
 
@@ -99,10 +101,10 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def follow(folder: Path, command: str, **environment: str) -> str:
+def follow(folder: Path, command: str, **options) -> str:
     """Run lines of shell as they stand on a page, in `folder`; gives all they printed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = run("bash", "-e", "-c", command, cwd=folder, PATH=path, PYTHONPATH=str(ROOT), **environment)
+    done = run("bash", "-e", "-c", command, cwd=folder, PATH=path, PYTHONPATH=str(ROOT), **options)
     assert done.returncode == 0, f"{command}\n{done.stderr}"
     return done.stdout + done.stderr
 

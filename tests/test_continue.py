@@ -10,14 +10,14 @@ import pytest
 import torch
 from conftest import ROOT, follow, python
 from plot_convergence import read_scalars
+from test_docs import commands
 from transformers import AutoModelForMaskedLM, EsmConfig, EsmForMaskedLM
 
 from esm2_composer.fasta import read_fasta
 from esm2_composer.model import ESM2Config
 from esm2_composer.weights import hugging_face_config
 
-PAGE = (ROOT / "docs/continue.md").read_text()
-COMMANDS = re.findall(r"^    ((?:python|composer) .+)$", PAGE, re.MULTILINE)
+COMMANDS = [command for command in commands(ROOT / "docs/continue.md") if command != "apt install mmseqs2"]
 FROM_FASTA = [command for command in COMMANDS if "convert.py --fasta" in command]
 # What makes the walk-through short: fewer updates and smaller batches, and a model that has all to learn.
 SHORT = "max_duration=30ba eval_interval=30ba global_train_batch_size=16 schedule.warmup=3 optimizer.lr=0.003"

@@ -1,7 +1,7 @@
 """README.md and docs/: their commands are those that there are, their map is the package, their snippet runs.
 
-Those of the README and of walk-throughs are run in test_readme.py, test_continue.py and test_plot_convergence.py;
-job files are looked at in test_running.py.
+All of the commands are run, small, in test_pages.py and test_continue.py, which are slow; here, at once, they are
+looked at. Job files are in test_running.py.
 """
 
 from __future__ import annotations
@@ -21,16 +21,38 @@ from esm2_composer.model import ESM2, ESM2Config
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+IN_BLOCKS = "python|composer"  # within text they are mentioned rather than told
+ANYWHERE = "make|pytest|tensorboard|pkill|sbatch|kubectl|sed|cut|apt|pip|source|download_bionemo_data"
+COMMAND = re.compile(rf"(\S+=\S+ )*({IN_BLOCKS}|{ANYWHERE}) ")
+CODE = re.compile(r"```(?P<language>\w*)\n(?P<block>[^`]*)```|^ {4}(?P<line>.*)$|`(?P<text>[^`]+)`", re.MULTILINE)
+
+
+def shell(page: Path) -> list[str]:
+    """The lines of a page's blocks of shell, continued ones joined, comments dropped."""
+    blocks = [code["block"] for code in CODE.finditer(page.read_text()) if code["language"] == "sh"]
+    return [line for block in blocks for line in lines_of(block)]
+
+
+def lines_of(block: str) -> list[str]:
+    lines = [re.sub(r"(^|\s+)#.*", "", line).strip() for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    return [line for line in lines if line]
+
+
 def commands(page: Path) -> list[str]:
-    """The lines of a page's blocks that start Python or Composer, continued lines joined, comments dropped."""
-    text = page.read_text().replace("\\\n", " ")
-    lines = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines()
-    lines += re.findall(r"^ {4}(.*)$", text, re.MULTILINE)
-    lines = [line.strip() for line in lines]
-    return [re.sub(r"\s+#.*", "", line) for line in lines if re.match(r"(\S+=\S+ )*(python|composer) ", line)]
+    """What a page tells to type, in its order and once each: in its blocks, and within its text."""
+    found: dict[str, None] = {}
+    for code in CODE.finditer(page.read_text()):
+        if code["text"]:
+            line = " ".join(code["text"].split())
+            found |= {line: None} if re.match(f"({ANYWHERE}) ", line) else {}
+        elif code["language"] in ("sh", None):
+            found |= {line: None for line in lines_of(code["block"] or code["line"]) if COMMAND.match(line)}
+    return list(found)
 
 
-COMMANDS = sorted({command for page in PAGES for command in commands(page)})
+COMMANDS = sorted(
+    {line for page in PAGES for line in commands(page) if re.match(rf"(\S+=\S+ )*({IN_BLOCKS}) ", line)}
+)
 
 
 @functools.cache
@@ -45,6 +67,12 @@ def test_commands_are_found() -> None:
     assert {Path(word).name for command in COMMANDS for word in command.split() if word.endswith(".py")} >= {
         *("train.py", "convert.py", "evaluate.py", "export_hf.py", "embed.py", "benchmark.py", "plan.py")
     }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_line_of_shell_is_taken_for_a_command_or_sets_variables(page: Path) -> None:
+    others = [line for line in shell(page) if not COMMAND.match(line)]
+    assert all(re.fullmatch(r"(\w+=\S+ ?)+", line) for line in others), others
 
 
 @pytest.mark.parametrize("command", COMMANDS)
