@@ -226,8 +226,8 @@ def test_make_demo(checkout: Path) -> None:
 @pytest.mark.slow
 def test_the_early_warning_makes_a_run_save_and_leave(shards: Path, tmp_path: Path) -> None:
     """Sent to the children of one launcher only: others may train on this machine."""
-    with Run(*command(shards, "max_duration=4000ba", "save_interval=4000ba"), cwd=tmp_path) as run:
-        run.wait_for("update 2/")
+    with Run(*command(shards, "max_duration=200ba", "save_interval=200ba"), cwd=tmp_path) as run:
+        run.wait_for("update 10/")
         follow(tmp_path, f"{the_one('pkill ')} --parent {run.launcher.pid}")
         code, _ = run.end()
     assert code == EXIT_PREEMPTED
