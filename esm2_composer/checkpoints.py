@@ -24,8 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import boto3
+import yaml
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from omegaconf.errors import OmegaConfBaseException
 
 from esm2_composer.config import Recipe, changes, to_yaml
 from esm2_composer.errors import UserError
@@ -86,16 +88,18 @@ class LocalFolder:
         return self.path / _STAGING
 
     def send(self, staged: Path, name: str, rank: int) -> None:
-        """Bring the rank's part of a sharded checkpoint to its place: here, nothing to do."""
+        """Bring the rank's part of a sharded checkpoint to its place: here, to the disk."""
+        for path in staged.glob(f"__{rank}_*"):
+            _sync(path)
 
     def commit(self, staged: Path, name: str) -> None:
         """Make a checkpoint whole, once every rank has sent its part."""
-        with (staged / ".metadata" if staged.is_dir() else staged).open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(staged / ".metadata" if staged.is_dir() else staged)
         place = self.path / name
         if place.is_dir():
             shutil.rmtree(place)
         os.replace(staged, place)
+        _sync(self.path)
         if _NAME.fullmatch(name):
             link = self.path / f".{LATEST}.new"
             link.unlink(missing_ok=True)
@@ -119,7 +123,28 @@ class LocalFolder:
     def write(self, name: str, text: str) -> None:
         temporary = self.path / f".{name}.new"
         temporary.write_text(text)
+        _sync(temporary)
         os.replace(temporary, self.path / name)
+
+    def is_damaged(self, name: str) -> bool:
+        """Whether a file's content is not that which was written. It takes reading all of it; of a sharded
+        checkpoint nobody can tell."""
+        if is_sharded(name):
+            return False
+        try:
+            with zipfile.ZipFile(self.path / name) as file:
+                return file.testzip() is not None
+        except (zipfile.BadZipFile, OSError):
+            return True
+
+
+def _sync(path: Path) -> None:
+    """See that what was written, or what a folder lists, outlives the loss of power."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -205,6 +230,10 @@ class S3Folder:
     def write(self, name: str, text: str) -> None:
         self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=text.encode())
 
+    def is_damaged(self, name: str) -> bool:
+        """A store gives what was sent."""
+        return False
+
     def _upload(self, path: Path, key: str) -> None:
         self._client.upload_file(str(path), self._bucket, self._prefix + key)
 
@@ -252,7 +281,12 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
             f"save_folder {folder} holds checkpoints, but not the {RECIPE} they were trained with; "
             "take another save_folder, and their weights by model.init_from"
         )
-    changed = changes(before, recipe)
+    try:
+        changed = changes(before, recipe)
+    except (yaml.YAMLError, OmegaConfBaseException):
+        changed = None
+    if not before.strip() or changed is None:
+        raise _damaged(folder, RECIPE, "put back the recipe of this run")
     if changed:
         null = any(change.startswith("schedule.updates ") for change in changed)
         hint = " (null makes schedule.updates max_duration: give it the number it was)" if null else ""
@@ -275,10 +309,27 @@ def take_over(folder: Folder, recipe: Recipe) -> None:
         folder.write(RECIPE, to_yaml(recipe))
 
 
+def _damaged(folder: Folder, name: str, remedy: str) -> UserError:
+    return UserError(f"save_folder {folder}: {name} is damaged; {remedy}")
+
+
+@contextlib.contextmanager
+def naming_damage(folder: Folder, checkpoint: str | None) -> Iterator[None]:
+    """While a checkpoint is loaded: if that fails and its file is damaged, raise a UserError that names it."""
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is None or not folder.is_damaged(checkpoint):
+            raise
+        raise _damaged(folder, checkpoint, "remove it, to go on from the one before") from error
+
+
 @contextlib.contextmanager
 def _refusals(folder: Folder) -> Iterator[None]:
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise _damaged(folder, RECIPE, "put back the recipe of this run") from error
     except OSError as error:
         raise UserError(f"save_folder {folder} cannot be written ({error.strerror})") from error
     except (BotoCoreError, ClientError) as error:
@@ -294,8 +345,12 @@ class Index:
 
     @classmethod
     def read(cls, folder: Folder) -> Index:
-        content = json.loads(folder.read(INDEX) or "{}")
-        losses = {int(update): loss for update, loss in content.get("validation_loss", {}).items()}
+        """Raises UserError if it is damaged."""
+        try:
+            content = json.loads(folder.read(INDEX) or "{}")
+            losses = {int(update): float(loss) for update, loss in content.get("validation_loss", {}).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise _damaged(folder, INDEX, "remove it, to go on without the validation losses so far") from error
         return cls(content.get("train_shards"), losses)
 
     def write(self, folder: Folder, best: Sequence[str]) -> None:

@@ -177,9 +177,9 @@ def changes(before: str, recipe: Recipe) -> list[str]:
     """What the recipe would train otherwise than the one told by `to_yaml` before, as "key was 1, is 2"."""
     old, new = (_flatten(OmegaConf.create(text)) for text in (before, to_yaml(recipe)))
     return [
-        f"{key} was {old[key]}, is {new[key]}"
+        f"{key} was {old.get(key, 'not told')}, is {new[key]}"
         for key in new
-        if key in old and old[key] != new[key] and not any(key == f or key.startswith(f"{f}.") for f in FREE)
+        if old.get(key, "not told") != new[key] and not any(key == f or key.startswith(f"{f}.") for f in FREE)
     ]
 
 

@@ -30,7 +30,7 @@ from esm2_composer.callbacks import (
     TensorBoard,
     TokenMonitor,
 )
-from esm2_composer.checkpoints import RECIPE, find_checkpoint, open_folder, take_over
+from esm2_composer.checkpoints import RECIPE, find_checkpoint, naming_damage, open_folder, take_over
 from esm2_composer.config import DataSection, FSDPSection, ModelSection, Recipe, batches
 from esm2_composer.data import ClusterDraw, canonical_nodes, count_short_clusters, evaluation_loader, train_loader
 from esm2_composer.errors import UserError, naming
@@ -122,33 +122,34 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     ]
     callbacks += [Divergence(recipe.callbacks.max_loss_rise), Preemption()]  # these may end the run
 
-    trainer = Trainer(
-        model=model,
-        optimizers=optimizer,
-        schedulers=schedule,
-        step_schedulers_every_batch=True,
-        algorithms=correction,
-        train_dataloader=data_spec(train, recipe.device_microbatch_tokens),
-        accumulate_train_batch_on_tokens=True,
-        eval_dataloader=Evaluator(
-            label="valid",
-            dataloader=data_spec(valid, recipe.device_microbatch_tokens),
-            metric_names=list(model.get_metrics()),
-            device_eval_microbatch_size=1,  # the pool cuts batches, by tokens
-        ),
-        max_duration=recipe.max_duration,
-        eval_interval=recipe.eval_interval,
-        precision=_precision(recipe.precision, on_gpu),
-        parallelism_config=parallelism,
-        seed=recipe.seed,
-        run_name=recipe.run_name,
-        load_path=checkpoint and folder.location(checkpoint),
-        load_progress_bar=False,
-        callbacks=callbacks,
-        loggers=_loggers(recipe),
-        progress_bar=False,
-        dist_timeout=1800,
-    )
+    with naming_damage(folder, checkpoint):
+        trainer = Trainer(
+            model=model,
+            optimizers=optimizer,
+            schedulers=schedule,
+            step_schedulers_every_batch=True,
+            algorithms=correction,
+            train_dataloader=data_spec(train, recipe.device_microbatch_tokens),
+            accumulate_train_batch_on_tokens=True,
+            eval_dataloader=Evaluator(
+                label="valid",
+                dataloader=data_spec(valid, recipe.device_microbatch_tokens),
+                metric_names=list(model.get_metrics()),
+                device_eval_microbatch_size=1,  # the pool cuts batches, by tokens
+            ),
+            max_duration=recipe.max_duration,
+            eval_interval=recipe.eval_interval,
+            precision=_precision(recipe.precision, on_gpu),
+            parallelism_config=parallelism,
+            seed=recipe.seed,
+            run_name=recipe.run_name,
+            load_path=checkpoint and folder.location(checkpoint),
+            load_progress_bar=False,
+            callbacks=callbacks,
+            loggers=_loggers(recipe),
+            progress_bar=False,
+            dist_timeout=1800,
+        )
     trainer.logger.log_hyperparameters(_flat(dataclasses.asdict(recipe)))  # who reads the logs sees the conditions
     return trainer, saver
 

@@ -55,6 +55,8 @@ class CheckpointSaver(Callback):
         self._interval, self._keep_newest, self._keep_best = interval, keep_newest, keep_best
         # That of a run that has saved nothing is of another one: it may have had other data and other rates.
         self._index = on_rank_zero(lambda: Index.read(folder)) if resumes else Index()
+        if resumes and self._index == Index():
+            _say(f"{folder} has lost its checkpoints.json: what was best so far, and on which data, nobody knows")
         self._saved: int | None = None
         self._staging = folder.staging()
         self._clear_staging()  # of what a killed run left

@@ -17,6 +17,7 @@ from esm2_composer.checkpoints import (
     LocalFolder,
     best,
     find_checkpoint,
+    naming_damage,
     open_folder,
     superseded,
     take_over,
@@ -217,6 +218,59 @@ def test_another_recipe_is_refused_with_the_difference(folder, recipe, tmp_path,
     assert f"another recipe: {difference}; set that back" in str(caught.value)
     assert str(caught.value).endswith(", or take another save_folder")
     assert folder.read(RECIPE) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "recipe.yaml is damaged; put back the recipe of this run"),
+        ("a: [", "recipe.yaml is damaged"),
+        ("- 1", "recipe.yaml is damaged"),
+        ("global_train_batch_size: 2048\nseed: 17\n", "model.size was not told, is 8m"),  # cut short
+    ],
+)
+def test_a_recipe_that_is_damaged_is_no_other_recipes(folder, recipe, tmp_path, content, message):
+    take_over(folder, recipe)
+    save(folder, tmp_path, "ep0-ba10-rank0.pt")
+    folder.write(RECIPE, content)
+    with pytest.raises(UserError, match=message):
+        find_checkpoint(folder, True, recipe, False)
+    assert folder.read(RECIPE) == content
+
+
+def test_a_recipe_that_is_no_text_is_damaged(recipe, tmp_path):
+    folder = LocalFolder(str(tmp_path))
+    save(folder, tmp_path, "ep0-ba10-rank0.pt")
+    (tmp_path / RECIPE).write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"recipe\.yaml is damaged"):
+        find_checkpoint(folder, True, recipe, False)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", '{"validation_loss": {"x": 1}}', '{"validation_loss": {"1": null}}']
+)
+def test_an_index_that_is_damaged_is_named(folder, content):
+    folder.write("checkpoints.json", content)
+    with pytest.raises(UserError, match=r"checkpoints\.json is damaged; remove it"):
+        Index.read(folder)
+
+
+def test_a_checkpoint_that_is_damaged_inside_is_named_when_it_cannot_be_loaded(tmp_path):
+    folder = LocalFolder(str(tmp_path))
+    save(folder, tmp_path, "ep0-ba10-rank0.pt")
+    path = tmp_path / "ep0-ba10-rank0.pt"
+    with pytest.raises(ZeroDivisionError), naming_damage(folder, path.name):
+        raise ZeroDivisionError  # of something else
+    content = bytearray(path.read_bytes())
+    at = content.index(torch.ones(4).numpy().tobytes())
+    content[at : at + 100] = bytes(100)
+    path.write_bytes(content)
+    assert folder.names() == [path.name]  # to list them does not read them
+    with (
+        pytest.raises(UserError, match=r"ep0-ba10-rank0\.pt is damaged; remove it, to go on from the one before"),
+        naming_damage(folder, path.name),
+    ):
+        raise RuntimeError("PytorchStreamReader failed")
 
 
 def test_another_duration_with_a_schedule_of_its_own_is_told_how_to_go_on(recipe, tmp_path):

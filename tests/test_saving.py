@@ -3,6 +3,7 @@
 import json
 import random
 import resource
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -217,6 +218,28 @@ def test_a_checkpoint_of_other_data_is_refused(shards, finished, tmp_path):
     index.write_text(index.read_text() + " ")
     result = python(*command(other), cwd=finished)
     assert_user_error(result, "on other training shards")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_damaged_inside_is_named_and_without_it_the_run_goes_on(shards, finished, tmp_path):
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    saved = tmp_path / "runs/demo/checkpoints"
+    (saved / "checkpoints.json").unlink()
+    newest = saved / "ep2-ba14-rank0.pt"
+    content = bytearray(newest.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 3000] = bytes(3000)
+    newest.write_bytes(content)
+    arguments = command(shards, "max_duration=16ba", "schedule.updates=14")
+    refused = python(*arguments, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "ep2-ba14-rank0.pt is damaged; remove it, to go on from the one before" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    newest.unlink()
+    again = python(*arguments, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "has lost its checkpoints.json" in again.stderr
+    assert (saved / "ep2-ba16-rank0.pt").exists()
 
 
 def test_a_run_killed_before_it_saved_leaves_nothing_to_the_next(shards, tmp_path):
