@@ -258,10 +258,10 @@ def _write_fasta(database: sqlite3.Connection, path: Path, which: str) -> None:
 
 
 def _mmseqs(command: str, work: Path, files: Sequence[str], options: Sequence[str], threads: int) -> None:
-    tmp = work / "tmp"
-    paths = [str(work / name) for name in files]
+    """Run it within `work`: MMseqs2's own scripts stumble over a space in a path, so they see names alone."""
     done = subprocess.run(
-        ["mmseqs", command, *paths, str(tmp), *options, "--threads", str(threads), "-v", "1"],
+        ["mmseqs", command, *files, "tmp", *options, "--threads", str(threads), "-v", "1"],
+        cwd=work,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -271,7 +271,7 @@ def _mmseqs(command: str, work: Path, files: Sequence[str], options: Sequence[st
     if done.returncode:
         last = (done.stdout.strip() or "it says nothing").splitlines()[-1]
         raise UserError(f"mmseqs {command} failed with exit code {done.returncode}: {last}")
-    shutil.rmtree(tmp)  # the next command would take up what it finds there
+    shutil.rmtree(work / "tmp")  # the next command would take up what it finds there
 
 
 def _write_layout(database: sqlite3.Connection, folder: Path) -> None:

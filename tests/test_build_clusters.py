@@ -173,6 +173,16 @@ def test_threads_change_nothing_and_the_seed_only_the_split(built, inputs, tmp_p
         assert reports[0]["counts"][name] == reports[1]["counts"][name]
 
 
+@needs_mmseqs
+def test_a_path_may_hold_a_space(tmp_path):
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    six = list(families().items())[:6]
+    (folder / "in put.fasta").write_text("".join(f">{name}\n{sequence}\n" for name, sequence in six))
+    report = build(folder / "in put.fasta", out=folder / "o", threads=1)
+    assert report["counts"]["members_at_90"] == 6
+
+
 @pytest.fixture
 def failing_mmseqs(tmp_path, monkeypatch) -> Path:
     """An `mmseqs` that knows its version and fails at all else, alone on PATH."""
