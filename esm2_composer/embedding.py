@@ -75,7 +75,7 @@ def survey(path: Path, max_length: int, max_reject_fraction: float) -> Survey:
         f"{reason} {n:,} (first: {found.examples[reason]!r})" for reason, n in found.rejected.items()
     )
     if not found.proteins:
-        raise UserError(f"{path}: no protein to embed: {reasons or 'the file is empty'}")
+        raise UserError(f"{path}: no protein to embed: {reasons}")
     if rejected > max_reject_fraction * (found.proteins + rejected):
         raise UserError(
             f"{path}: {rejected:,} of {found.proteins + rejected:,} sequences rejected, "

@@ -29,13 +29,13 @@ class ReadError(UserError):
 def read_fasta(path: Path) -> Iterator[tuple[str, bytes]]:
     """(id, sequence) of every record, in order; the id is "" if the header has none.
 
-    Raises UserError if the file is damaged, cut short or not FASTA, ReadError if the system cannot read it. A
-    record that the damage could have touched is not yielded.
+    Raises UserError if the file is empty, damaged, cut short or not FASTA, ReadError if the system cannot read it.
+    A record that the damage could have touched is not yielded.
     """
     blocks = read_blocks(path)
     first = next(blocks, b"")
     if not first:
-        return
+        raise UserError(f"{path}: empty")
     rest = first.removeprefix(_BYTE_ORDER_MARK).lstrip()
     if not rest.startswith(b">"):
         raise UserError(f"{path}: not FASTA, it does not begin with '>'")

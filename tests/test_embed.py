@@ -315,7 +315,7 @@ def test_faults_are_treated_as_in_conversion_and_repeated_ids_keep_their_rows(tm
 @pytest.mark.parametrize(
     ("content", "options", "words"),
     [
-        (b"", [], ["no protein to embed", "empty"]),
+        (b"", [], ["in.fasta: empty"]),
         (b">a\n>b\n", [], ["no protein to embed", "empty sequence 2"]),
         (b"id,sequence\n", [], ["not FASTA"]),
         (gzip.compress(b">a\nMKV\n" * 1000, mtime=0)[:-20], [], ["cut short"]),

@@ -26,7 +26,6 @@ def read(folder: Path, content: bytes) -> list[tuple[str, bytes]]:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        pytest.param(b"", [], id="empty file"),
         pytest.param(b">a\nMKV\nLLA\n>b\nMK", [("a", b"MKVLLA"), ("b", b"MK")], id="lines, no last end"),
         pytest.param(
             b">a one two\r\nMKV\r\nLLA\r\n\r\n>b\r\nMK\r\n", [("a", b"MKVLLA"), ("b", b"MK")], id="Windows"
@@ -88,6 +87,8 @@ def test_a_truncated_file_is_an_error_and_its_last_record_is_not_yielded(tmp_pat
     ("content", "message"),
     [
         (b"ur50_id,sequence\n1,MKV\n", "not FASTA"),
+        (b"", "input: empty"),
+        (gzip.compress(b"", mtime=0), "input: empty"),
         (b" \n\n", "not FASTA"),
         (b"PAR1\x00\x01", "not FASTA"),
         (b"BZh91AY&SY", "not FASTA"),
