@@ -11,7 +11,7 @@ import contextlib
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,10 @@ from esm2_composer.errors import UserError
 from esm2_composer.fasta import UNIPROT, ReadError, compression, read_blocks, read_fasta
 from esm2_composer.records import Report
 
-ROWS_AT_ONCE = 20_000
+# What is held at once. Sequences, of which any may be long, are counted in bytes where their lengths are known.
+ROWS_AT_ONCE, BYTES_AT_ONCE = 20_000, 64 * 2**20
+FLAT_ROWS_AT_ONCE = 1_000
+BUFFER_BYTES = 2**20
 IDS_A_QUERY = 5000  # SQLite takes some 32,000 parameters
 
 # Told how many sequences have been read.
@@ -55,7 +58,7 @@ class BioNeMo:
 
     def __init__(self, clusters: Path, sequences: Path) -> None:
         self.inputs = {"clusters": [clusters], "sequences": [sequences]}
-        schema = open_parquet(clusters).schema_arrow
+        schema = _schema(clusters, ("ur50_id", "ur90_id"))
         self._columns = [name for name in ("ur50_id", "ur90_id") if name in schema.names]
         if not self._columns:
             raise UserError(
@@ -77,7 +80,7 @@ class BioNeMo:
         members = "coalesce(ur90_id, [])" if "ur90_id" in self._columns else "[ur50_id]"
         names = ["nullif(ur50_id, '')"] if "ur50_id" in self._columns else []
         names += ["list_filter(ur90_id, lambda id: id != '')[1]"] if "ur90_id" in self._columns else []
-        clusters = database.read_parquet(_literal(self.inputs["clusters"]))
+        clusters = database.read_parquet(literal(self.inputs["clusters"]))
         clusters.project(f"coalesce({', '.join(names)}) AS cluster_id, {members} AS member_ids").create_view(
             "named"
         )
@@ -91,12 +94,12 @@ class Flat:
     columns = ("ur50_id", "ur90_id", "sequence")
 
     def __init__(self, path: Path) -> None:
-        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        files = list(_search(path, set())) if path.is_dir() else [path]
         if not files:
             raise UserError(f"{path}: no .parquet file in this folder")
         self.inputs = {"flat": files}
         for file in files:
-            schema = open_parquet(file).schema_arrow
+            schema = _schema(file, self.columns)
             for name in self.columns:
                 if name not in schema.names:
                     raise UserError(f"{file}: no column '{name}'; it has {', '.join(schema.names)}")
@@ -111,15 +114,30 @@ class Flat:
             yield from read_flat(file)
 
     def view(self, database: duckdb.DuckDBPyConnection, scratch: Path) -> None:
-        rows = database.read_parquet(_literal(self.inputs["flat"]))
+        rows = database.read_parquet(literal(self.inputs["flat"]))
         rows.project("nullif(ur50_id, '') AS cluster_id, [ur90_id] AS member_ids").create_view("named")
+
+
+def _search(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """The parquet files of a folder and those below, links followed, each folder once; not what is hidden, as
+    Spark's `_temporary` and macOS's `._x.parquet` are."""
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith((".", "_")):
+            continue
+        if path.is_dir():  # be it named x.parquet, as Spark names its output
+            yield from _search(path, seen)
+        elif path.suffix == ".parquet":
+            yield path
 
 
 def read_flat(file: Path, row_group: int | None = None) -> Iterator[tuple[str | None, str | None]]:
     """(member id, sequence) of the rows, all or those of a row group. Raises UserError if they are damaged."""
     groups = None if row_group is None else [row_group]
     with reading(file):
-        for batch in open_parquet(file).iter_batches(ROWS_AT_ONCE, groups, ["ur90_id", "sequence"]):
+        for batch in open_parquet(file).iter_batches(FLAT_ROWS_AT_ONCE, groups, ["ur90_id", "sequence"]):
             yield from zip(batch["ur90_id"].to_pylist(), batch["sequence"].to_pylist(), strict=True)
 
 
@@ -138,6 +156,7 @@ class Fasta:
         self._tsv = cluster_tsv
         self.members_may_be_shared = cluster_tsv is not None
         for path in chain.from_iterable(self.inputs.values()):
+            _refuse_irregular(path)
             if not path.is_file():
                 raise UserError(f"{path}: no such file")
 
@@ -156,7 +175,7 @@ class Fasta:
     def view(self, database: duckdb.DuckDBPyConnection, scratch: Path) -> None:
         if self._tsv:
             rows = database.read_csv(
-                _literal([_unpacked(self._tsv, scratch / "clusters.tsv")]),
+                literal([_unpacked(self._tsv, scratch / "clusters.tsv")]),
                 compression="none",
                 sep="\t",
                 header=False,
@@ -169,7 +188,7 @@ class Fasta:
                 f"{_accession('cluster')} AS cluster_id, [{_accession('member')}] AS member_ids"
             ).create_view("named")
         else:
-            ids = database.read_parquet(_literal([scratch / "ids.parquet"]))
+            ids = database.read_parquet(literal([scratch / "ids.parquet"]))
             ids.project("id AS cluster_id, [id] AS member_ids").create_view("named")
 
 
@@ -185,7 +204,8 @@ def _unpacked(path: Path, copy: Path) -> Path:
 
 def _accession(column: str) -> str:
     """SQL for what `read_fasta` makes of an id."""
-    return f"coalesce(nullif(regexp_extract({column}, '{UNIPROT.pattern}', 1), ''), {column})"
+    bare = f"trim({column})"
+    return f"coalesce(nullif(regexp_extract({bare}, '{UNIPROT.pattern}', 1), ''), nullif({bare}, ''))"
 
 
 def _store(
@@ -202,7 +222,7 @@ def _store(
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN;"
             "CREATE TABLE protein (id TEXT, sequence TEXT)"
         )
-        while rows := list(islice(proteins, ROWS_AT_ONCE)):
+        for rows in _batches(proteins):
             database.executemany("INSERT INTO protein VALUES (?, ?)", rows)
             ids.write_table(pa.table({"id": [name for name, _ in rows]}, schema))
             report.counts["sequences_read"] += len(rows)
@@ -210,6 +230,20 @@ def _store(
         database.execute("CREATE INDEX protein_id ON protein (id)")  # SQLite sorts on disk
         database.execute("COMMIT")
     return path
+
+
+def _batches(
+    proteins: Iterator[tuple[str | None, str | bytes | None]],
+) -> Iterator[list[tuple[str | None, str | bytes | None]]]:
+    batch, size = [], 0
+    for protein in proteins:
+        batch.append(protein)
+        size += len(protein[1] or "")
+        if len(batch) >= ROWS_AT_ONCE or size >= BYTES_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 class Sequences:
@@ -241,6 +275,7 @@ def open_proteins(path: Path) -> sqlite3.Connection:
 
     Raises UserError if it will not do, ReadError if the system cannot read it.
     """
+    _refuse_irregular(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
@@ -249,8 +284,8 @@ def open_proteins(path: Path) -> sqlite3.Connection:
         columns = {row[1].lower() for row in database.execute("PRAGMA table_info(protein)")}
         if not {b"id", b"sequence"} <= columns:
             raise UserError(f"{path}: no table 'protein' with columns 'id' and 'sequence'")
-        ((*_, plan),) = database.execute("EXPLAIN QUERY PLAN SELECT sequence FROM protein WHERE id = 'a'")
-        if not plan.startswith(b"SEARCH"):
+        steps = database.execute("EXPLAIN QUERY PLAN SELECT sequence FROM protein WHERE id = 'a'")
+        if any(step.startswith(b"SCAN") or b"USING AUTOMATIC" in step for *_, step in steps):  # a view has several
             raise UserError(
                 f"{path}: table 'protein' has no index on 'id', so each look-up would read it whole; "
                 "CREATE INDEX protein_id ON protein (id)"
@@ -270,22 +305,44 @@ def protein_rows(path: Path) -> tuple[int, int]:
 
     Raises UserError if rows have no numbers.
     """
+    query = "SELECT min(rowid), max(rowid), EXISTS (SELECT 1 FROM protein) FROM protein"
     with contextlib.closing(open_proteins(path)) as database, _reading_proteins(path):
         try:
-            first, last = database.execute("SELECT min(rowid), max(rowid) FROM protein").fetchone()
+            first, last, any_row = database.execute(query).fetchone()
         except sqlite3.OperationalError as error:
             if "no such column" not in str(error):
                 raise
             raise UserError(f"{path}: rows of table 'protein' cannot be told by number ({error})") from error
-    return (0, -1) if first is None else (first, last)
+    if any_row and not isinstance(first, int):  # a view has null
+        raise UserError(f"{path}: rows of table 'protein' cannot be told by number; is it a view?")
+    return (first, last) if any_row else (0, -1)
+
+
+def _schema(path: Path, wanted: Sequence[str]) -> pa.Schema:
+    """Raises UserError if two columns have a wanted name, in any case: DuckDB would take the first."""
+    schema = open_parquet(path).schema_arrow
+    for name in wanted:
+        alike = [other for other in schema.names if other.lower() == name]
+        if len(alike) > 1:
+            raise UserError(f"{path}: of the columns {', '.join(alike)} there must be one alone, in any case")
+    return schema
+
+
+def _refuse_irregular(path: Path) -> None:
+    """Inputs are read more than once, and not by us alone: no folder will do, and no pipe, which would hang."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file")
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     """Raises UserError if it is none, ReadError if the system cannot read it."""
+    _refuse_irregular(path)
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)  # else it reads whole row groups
     except FileNotFoundError:
         raise ReadError(f"{path}: no such file") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: its path is not UTF-8") from None
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if _is_passing(error):
             raise ReadError(f"{path}: cannot be read ({error})") from error
@@ -307,7 +364,8 @@ def reading(path: Path | str) -> Iterator[None]:
     except (pa.ArrowException, UnicodeDecodeError, OSError, duckdb.Error) as error:
         if _is_passing(error):
             raise
-        raise UserError(f"{path}: damaged ({str(error)[:300]})") from error
+        told = re.split(r"\s*Possible (?:fixes|Solution)", str(error))[0]  # DuckDB's options are none of ours
+        raise UserError(f"{path}: damaged ({told[:300]})") from error
 
 
 def _is_passing(error: Exception) -> bool:
@@ -328,7 +386,7 @@ def _reading_proteins(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read as an SQLite database ({error})") from error
 
 
-def _literal(paths: Sequence[Path]) -> list[str]:
+def literal(paths: Sequence[Path]) -> list[str]:
     """Paths as DuckDB takes them, which would read *, ? and [ as patterns."""
     return [re.sub(r"([*?\[])", r"[\1]", str(path)) for path in paths]
 

@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from esm2_composer import layouts
 from esm2_composer.conversion_plan import make_plan
 from esm2_composer.errors import UserError
 from esm2_composer.fasta import read_fasta
-from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout, Sequences, reading
+from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout, Sequences, protein_rows, read_flat, reading
 from esm2_composer.records import Report
 
 
@@ -115,6 +116,48 @@ def test_flat_rows_come_from_every_file_of_a_folder(tmp_path: Path, text: pa.Dat
     }
 
 
+def write_flat(path: Path, member: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_clusters(path, {"ur50_id": ["c"], "ur90_id": [member], "sequence": ["MK"]})
+
+
+def test_links_are_followed_and_what_is_hidden_is_not_read(tmp_path: Path) -> None:
+    for member, place in enumerate(("flat/a.parquet", "disk2/more/b.parquet", "flat/c.parquet/part-0.parquet")):
+        write_flat(tmp_path / place, str(member))
+    (tmp_path / "flat/z_link").symlink_to(tmp_path / "disk2")
+    (tmp_path / "disk2/loop").symlink_to(tmp_path / "flat")
+    (tmp_path / "flat/again").symlink_to(tmp_path / "disk2/more")
+    for place in ("flat/._a.parquet", "flat/_temporary/0/a.parquet", "flat/.train.work/plan.parquet"):
+        write_flat(tmp_path / place, "hidden")
+    found = Flat(tmp_path / "flat").inputs["flat"]
+    places = ["a.parquet", "again/b.parquet", "c.parquet/part-0.parquet"]
+    assert [str(path.relative_to(tmp_path / "flat")) for path in found] == places
+
+
+def test_long_rows_of_parquet_are_read_a_few_at_a_time(tmp_path: Path) -> None:
+    rows = 4000
+    columns = {"ur90_id": [f"m{row}" for row in range(rows)], "sequence": ["MKVLA" * 5000] * rows}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet", use_dictionary=False, compression="none")
+    before = pa.default_memory_pool().bytes_allocated()
+    peak = max(pa.default_memory_pool().bytes_allocated() for _ in read_flat(tmp_path / "x.parquet"))
+    assert peak - before < 0.7 * (tmp_path / "x.parquet").stat().st_size
+
+
+def test_what_is_staged_at_once_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "BYTES_AT_ONCE", 10)
+    monkeypatch.setattr(layouts, "ROWS_AT_ONCE", 3)
+    (tmp_path / "f").write_text(
+        "".join(f">{i}\n{sequence}\n" for i, sequence in enumerate(["M"] * 4 + ["M" * 9] * 3))
+    )
+    read: list[int] = []
+    path = Fasta([tmp_path / "f"]).stage(tmp_path, Report(), read.append)
+    assert read == [3, 5, 7]
+    assert Sequences(path).look_up(list("0123456")) == {
+        **{name.encode(): [b"M"] for name in "0123"},
+        **{name.encode(): [b"M" * 9] for name in "456"},
+    }
+
+
 # --- FASTA ---
 
 FASTA = b">a first protein\nMK\nV\n\n>b\nMK\n>c no sequence\n>\nML\n>d\tx>y\nM K*"
@@ -146,6 +189,12 @@ def test_tsv_lines_are_members_of_representatives(tmp_path: Path, line_end: byte
     (tmp_path / "t").write_bytes(b"a\tb\n\"a\ta'c\n\nd\t\n\te\nd\td\n".replace(b"\n", line_end))
     layout = Fasta([tmp_path / "f"], tmp_path / "t")
     assert rows(layout, tmp_path) == [('"a', ["a'c"]), ("a", ["b"]), ("d", ["d"]), ("d", [None]), (None, ["e"])]
+
+
+def test_spaces_around_the_ids_of_a_tsv_are_none_of_them(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(FASTA)
+    (tmp_path / "t").write_bytes(b" a \t sp|P1|X \n \t b\n")
+    assert rows(Fasta([tmp_path / "f"], tmp_path / "t"), tmp_path) == [("a", ["P1"]), (None, ["b"])]
 
 
 @pytest.mark.parametrize("codec", ["gzip", "zstd"])
@@ -194,6 +243,12 @@ PARQUET = {"ur50_id": ["c"], "ur90_id": ["a"], "sequence": ["M"]}
             lambda f: Flat(write_clusters(f / "x.parquet", {**PARQUET, "ur90_id": [["a"]]})),
             "column 'ur90_id' is list<element: string>; it must be a string",
         ),
+        (
+            lambda f: Flat(write_clusters(f / "x.parquet", {**PARQUET, "Sequence": ["MK"]})),
+            "x.parquet: of the columns sequence, Sequence there must be one alone, in any case",
+        ),
+        (lambda f: Flat(f / "\udcff"), r"\udcff: its path is not UTF-8"),
+        (lambda f: Fasta([f]), "not a regular file"),
         (lambda f: Fasta([f / "gone"]), "gone: no such file"),
         (lambda f: Fasta([write_proteins(f / "x", {})], f / "gone"), "gone: no such file"),
     ],
@@ -241,3 +296,34 @@ def test_a_table_without_index_is_refused(tmp_path: Path) -> None:
             Sequences(tmp_path / "p.db")
         database.execute("CREATE INDEX any ON protein (id)")
         assert Sequences(tmp_path / "p.db").look_up(["a"]) == {}
+
+
+VIEW = "CREATE TABLE p (id TEXT PRIMARY KEY, number INTEGER); CREATE VIEW protein AS "
+TABLES = (
+    "CREATE TABLE q (number INTEGER PRIMARY KEY, sequence TEXT); CREATE TABLE r (number INTEGER, sequence TEXT);"
+)
+
+
+@pytest.mark.parametrize(
+    ("view", "indexed"),
+    [
+        ("SELECT id, 'M' AS sequence FROM p", True),
+        ("SELECT id, 'M' AS sequence FROM p UNION ALL SELECT id, 'M' FROM p", True),
+        ("SELECT id, sequence FROM p JOIN q USING (number)", True),
+        ("SELECT id, sequence FROM p JOIN r USING (number)", False),
+        ("SELECT id, 'M' AS sequence FROM p UNION ALL SELECT number, sequence FROM r", False),
+    ],
+)
+def test_a_view_must_look_up_by_index_too(tmp_path: Path, view: str, indexed: bool) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "p.db")) as database, database:
+        database.executescript(
+            f"{TABLES} {VIEW} {view}; INSERT INTO p VALUES ('a', 1); INSERT INTO q VALUES (1, 'M')"
+        )
+    if indexed:
+        assert Sequences(tmp_path / "p.db").look_up(["a"])[b"a"][0] == b"M"
+    else:
+        with pytest.raises(UserError, match="no index on 'id'"):
+            Sequences(tmp_path / "p.db")
+    if indexed:
+        with pytest.raises(UserError, match="rows of table 'protein' cannot be told by number; is it a view"):
+            protein_rows(tmp_path / "p.db")
