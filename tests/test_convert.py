@@ -138,7 +138,25 @@ WRONG_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "folder as parquet": (
         lambda data: (data / "clusters.parquet").unlink() or (data / "clusters.parquet").mkdir(),
-        "clusters.parquet: not a parquet file",
+        "clusters.parquet: not a regular file",
+    ),
+    "pipe as parquet": (
+        lambda data: (data / "clusters.parquet").unlink() or os.mkfifo(data / "clusters.parquet"),
+        "clusters.parquet: not a regular file",
+    ),
+    "folder as database": (
+        lambda data: (data / "proteins.db").unlink() or (data / "proteins.db").mkdir(),
+        "proteins.db: not a regular file",
+    ),
+    "a column twice": (
+        lambda data: pq.write_table(
+            pa.table([[["a"]], ["c"], ["d"]], ["ur90_id", "ur50_id", "ur50_id"]), data / "clusters.parquet"
+        ),
+        "clusters.parquet: of the columns ur50_id, ur50_id there must be one alone",
+    ),
+    "a column in two cases": (
+        lambda data: store_clusters(data, {"UR50_ID": ["c"], "ur50_id": ["d"]}),
+        "clusters.parquet: of the columns UR50_ID, ur50_id there must be one alone",
     ),
     "empty parquet file": (lambda data: truncate(data / "clusters.parquet", 0), "not a parquet file"),
     "truncated parquet": (lambda data: truncate(data / "clusters.parquet", 0.8), "not a parquet file"),
@@ -206,6 +224,13 @@ WRONG_OPTIONS = {
     "gone.parquet: no such file": ["--out", "x", "--flat", "gone.parquet"],
     "gone.fasta: no such file": ["--out", "x", "--fasta", "gone.fasta"],
     "x: no index.json there, nor in train/ or valid/": ["--verify", "x"],
+    "--verify goes without --out": ["--verify", "x", "--out", "x"],
+    "--verify goes without --max-reject-fraction": ["--verify", "x", "--max-reject-fraction", "0"],
+    "--seed goes with --max-members-per-cluster": ["--out", "x", "--flat", "f", "--seed", "0"],
+    "--scratch goes with object storage": ["--out", "x", "--flat", "f", "--scratch", "s"],
+    "--out f/g/x lies in --flat f": ["--out", "f/g/x", "--flat", "f"],
+    r"\udcff: not UTF-8": ["--out", "\udcff", "--flat", "f"],
+    f"{os.devnull}: not a regular file": ["--out", "x", "--fasta", os.devnull],
 }
 
 
@@ -241,7 +266,7 @@ def test_a_wrong_cluster_tsv_is_one_line(convert: Convert, tmp_path: Path, conte
     [
         (gzip.compress(b">a\nMKV\n" * 999, mtime=0)[:-30], "f.fasta: damaged or cut short"),
         (b"a,MKV\n", "f.fasta: not FASTA"),
-        (b"", "no cluster to write: the input is empty"),
+        (b"", "f.fasta: empty"),
         (b">a\n>b\n", "100.0% of 2 members rejected, more than 1.0%: empty sequence 2 (such as '"),
     ],
 )
@@ -411,6 +436,19 @@ def test_both_splits_are_written_and_their_counts_printed(convert: Convert, data
         conversion = json.loads((out / split / "conversion.json").read_text())
         inputs = {role: paths[0]["path"] for role, paths in conversion["state"]["inputs"].items()}
         assert inputs == {"clusters": str(data / "clusters.parquet"), "sequences": str(data / "proteins.db")}
+
+
+def test_how_many_files_a_folder_gave_is_told(convert: Convert, tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    for name in "ab":
+        columns = {"ur50_id": [name], "ur90_id": [name], "sequence": ["MK"]}
+        pq.write_table(pa.table(columns), tmp_path / f"flat/{name}.parquet")
+    schema = pa.schema(dict.fromkeys(columns, pa.string()))
+    pq.write_table(schema.empty_table(), tmp_path / "flat/no_rows.parquet")
+    code, stderr = convert("--flat", str(tmp_path / "flat"), "--out", str(tmp_path / "out"))
+    assert code == 0
+    assert stderr.startswith("train: 2 clusters, 2 members, 4 residues in ")
+    assert stderr.splitlines()[1:] == ["read: 3 parquet files"]
 
 
 def test_sequences_that_no_line_names_are_told(convert: Convert, tmp_path: Path) -> None:

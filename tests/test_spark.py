@@ -238,4 +238,4 @@ def test_spark_does_not_verify(tmp_path: Path) -> None:
         text=True,
         timeout=60,
     )
-    assert (done.returncode, done.stderr) == (2, "error: --spark converts; --verify goes without it\n")
+    assert (done.returncode, done.stderr) == (2, "error: --verify goes without --spark\n")

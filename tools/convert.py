@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 from esm2_composer.errors import UserError, run_command
+from esm2_composer.storage import is_remote
 
 SECONDS_BETWEEN_LINES = 15
 
@@ -45,7 +46,7 @@ def main() -> None:
         layout = Flat(args.flat)
     else:
         layout = Fasta(args.fasta, args.cluster_tsv)
-    options = Options(args.split, args.max_members_per_cluster, args.seed)
+    options = Options(args.split, args.max_members_per_cluster, args.seed or 0)
     with open_spark(args.spark) as spark, contextlib.closing(show):
         conversion = convert(
             *(layout, args.out, options, args.max_reject_fraction, args.workers, args.scratch, show), engine=spark
@@ -80,7 +81,7 @@ def parse_args() -> argparse.Namespace:
         help="write nothing if more members are unusable, or more clusters have none (%(default)s)",
     )
     parser.add_argument("--max-members-per-cluster", type=int, help="keep so many of a cluster (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice that --max-members-per-cluster makes")
+    parser.add_argument("--seed", type=int, help="of the choice that --max-members-per-cluster makes (default: 0)")
     parser.add_argument("--scratch", type=Path, help="work in progress for object storage (default: this folder)")
     parser.add_argument(
         "--spark",
@@ -89,23 +90,39 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--verify", metavar="URI", help="re-read shards, check them, print their statistics")
     args = parser.parse_args()
+    check(args, parser)
+    return args
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse what cannot be, and options that would be of no use: whoever gives one expects something of it."""
+    for argument in sys.argv:
+        if argument.encode(errors="ignore").decode() != argument:
+            raise UserError(f"{argument}: not UTF-8, which DuckDB and Arrow want of a path")
     layouts = [name for name in ("clusters", "flat", "fasta", "verify") if getattr(args, name)]
     if len(layouts) != 1:
         raise UserError("give one of: --clusters with --sequences, --flat, --fasta, --verify")
-    if args.spark and args.verify:
-        raise UserError("--spark converts; --verify goes without it")
+    if args.verify:
+        for name, value in vars(args).items():
+            if name not in ("verify", "workers") and value != parser.get_default(name):
+                raise UserError(f"--verify goes without --{name.replace('_', '-')}")
     if bool(args.clusters) != bool(args.sequences):
         raise UserError("--clusters and --sequences go together")
     if args.cluster_tsv and not args.fasta:
         raise UserError("--cluster-tsv goes with --fasta")
     if not args.verify and not args.out:
         raise UserError("--out is missing")
+    if args.seed is not None and not args.max_members_per_cluster:
+        raise UserError("--seed goes with --max-members-per-cluster")
+    if args.scratch and not is_remote(args.out):
+        raise UserError(f"--scratch goes with object storage; work for a folder lies in it ({args.out})")
+    if args.flat and not is_remote(args.out) and Path(args.out).resolve().is_relative_to(args.flat.resolve()):
+        raise UserError(f"--out {args.out} lies in --flat {args.flat}, where its own files would be read")
     if not 0 <= args.max_reject_fraction <= 1:
         raise UserError(f"--max-reject-fraction {args.max_reject_fraction} must lie between 0 and 1")
     for name in ("workers", "max_members_per_cluster"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    return args
 
 
 class Progress:
@@ -155,6 +172,8 @@ def print_summary(split: str, conversion: dict) -> None:
         return
     seconds = conversion["elapsed_seconds"]
     print(f"{split}: {written} in {seconds} s", file=sys.stderr)
+    if len(files := conversion["state"]["inputs"].get("flat", [])) > 1:
+        print(f"read: {len(files):,} parquet files", file=sys.stderr)
     read = conversion.get("sequences_read", 0)  # where the layout has them all read
     unused = read - conversion["sequences_found"] if read else 0
     if unused:
