@@ -27,7 +27,8 @@ from esm2_composer.records import EXAMPLES_KEPT, Report
 
 # A part is closed with the cluster that reaches one of these: some 30 MB of UniRef, a second or two of work.
 PART_CLUSTERS, PART_MEMBERS = 32_768, 131_072
-MEMORY_A_THREAD = 384 * 2**20
+# DuckDB's. It takes 2 µs a cluster: more threads would save seconds, and take the memory of a small machine.
+MAX_THREADS, MEMORY_A_THREAD = 8, 384 * 2**20
 SCHEMA = pa.schema(
     {
         "cluster_id": pa.string(),
@@ -83,8 +84,8 @@ def make_plan(layout: Layout, folder: Path, other_split: Path | None, threads: i
     finished = folder / "plan.json"
     if not finished.exists():
         report = Report()
-        with reading(next(iter(layout.inputs.values()))[0]):
-            database = _open_database(folder, threads)
+        with reading(layout.source):
+            database = _open_database(folder, min(threads, MAX_THREADS))
             layout.view(database, folder)
             told = _write_plan(layout, database, folder / "plan.parquet", other_split, report)
         told["report"] = report.as_dict()
@@ -183,9 +184,10 @@ def _find_clusters_of(database: duckdb.DuckDBPyConnection, other_split: Path | N
     """Make the table `other` of those clusters that the other split has."""
     database.execute("CREATE TABLE other (cluster_id VARCHAR)")
     if other_split:
-        theirs = database.read_parquet(str(other_split))
-        theirs.create_view("theirs")
-        database.execute("INSERT INTO other SELECT DISTINCT cluster_id FROM theirs JOIN named USING (cluster_id)")
+        with reading(other_split):  # `named` has been read before
+            database.read_parquet(str(other_split)).create_view("theirs")
+            query = "SELECT DISTINCT cluster_id FROM theirs JOIN named USING (cluster_id)"
+            database.execute(f"INSERT INTO other {query}")
 
 
 def _cut(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[pa.Table, int, int]]:

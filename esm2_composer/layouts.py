@@ -36,7 +36,8 @@ Progress = Callable[[int], None]
 class Layout(Protocol):
     """What a conversion needs of an input. Making one raises UserError if a file is not what it should be."""
 
-    inputs: dict[str, list[Path]]  # the files, by the option that named them; first those with the clusters
+    inputs: dict[str, list[Path]]  # the files, by the option that named them
+    source: Path  # of the clusters, as the user named it
     rows_are_clusters: bool  # a second row of a cluster is then worth telling
     members_may_be_shared: bool  # False where a member is a cluster by construction
 
@@ -58,6 +59,7 @@ class BioNeMo:
 
     def __init__(self, clusters: Path, sequences: Path) -> None:
         self.inputs = {"clusters": [clusters], "sequences": [sequences]}
+        self.source = clusters
         schema = _schema(clusters, ("ur50_id", "ur90_id"))
         self._columns = [name for name in ("ur50_id", "ur90_id") if name in schema.names]
         if not self._columns:
@@ -80,7 +82,7 @@ class BioNeMo:
         members = "coalesce(ur90_id, [])" if "ur90_id" in self._columns else "[ur50_id]"
         names = ["nullif(ur50_id, '')"] if "ur50_id" in self._columns else []
         names += ["list_filter(ur90_id, lambda id: id != '')[1]"] if "ur90_id" in self._columns else []
-        clusters = database.read_parquet(literal(self.inputs["clusters"]))
+        clusters = database.read_parquet(_literal(self.inputs["clusters"]))
         clusters.project(f"coalesce({', '.join(names)}) AS cluster_id, {members} AS member_ids").create_view(
             "named"
         )
@@ -98,6 +100,7 @@ class Flat:
         if not files:
             raise UserError(f"{path}: no .parquet file in this folder")
         self.inputs = {"flat": files}
+        self.source = path
         for file in files:
             schema = _schema(file, self.columns)
             for name in self.columns:
@@ -114,7 +117,7 @@ class Flat:
             yield from read_flat(file)
 
     def view(self, database: duckdb.DuckDBPyConnection, scratch: Path) -> None:
-        rows = database.read_parquet(literal(self.inputs["flat"]))
+        rows = database.read_parquet(_literal(self.inputs["flat"]))
         rows.project("nullif(ur50_id, '') AS cluster_id, [ur90_id] AS member_ids").create_view("named")
 
 
@@ -154,6 +157,7 @@ class Fasta:
         self.inputs = {"cluster_tsv": [cluster_tsv]} if cluster_tsv else {}
         self.inputs["fasta"] = list(fasta)
         self._tsv = cluster_tsv
+        self.source = cluster_tsv or fasta[0]
         self.members_may_be_shared = cluster_tsv is not None
         for path in chain.from_iterable(self.inputs.values()):
             _refuse_irregular(path)
@@ -175,7 +179,7 @@ class Fasta:
     def view(self, database: duckdb.DuckDBPyConnection, scratch: Path) -> None:
         if self._tsv:
             rows = database.read_csv(
-                literal([_unpacked(self._tsv, scratch / "clusters.tsv")]),
+                _literal([_unpacked(self._tsv, scratch / "clusters.tsv")]),
                 compression="none",
                 sep="\t",
                 header=False,
@@ -188,7 +192,7 @@ class Fasta:
                 f"{_accession('cluster')} AS cluster_id, [{_accession('member')}] AS member_ids"
             ).create_view("named")
         else:
-            ids = database.read_parquet(literal([scratch / "ids.parquet"]))
+            ids = database.read_parquet(_literal([scratch / "ids.parquet"]))
             ids.project("id AS cluster_id, [id] AS member_ids").create_view("named")
 
 
@@ -386,7 +390,7 @@ def _reading_proteins(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read as an SQLite database ({error})") from error
 
 
-def literal(paths: Sequence[Path]) -> list[str]:
+def _literal(paths: Sequence[Path]) -> list[str]:
     """Paths as DuckDB takes them, which would read *, ? and [ as patterns."""
     return [re.sub(r"([*?\[])", r"[\1]", str(path)) for path in paths]
 

@@ -24,7 +24,7 @@ from esm2_composer.mds import ShardWriter, write_durably
 from esm2_composer.records import Member, Report, build_record, choose_members
 from esm2_composer.workers import Workers
 
-MEMBERS_AT_ONCE = 5_000
+MEMBERS_AT_ONCE = 1_000  # how long they are is not known before; 5,000 are no faster
 MAX_CLUSTER_BYTES = 128 * 2**20
 
 # Ids -> every sequence under each of them that there is.
@@ -118,12 +118,22 @@ def _with_sequences(batch: list[tuple[str, list[str]]], look_up: LookUp, report:
         some = members[start : start + MEMBERS_AT_ONCE]
         found = look_up(some)
         report.counts["sequences_found"] += sum(map(len, found.values()))
-        if len(batch) == 1:
-            size += sum(len(text) for given in found.values() for text in given if isinstance(text, bytes))
-            if size > MAX_CLUSTER_BYTES:
+        size += sum(len(text) for given in found.values() for text in given if isinstance(text, bytes))
+        if size > MAX_CLUSTER_BYTES:
+            _refuse_giants(found)
+            if len(batch) == 1:
                 raise _too_large(batch[0][0])
         for member in some:
             yield member, found.get(member.encode(), ())
+
+
+def _refuse_giants(found: dict[bytes, list]) -> None:
+    for member, given in found.items():
+        if any(isinstance(text, bytes) and len(text) > MAX_CLUSTER_BYTES for text in given):
+            raise UserError(
+                f"member {member.decode()} has more than {MAX_CLUSTER_BYTES // 2**20} MiB of residues, "
+                "which no protein has; take it out of the input"
+            )
 
 
 def _too_large(cluster_id: str) -> UserError:
