@@ -145,26 +145,26 @@ def _build(fasta, folder, valid_fraction, seed, threads, max_reject_fraction, sa
 
 
 def _stage(fasta, database, max_reject_fraction, say) -> dict[str, Any]:
-    """Fill the table `protein` with what can be used; tell what cannot, and why."""
-    counts, changed, rejected = Counter(), Counter(), {}
-    database.execute("CREATE TABLE protein (number INTEGER PRIMARY KEY, id TEXT UNIQUE, sequence TEXT)")
+    """Fill the table `protein` with what can be used; tell what cannot, and why.
+
+    As in a conversion, entries of one id that clean to the same are one; of others nobody can tell which is meant.
+    """
+    counts, rejected = Counter(), {}
+    database.execute(
+        "CREATE TABLE protein "
+        "(number INTEGER PRIMARY KEY, id TEXT UNIQUE, sequence TEXT, changes TEXT, reason TEXT)"
+    )
     for path in fasta:
         say(f"reading {path}")
-        for name, raw in read_fasta(path):
+        for number, (name, raw) in enumerate(read_fasta(path), 1):
             counts["sequences_read"] += 1
-            try:
-                residues, changes = clean(raw)
-                if not name:
-                    raise ValueError("header without id")
-                if len(residues) < MIN_RESIDUES:
-                    counts["sequences_too_short"] += 1
-                elif not _insert(database, name, residues.decode()):
-                    counts["sequences_given_twice"] += 1
-                changed.update(changes)
-            except ValueError as reason:
-                told = rejected.setdefault(str(reason), {"count": 0, "examples": []})
-                told["count"] += 1
-                told["examples"] += [name] if len(told["examples"]) < EXAMPLES_KEPT else []
+            if name:
+                counts["sequences_given_again"] += not _insert(database, name, raw)
+            else:
+                _reject(rejected, "header without id", f"record {number} of {path.name}")
+    for reason, name in database.execute("SELECT reason, id FROM protein WHERE reason != '' ORDER BY number"):
+        _reject(rejected, reason, name)
+    database.execute("DELETE FROM protein WHERE reason != ''")
     lost = sum(told["count"] for told in rejected.values())
     reasons = ", ".join(
         f"{reason} {told['count']:,} (such as {told['examples'][0]!r})" for reason, told in rejected.items()
@@ -174,21 +174,38 @@ def _stage(fasta, database, max_reject_fraction, say) -> dict[str, Any]:
             f"{lost:,} of {counts['sequences_read']:,} sequences rejected, "
             f"more than {max_reject_fraction:.1%}: {reasons}"
         )
-    (counts["sequences_used"],) = database.execute("SELECT count(*) FROM protein").fetchone()
-    if not counts["sequences_used"]:
+    short = database.execute("DELETE FROM protein WHERE length(sequence) < ?", (MIN_RESIDUES,)).rowcount
+    (used,) = database.execute("SELECT count(*) FROM protein").fetchone()
+    if not used:
         raise UserError(f"no sequence of {MIN_RESIDUES} residues or more: {reasons or 'the input has none'}")
+    counts.update(sequences_too_short=short, sequences_used=used)
+    changed = Counter()
+    for changes, count in database.execute("SELECT changes, count(*) FROM protein WHERE changes != '' GROUP BY 1"):
+        changed.update(dict.fromkeys(changes.split(", "), count))
     return {"counts": counts, "changed": changed, "rejected": rejected}
 
 
-def _insert(database: sqlite3.Connection, name: str, residues: str) -> bool:
-    """Whether the protein is new. Raises ValueError if its id has another sequence."""
-    query = "INSERT OR IGNORE INTO protein (id, sequence) VALUES (?, ?)"
-    if database.execute(query, (name, residues)).rowcount:
+def _insert(database: sqlite3.Connection, name: str, raw: bytes) -> bool:
+    """Whether the id is new. If it is not, and had another sequence, its row is rejected."""
+    try:
+        residues, changes = clean(raw)
+        row = (name, residues.decode(), ", ".join(changes), "")
+    except ValueError as reason:
+        row = (name, "", "", str(reason))
+    if database.execute("INSERT OR IGNORE INTO protein VALUES (NULL, ?, ?, ?, ?)", row).rowcount:
         return True
-    (known,) = database.execute("SELECT sequence FROM protein WHERE id = ?", (name,)).fetchone()
-    if known != residues:
-        raise ValueError("id with another sequence before")
+    database.execute(
+        "UPDATE protein SET reason = 'different sequences under one id' "
+        "WHERE id = ? AND (sequence, reason) IS NOT (?, ?)",
+        (name, row[1], row[3]),
+    )
     return False
+
+
+def _reject(rejected: dict[str, dict[str, Any]], reason: str, name: str) -> None:
+    told = rejected.setdefault(reason, {"count": 0, "examples": []})
+    told["count"] += 1
+    told["examples"] += [name] if len(told["examples"]) < EXAMPLES_KEPT else []
 
 
 def _cluster(database, work, threads, say) -> None:

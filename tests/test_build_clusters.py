@@ -25,10 +25,12 @@ from esm2_composer.fasta import read_fasta
 needs_mmseqs = pytest.mark.skipif(not shutil.which("mmseqs"), reason="no mmseqs on PATH")
 TRIPLES = 24
 FAULTS = (
-    ">lower\n" + "acdefghiklmnpqrstvwy" * 3 + "*\n"  # kept
+    ">kept\n" + "acdefghiklmnpqrstvwy" * 3 + "*\n"
+    ">lower\n" + "acdefghiklmnpqrstvwy" * 4 + "*\n"
     ">short\nACDEFGHIKL\n"
     ">again\n" + "MKVLAAGIVG" * 5 + "\n>again\n" + "MKVLAAGIVG" * 5 + "\n"
-    ">lower\n" + "MKVLAAGIVG" * 4 + "\n"  # an id that had another sequence
+    ">lower\n" + "MKVLAAGIVG" * 4 + "\n"  # nobody can tell which is meant
+    ">good\n" + "MKVLAAGIVH" * 5 + "\n>good\nM-K\n"  # likewise
     ">nothing\n>bad\nMK-V*LAAGIVGACDEF\n>\nMKVLAAGIVGMKVLAAG\n"
 )
 
@@ -86,17 +88,17 @@ def test_the_folder_holds_the_layout_and_a_report_that_adds_up(built):
     assert not list(built.parent.glob(".*"))
     report = json.loads((built / "report.json").read_text())
     counts = report["counts"]
-    assert counts["sequences_read"] == 527 + 3 * TRIPLES + 8
-    assert (counts["sequences_too_short"], counts["sequences_given_twice"]) == (1, 1)
+    assert counts["sequences_read"] == 527 + 3 * TRIPLES + 11
+    assert (counts["sequences_too_short"], counts["sequences_given_again"]) == (1, 3)
     rejected = {reason: told["examples"] for reason, told in report["rejected"].items()}
     assert rejected == {
-        "id with another sequence before": ["lower"],
+        "different sequences under one id": ["lower", "good"],
         "empty sequence": ["nothing"],
         "bad residue": ["bad"],
-        "header without id": [""],
+        "header without id": ["record 83 of made.fasta"],
     }
-    assert report["changed"]["lower case made upper"] == 1
-    assert counts["sequences_used"] == counts["sequences_read"] - 6
+    assert report["changed"] == {"lower case made upper": 1, "final * dropped": 1}  # of what is used
+    assert counts["sequences_used"] == counts["sequences_read"] - 3 - 5 - 1
     assert counts["clusters_valid"] == round(0.3 * counts["clusters_at_50"])
     assert (
         counts["clusters_train"]
@@ -111,7 +113,7 @@ def test_the_folder_holds_the_layout_and_a_report_that_adds_up(built):
 @needs_mmseqs
 def test_clusters_name_the_sequences_of_the_input_and_splits_share_none(built, inputs):
     given = {name: residues.decode() for path in inputs for name, residues in read_fasta(path)}
-    given["lower"] = "ACDEFGHIKLMNPQRSTVWY" * 3
+    given["kept"] = "ACDEFGHIKLMNPQRSTVWY" * 3
     train, valid = sequences(built / "train.db"), sequences(built / "validation.db")
     assert all(given[name] == sequence for name, sequence in [*train.items(), *valid.items()])
     members = pq.read_table(built / "train_clusters.parquet")["ur90_id"].to_pylist()
