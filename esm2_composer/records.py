@@ -90,11 +90,6 @@ class Report:
         _tally(self.rejected, reason, 1, [name])
         self.counts["members_rejected"] += members
 
-    @property
-    def rejected_fraction(self) -> float:
-        """Rejected members as a share of all members named."""
-        return self.counts["members_rejected"] / max(self.counts["members_read"], 1)
-
     def merge(self, other: Report) -> None:
         """Add what `other` says; examples of earlier ones come first."""
         self.counts.update(other.counts)

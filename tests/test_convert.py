@@ -257,7 +257,11 @@ def test_a_wrong_cluster_tsv_is_one_line(convert: Convert, tmp_path: Path, conte
     (tmp_path / "f.fasta").write_text(">a\nMK\n")
     (tmp_path / "t.tsv").write_bytes(content)
     arguments = ["--fasta", str(tmp_path / "f.fasta"), "--cluster-tsv", str(tmp_path / "t.tsv")]
-    assert_refused(convert(*arguments, "--out", str(tmp_path / "out")), message)
+    refused = convert(*arguments, "--out", str(tmp_path / "out"))
+    assert_refused(refused, message)
+    assert not re.search(
+        "Possible|strict_mode|auto|ignore_errors", refused[1]
+    )  # DuckDB's options are none of ours
     assert not list(tmp_path.glob("out/*"))
 
 
@@ -343,6 +347,14 @@ def test_the_docs_make_a_table_of_representatives(tmp_path: Path) -> None:
     (command,) = re.findall(r"`(cut [^`]+)`", DOCS)
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "b\tb\nd\td\n"
+
+
+def test_the_docs_take_validation_out_of_a_table(tmp_path: Path) -> None:
+    (tmp_path / "valid.tsv").write_text("d\ta\nd\td\n")
+    (tmp_path / "clusters.tsv").write_text("b\tb\nd\ta\nb\td2\nd\td\ne\te\n")
+    (command,) = re.findall(r"`(awk [^`]+)`", DOCS)
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "b\tb\nb\td2\ne\te\n"
 
 
 def test_the_docs_take_prefixes_off_as_mmseqs_does(tmp_path: Path) -> None:
