@@ -176,8 +176,8 @@ def test_threads_change_nothing_and_the_seed_only_the_split(built, inputs, tmp_p
 
 
 @needs_mmseqs
-def test_a_path_may_hold_a_space(tmp_path):
-    folder = tmp_path / "a b"
+def test_a_path_may_hold_a_space_and_what_is_not_utf_8(tmp_path):
+    folder = tmp_path / "a b\udcff"
     folder.mkdir()
     six = list(families().items())[:6]
     (folder / "in put.fasta").write_text("".join(f">{name}\n{sequence}\n" for name, sequence in six))
