@@ -29,10 +29,15 @@ def main() -> int:
 
 def train() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="a YAML file, see yamls/")
+    parser.add_argument("recipe", nargs="?", help="a YAML file, see yamls/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     parser.add_argument("--dry-run", action="store_true", help="check the recipe, tell what it asks for, and end")
     args = parser.parse_intermixed_args()
+    if args.recipe is None:
+        raise UserError("give a recipe, such as yamls/8m.yaml")
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if not ranks.isdecimal():
+        raise UserError(f"the environment variable WORLD_SIZE is {ranks!r}; it must be a number of ranks")
 
     # What takes long to import comes last: signals and mistakes are answered at once.
     from esm2_composer.config import load_recipe
@@ -41,7 +46,7 @@ def train() -> int:
     if args.dry_run:
         from esm2_composer.plan import describe
 
-        print(describe(recipe, ranks=int(os.environ.get("WORLD_SIZE", 1))))
+        print(describe(recipe, ranks=int(ranks)))
         return 0
 
     from esm2_composer.callbacks import Diverged, Divergence, Preempted, advice

@@ -283,7 +283,7 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
         )
     try:
         changed = changes(before, recipe)
-    except (yaml.YAMLError, OmegaConfBaseException):
+    except (yaml.YAMLError, OmegaConfBaseException, AttributeError):
         changed = None
     if not before.strip() or changed is None:
         raise _damaged(folder, RECIPE, "put back the recipe of this run")

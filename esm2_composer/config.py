@@ -175,7 +175,7 @@ def to_yaml(recipe: Recipe) -> str:
 
 def changes(before: str, recipe: Recipe) -> list[str]:
     """What the recipe would train otherwise than the one told by `to_yaml` before, as "key was 1, is 2"."""
-    old, new = (_flatten(OmegaConf.create(text)) for text in (before, to_yaml(recipe)))
+    old, new = (flatten(OmegaConf.to_container(OmegaConf.create(text))) for text in (before, to_yaml(recipe)))
     return [
         f"{key} was {old.get(key, 'not told')}, is {new[key]}"
         for key in new
@@ -183,14 +183,12 @@ def changes(before: str, recipe: Recipe) -> list[str]:
     ]
 
 
-def _flatten(config: DictConfig, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, DictConfig):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A recipe's values by full key, as overrides name them: {"data.replacement": "amino_acids", ...}."""
+    values: dict[str, Any] = {}
+    for key, value in section.items():
+        values |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return values
 
 
 def load_recipe(path: str, overrides: Sequence[str] = (), data_is_here: bool = True) -> Recipe:
@@ -210,9 +208,11 @@ def load_recipe(path: str, overrides: Sequence[str] = (), data_is_here: bool = T
         content = OmegaConf.to_container(content, resolve=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OmegaConfBaseException as error:  # some are ValueErrors, too
+        raise UserError(f"{path}: {_reason(error)}") from error
+    except (yaml.YAMLError, ValueError) as error:  # no text, or a number of thousands of digits
         raise UserError(f"{path}: not YAML: {error}") from error
-    except (OSError, OmegaConfBaseException) as error:
+    except OSError as error:
         raise UserError(f"{path}: {error}") from error
     recipe = _build(Recipe, content, "", path)
     if recipe.schedule.updates is None:
@@ -222,15 +222,24 @@ def load_recipe(path: str, overrides: Sequence[str] = (), data_is_here: bool = T
     return recipe
 
 
+def _reason(error: OmegaConfBaseException) -> str:
+    """OmegaConf's, without the lines that tell of its own objects."""
+    text = str(error).partition("\n")[0]
+    if variable := re.search(r"Environment variable '(.*)' not found", text):
+        text = f"the environment variable {variable[1]} is not set"
+    return f"'{error.full_key}': {text}" if error.full_key else text
+
+
 def _override(content: DictConfig, override: str, path: str) -> DictConfig:
-    if "=" not in override:
+    key, equals, _ = override.partition("=")
+    if not (key and equals):
         raise UserError(f"'{override}' is not an override; write key=value or key.subkey=value")
     try:
         return OmegaConf.merge(content, OmegaConf.from_dotlist([override]))
-    except (TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        key = override.partition("=")[0]
+    except (TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = _reason(error) if isinstance(error, OmegaConfBaseException) else error
         raise UserError(
-            f"{path}: override '{key}' does not fit ({error}); a list is given whole, as key=[a,b]"
+            f"{path}: override '{key}' does not fit ({reason}); a list is given whole, as key=[a,b]"
         ) from error
 
 
@@ -254,7 +263,8 @@ def _build(cls: type, content: Any, prefix: str, path: str) -> Any:
 
 def _suggest(key: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
+    first = [*list(known)[:7], *(["..."] if len(known) > 7 else [])]
+    return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(first)}"
 
 
 def _convert(hint: Any, value: Any, key: str, path: str) -> Any:
@@ -271,6 +281,8 @@ def _convert(hint: Any, value: Any, key: str, path: str) -> Any:
             hint_text = _suggest(str(value), [str(a) for a in args])
             allowed = ", ".join(str(a) for a in args)
             near = f"; {hint_text}" if hint_text.startswith("did") else ""
+            if isinstance(value, str) and value in map(str, args):
+                near = ", as a number"
             raise UserError(f"{path}: '{key}' is {value!r}; allowed: {allowed}{near}")
         return value
     if origin is tuple:
@@ -279,7 +291,10 @@ def _convert(hint: Any, value: Any, key: str, path: str) -> Any:
             raise UserError(f"{path}: '{key}' must be a list of {count}values, not {value!r}")
         return tuple(_convert(args[0], item, key, path) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{path}: '{key}' is too large a number") from None
     if hint is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value)  # run_name: 17
     if hint is float and isinstance(value, float) and not math.isfinite(value):
@@ -299,7 +314,7 @@ _TYPE_NAMES = {
 
 def batches(duration: str) -> int:
     """1000 for "1000ba"; 0 for what is no number of batches."""
-    match = re.fullmatch(r"([1-9]\d*)ba", duration)
+    match = re.fullmatch(r"([1-9]\d{0,8})ba", duration)
     return int(match[1]) if match else 0
 
 
@@ -330,9 +345,17 @@ def _problems(r: Recipe, data_is_here: bool) -> typing.Iterator[str]:
     for key, value in named.items():
         if value is not None and not value.strip():
             yield f"'{key}' is empty"
-    tokens = {"data.max_length": r.data.max_length, "device_microbatch_tokens": r.device_microbatch_tokens}
-    for key, value in tokens.items():
-        if value >= 2**31:  # places of tokens are int32
+    if any(part in ("", ".", "..") for part in r.run_name.split("/")):
+        yield f"'run_name' is {r.run_name!r}; write a name such as a or a/b, with no part empty, . or .."
+    below = {
+        "data.max_length": r.data.max_length,  # places of tokens are int32
+        "device_microbatch_tokens": r.device_microbatch_tokens,
+        "global_train_batch_size": r.global_train_batch_size,
+        "schedule.updates": r.schedule.updates,
+        "seed": r.seed,  # ranks add theirs
+    }
+    for key, value in below.items():
+        if value >= 2**31:
             yield f"'{key}' is {value}; it must be below {2**31}"
     if r.data.cache_limit is not None:
         limit = re.fullmatch(r"(\d+(?:\.\d+)?)(?:kb|mb|gb|tb)", r.data.cache_limit)
@@ -340,8 +363,6 @@ def _problems(r: Recipe, data_is_here: bool) -> typing.Iterator[str]:
             yield f"'data.cache_limit' is {r.data.cache_limit!r}; write a size such as 200gb"
         if r.data.local is None:
             yield "'data.cache_limit' is the limit of data.local, which is not set"
-    if r.seed >= 2**31:  # ranks add theirs
-        yield f"'seed' is {r.seed}; it must be below {2**31}"
     above_zero = {
         "optimizer.lr": r.optimizer.lr,
         "optimizer.eps": r.optimizer.eps,
@@ -428,6 +449,8 @@ def _model_problems(model: ModelSection) -> typing.Iterator[str]:
 
 
 def _data_problems(data: DataSection) -> typing.Iterator[str]:
+    if data.local is not None and ("://" in data.local or not _can_be_folder(Path(data.local))):
+        yield f"'data.local' is {data.local}; it must be a folder"
     if "://" in data.remote:
         if data.local is None:
             yield f"'data.remote' is {data.remote}; set 'data.local' to a folder for its cache"
@@ -443,6 +466,11 @@ def _data_problems(data: DataSection) -> typing.Iterator[str]:
             yield f"'data.remote' is {data.remote}, whose {split}/index.json is no index of MDS shards"
         elif data.local is None and not os.access(folder, os.W_OK):
             yield f"'data.remote' is {data.remote}, where shards cannot be unpacked; set 'data.local' to a folder"
+
+
+def _can_be_folder(path: Path) -> bool:
+    """It is one, or there is nothing yet but a folder to make it in."""
+    return next(part for part in (path, *path.absolute().parents) if os.path.lexists(part)).is_dir()
 
 
 def _is_index(path: Path) -> bool:

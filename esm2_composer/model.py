@@ -43,6 +43,9 @@ class ESM2Config:
         for name in ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, most in (("num_layers", 1000), ("hidden_size", 2**16), ("ffn_hidden_size", 2**20)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, not {getattr(self, name)}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
         if self.head_size % 8:

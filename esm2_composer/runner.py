@@ -31,7 +31,7 @@ from esm2_composer.callbacks import (
     TokenMonitor,
 )
 from esm2_composer.checkpoints import RECIPE, find_checkpoint, naming_damage, open_folder, take_over
-from esm2_composer.config import DataSection, FSDPSection, ModelSection, Recipe, batches
+from esm2_composer.config import DataSection, FSDPSection, ModelSection, Recipe, batches, flatten
 from esm2_composer.data import ClusterDraw, canonical_nodes, count_short_clusters, evaluation_loader, train_loader
 from esm2_composer.errors import UserError, naming
 from esm2_composer.fp8 import use_fp8
@@ -73,6 +73,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         use_fp8(net)
     elif recipe.fp8:
         _say("no GPU here: training without fp8")
+    make_cache(recipe.data)
 
     if not dist.is_initialized():
         dist.initialize_dist(device, timeout=1800)  # before any dataset: Streaming asks which rank it is
@@ -150,13 +151,23 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
             progress_bar=False,
             dist_timeout=1800,
         )
-    trainer.logger.log_hyperparameters(_flat(dataclasses.asdict(recipe)))  # who reads the logs sees the conditions
+    # Who reads the logs sees the conditions.
+    trainer.logger.log_hyperparameters(flatten(dataclasses.asdict(recipe)))
     return trainer, saver
 
 
 def _peak_flops() -> float | None:
     """For MFU: the peak of GPUs that Composer does not know."""
     return GPUS["b200"].flops if "B200" in torch.cuda.get_device_name() else None
+
+
+def make_cache(data: DataSection) -> None:
+    """Raise a UserError if `data.local` cannot be made: Streaming would blame the shards."""
+    if data.local is not None:
+        try:
+            Path(data.local).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.local {data.local} cannot be made ({error.strerror})") from error
 
 
 def check_cache(data: DataSection) -> None:
@@ -225,14 +236,6 @@ def cluster_draw(recipe: Recipe) -> ClusterDraw:
     d = recipe.data
     masking = MaskingRule(d.mask_fraction, d.mask_split, all_tokens=d.replacement == "all_tokens")
     return ClusterDraw(recipe.seed, d.max_length, d.min_length, masking)
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A recipe's values by full key, as overrides name them: {"data.replacement": "amino_acids", ...}."""
-    values: dict[str, Any] = {}
-    for key, value in section.items():
-        values |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return values
 
 
 def _precision(precision: str, on_gpu: bool) -> str:

@@ -186,11 +186,14 @@ def test_limits_belong_to_the_range() -> None:
         ("optimiser.lr=3", "unknown key 'optimiser'; did you mean 'optimizer'?"),
         ("data.max_lenght=9", "unknown key 'data.max_lenght'; did you mean 'max_length'?"),
         ("loggers.wandb.projekt=a", "unknown key 'loggers.wandb.projekt'; did you mean 'project'?"),
+        ("17=3", "unknown key '17'; known here: run_name, max_duration, eval_interval, global_train_batch_size, "),
         ("schedule.zzz=1", "unknown key 'schedule.zzz'; known here: warmup, decay_fraction, floor"),
         ("seed=true", "'seed' must be a whole number, not True"),
         ("seed=1.5", "'seed' must be a whole number, not 1.5"),
         ("data.num_workers=four", "'data.num_workers' must be a whole number, not 'four'"),
         ("optimizer.lr=fast", "'optimizer.lr' must be a number, not 'fast'"),
+        (f"optimizer.lr=1{400 * '0'}", "'optimizer.lr' is too large a number"),
+        (f"optimizer.lr=1{5000 * '0'}", "override 'optimizer.lr' does not fit (Exceeds the limit"),
         ("optimizer.lr=true", "'optimizer.lr' must be a number, not True"),
         ("optimizer.lr=null", "'optimizer.lr' must be a number, not None"),
         ("compile=1", "'compile' must be true or false, not 1"),
@@ -201,6 +204,7 @@ def test_limits_belong_to_the_range() -> None:
         ("data=shards", "'data' must be a mapping of keys, not 'shards'"),
         ("model.size=9m", "'model.size' is '9m'; allowed: 8m, 35m, 150m, 650m, 3b, 15b"),
         ("precision=amp_bf61", "'precision' is 'amp_bf61'; allowed: fp32, amp_bf16, amp_fp16; did you mean"),
+        ("fsdp.version='2'", "'fsdp.version' is '2'; allowed: 1, 2, as a number"),
         ("fsdp.version=true", "'fsdp.version' is True; allowed: 1, 2"),
         ("loggers.wandb.entity=us", "key 'loggers.wandb.project' is missing"),
         ("data.remote=elsewhere", "'data.remote' is elsewhere, which holds no train shards"),
@@ -208,6 +212,7 @@ def test_limits_belong_to_the_range() -> None:
         ("schedule.warmup=100", "'schedule.warmup' is 100; it must be below schedule.updates"),
         ("max_duration=3ep", "'max_duration' is '3ep'; write a number of updates such as"),
         ("max_duration=100", "'max_duration' is '100'; write"),
+        ("max_duration=1000000000ba", "'max_duration' is '1000000000ba'; write"),
         ("eval_interval=0ba", "'eval_interval' is '0ba'; write"),
         ("save_interval=5.5ba", "'save_interval' is '5.5ba'; write"),
         ("device_microbatch_tokens=1023", "'device_microbatch_tokens' is 1023; it must hold"),
@@ -219,7 +224,15 @@ def test_limits_belong_to_the_range() -> None:
         ("data.cache_limit=many", "'data.cache_limit' is 'many'; write a size such as 200gb"),
         ("data.cache_limit=0gb", "'data.cache_limit' is '0gb'; write a size such as 200gb"),
         ("run_name=''", "'run_name' is empty"),
+        ("run_name=..", "'run_name' is '..'; write a name such as a or a/b, with no part empty, . or .."),
+        ("run_name=.", "'run_name' is '.'; write"),
+        ("run_name=a/../../b", "'run_name' is 'a/../../b'; write"),
+        ("run_name=/tmp/a", "'run_name' is '/tmp/a'; write"),
+        ("run_name=a//b", "'run_name' is 'a//b'; write"),
         ("save_folder=''", "'save_folder' is empty"),
+        ("data.local=s3://bucket/cache", "'data.local' is s3://bucket/cache; it must be a folder"),
+        ("data.local=/dev/null", "'data.local' is /dev/null; it must be a folder"),
+        ("data.local=tiny.yaml/a/b", "'data.local' is tiny.yaml/a/b; it must be a folder"),
         ("data.local=' '", "'data.local' is empty"),
         ("data.max_length=2147483648", "'data.max_length' is 2147483648; it must be below 2147483648"),
         ("device_microbatch_tokens=9999999999", "'device_microbatch_tokens' is 9999999999; it must be below"),
@@ -234,6 +247,8 @@ def test_limits_belong_to_the_range() -> None:
         ("optimizer.lr=0", "'optimizer.lr' is 0.0; it must be above 0"),
         ("optimizer.clip_norm=-1", "'optimizer.clip_norm' is -1.0; it must be above 0"),
         ("global_train_batch_size=0", "'global_train_batch_size' is 0; it must be at least 1"),
+        ("global_train_batch_size=2147483648", "'global_train_batch_size' is 2147483648; it must be below"),
+        ("schedule.updates=2147483648", "'schedule.updates' is 2147483648; it must be below 2147483648"),
         ("schedule.updates=0", "'schedule.updates' is 0; it must be at least 1"),
         ("save_num_checkpoints_to_keep=0", "'save_num_checkpoints_to_keep' is 0; it must be at least 1"),
         ("seed=-1", "'seed' is -1; it must be at least 0"),
@@ -348,6 +363,12 @@ def test_an_empty_file_misses_its_first_key() -> None:
     assert mistake(text="") == "key 'run_name' is missing"
 
 
+def test_an_interpolation_that_finds_nothing_is_told_in_plain_words() -> None:
+    told = "'save_folder': the environment variable NO_SUCH_VARIABLE_OF_TEST is not set"
+    assert mistake("save_folder=${oc.env:NO_SUCH_VARIABLE_OF_TEST}/runs") == told
+    assert mistake("data.local=${nothing}") == "'data.local': Interpolation key 'nothing' not found"
+
+
 @pytest.mark.parametrize("reference", ["${nothing}", "${oc.env:NO_SUCH_VARIABLE_OF_TEST}"])
 def test_an_interpolation_that_finds_nothing_names_both_ends(reference: str) -> None:
     message = mistake(f"save_folder={reference}")
@@ -358,6 +379,12 @@ def test_an_interpolation_that_finds_nothing_names_both_ends(reference: str) -> 
 def test_an_override_that_is_none_is_named() -> None:
     with pytest.raises(UserError, match=r"^'seed' is not an override; write key=value"):
         load("run_name=a", "seed")
+    with pytest.raises(UserError, match=r"^'=3' is not an override; write key=value"):
+        load("=3")
+
+
+def test_a_name_may_have_parts() -> None:
+    assert load("run_name=group/tiny.2").run_name == "group/tiny.2"
 
 
 @pytest.mark.parametrize(

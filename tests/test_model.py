@@ -113,7 +113,15 @@ def test_sizes_have_the_published_parameter_counts(size, parameters):
 
 @pytest.mark.parametrize(
     ("dimensions", "complaint"),
-    [((2, 64, 3, 256), "does not divide"), ((2, 60, 5, 256), "multiple of 8"), ((0, 64, 4, 256), "num_layers")],
+    [
+        *[
+            ((2, 64, 3, 256), "does not divide"),
+            ((2, 60, 5, 256), "multiple of 8"),
+            ((0, 64, 4, 256), "num_layers"),
+        ],
+        *[((10**9, 64, 4, 256), "num_layers must be at most 1000"), ((2, 2**17, 4, 256), "at most 65536")],
+        ((2, 64, 4, 2**21), "ffn_hidden_size must be at most 1048576"),
+    ],
 )
 def test_impossible_dimensions_are_refused(dimensions, complaint):
     with pytest.raises(ValueError, match=complaint):

@@ -158,3 +158,10 @@ def test_the_command_needs_neither_data_nor_gpus(tmp_path):
     assert plan["parameters"] == 2_839_005_634
     assert plan["real_tokens"] / 128 == pytest.approx(5_000, rel=0.05)
     assert plan["fits"] is True
+
+
+@pytest.mark.parametrize("mfu", ["1e-320", "1.01"])
+def test_a_share_of_the_peak_that_is_none_is_refused(mfu):
+    result = python(ROOT / "tools/plan.py", ROOT / "yamls/8m.yaml", "--gpus", "8", "--mfu", mfu)
+    assert result.returncode == 2
+    assert result.stderr == f"error: --mfu {mfu} must lie between 0.001 and 1\n"

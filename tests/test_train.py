@@ -16,7 +16,7 @@ import pytest
 import torch
 from composer.core import Callback
 from composer.utils import dist
-from conftest import Run, command, composer, python
+from conftest import ROOT, Run, command, composer, python
 from outcomes import assert_same_weights, assert_user_error, final_weights, losses, scalars
 from streaming.base.storage.download import LocalDownloader
 from transformers import AutoModelForMaskedLM
@@ -178,6 +178,12 @@ def test_a_wrong_recipe_is_one_line_and_exit_code_2(shards, tmp_path, overrides,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_command_without_a_recipe_or_with_a_number_of_ranks_that_is_none_is_told(shards, tmp_path):
+    assert_user_error(python(ROOT / "train.py", cwd=tmp_path), "error: give a recipe, such as yamls/8m.yaml")
+    result = python(*command(shards), "--dry-run", cwd=tmp_path, WORLD_SIZE="x")
+    assert_user_error(result, "the environment variable WORLD_SIZE is 'x'; it must be a number of ranks")
+
+
 def test_the_launcher_passes_the_line_and_the_exit_code_on(shards, tmp_path):
     result = composer("-n", "2", *command(shards, "optimiser.lr=1"), cwd=tmp_path)
     assert_user_error(result, "unknown key 'optimiser'")
@@ -223,6 +229,8 @@ def test_sharded_gradients_that_come_as_sums_are_divided(
             ["save_folder=taken/checkpoints"],
             r"save_folder taken/checkpoints cannot be written \(Not a directory\)",
         ),
+        (["data.local=/proc/cache"], r"^data\.local /proc/cache cannot be made \("),
+        (["model.num_layers=1001"], "^model: num_layers must be at most 1000, not 1001$"),
         (
             ["model.init_from=nowhere.pt", *(f"model.{name}=null" for name in DIMENSIONS)],
             r"^model\.init_from: nowhere\.pt: no such file",

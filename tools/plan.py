@@ -25,8 +25,8 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if args.gpus < 1:
         raise UserError("--gpus must be at least 1")
-    if args.mfu is not None and not 0 < args.mfu <= 1:
-        raise UserError(f"--mfu {args.mfu} must lie between 0 and 1")
+    if args.mfu is not None and not 0.001 <= args.mfu <= 1:
+        raise UserError(f"--mfu {args.mfu} must lie between 0.001 and 1")
 
     from esm2_composer.config import load_recipe
 
