@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 
 from esm2_composer.errors import UserError, refuse_existing
 from esm2_composer.fasta import read_fasta
-from esm2_composer.records import EXAMPLES_KEPT, clean
+from esm2_composer.records import Report, clean
 
 MIN_RESIDUES = 11
 COVERAGE = ("-c", "0.8", "--cov-mode", "0")  # 80 % of both sequences
@@ -149,7 +149,7 @@ def _stage(fasta, database, max_reject_fraction, say) -> dict[str, Any]:
 
     As in a conversion, entries of one id that clean to the same are one; of others nobody can tell which is meant.
     """
-    counts, rejected = Counter(), {}
+    counts, report = Counter(), Report()
     database.execute(
         "CREATE TABLE protein "
         "(number INTEGER PRIMARY KEY, id TEXT UNIQUE, sequence TEXT, changes TEXT, reason TEXT)"
@@ -161,14 +161,11 @@ def _stage(fasta, database, max_reject_fraction, say) -> dict[str, Any]:
             if name:
                 counts["sequences_given_again"] += not _insert(database, name, raw)
             else:
-                _reject(rejected, "header without id", f"record {number} of {path.name}")
+                report.reject("header without id", f"record {number} of {path.name}", 1)
     for reason, name in database.execute("SELECT reason, id FROM protein WHERE reason != '' ORDER BY number"):
-        _reject(rejected, reason, name)
+        report.reject(reason, name, 1)
     database.execute("DELETE FROM protein WHERE reason != ''")
-    lost = sum(told["count"] for told in rejected.values())
-    reasons = ", ".join(
-        f"{reason} {told['count']:,} (such as {told['examples'][0]!r})" for reason, told in rejected.items()
-    )
+    lost, reasons = report.counts["members_rejected"], report.reasons()
     if lost > max_reject_fraction * counts["sequences_read"]:
         raise UserError(
             f"{lost:,} of {counts['sequences_read']:,} sequences rejected, "
@@ -182,7 +179,7 @@ def _stage(fasta, database, max_reject_fraction, say) -> dict[str, Any]:
     changed = Counter()
     for changes, count in database.execute("SELECT changes, count(*) FROM protein WHERE changes != '' GROUP BY 1"):
         changed.update(dict.fromkeys(changes.split(", "), count))
-    return {"counts": counts, "changed": changed, "rejected": rejected}
+    return {"counts": counts, "changed": changed, "rejected": report.rejected}
 
 
 def _insert(database: sqlite3.Connection, name: str, raw: bytes) -> bool:
@@ -200,12 +197,6 @@ def _insert(database: sqlite3.Connection, name: str, raw: bytes) -> bool:
         (name, row[1], row[3]),
     )
     return False
-
-
-def _reject(rejected: dict[str, dict[str, Any]], reason: str, name: str) -> None:
-    told = rejected.setdefault(reason, {"count": 0, "examples": []})
-    told["count"] += 1
-    told["examples"] += [name] if len(told["examples"]) < EXAMPLES_KEPT else []
 
 
 def _cluster(database, work, threads, say) -> None:

@@ -269,16 +269,11 @@ def _convert_parts(
     if so_far.counts["members_rejected"] > max_reject_fraction * plan.members:
         raise UserError(
             f"{so_far.counts['members_rejected'] / plan.members:.1%} of {plan.members:,} members rejected, "
-            f"more than {max_reject_fraction:.1%}: {_summary(so_far)}"
+            f"more than {max_reject_fraction:.1%}: {so_far.reasons()}"
         )
     if not so_far.counts["clusters_written"]:
-        raise UserError(f"no cluster to write: {_summary(so_far) or 'the input is empty'}")
+        raise UserError(f"no cluster to write: {so_far.reasons() or 'the input is empty'}")
     return _merged(plan.report, records)
-
-
-def _summary(report: Report) -> str:
-    reasons = sorted(report.rejected.items(), key=lambda item: -item[1]["count"])
-    return ", ".join(f"{reason} {told['count']:,} (such as {told['examples'][0]!r})" for reason, told in reasons)
 
 
 def _merged(planned: Report, records: list[Path]) -> Report:

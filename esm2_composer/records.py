@@ -90,6 +90,13 @@ class Report:
         _tally(self.rejected, reason, 1, [name])
         self.counts["members_rejected"] += members
 
+    def reasons(self) -> str:
+        """Why things were rejected, the most frequent first, each with its count and an example."""
+        reasons = sorted(self.rejected.items(), key=lambda item: -item[1]["count"])
+        return ", ".join(
+            f"{reason} {told['count']:,} (such as {told['examples'][0]!r})" for reason, told in reasons
+        )
+
     def merge(self, other: Report) -> None:
         """Add what `other` says; examples of earlier ones come first."""
         self.counts.update(other.counts)

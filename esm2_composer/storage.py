@@ -35,9 +35,8 @@ class Store:
         from streaming.base.storage.upload import CloudUploader
 
         self._uri, self._folder = uri.rstrip("/"), folder
-        logging.getLogger(CloudUploader.__module__).setLevel(
-            logging.ERROR
-        )  # it warns of a folder with files in it
+        # It warns of a folder that has files in it, as those of a run that goes on have.
+        logging.getLogger(CloudUploader.__module__).setLevel(logging.ERROR)
         try:
             self._uploader = CloudUploader.get((str(folder), self._uri), keep_local=True, retry=1, exist_ok=True)
             self._downloader = CloudDownloader.get(self._uri)
