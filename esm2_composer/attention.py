@@ -1,16 +1,16 @@
-"""Bidirectional attention over sequences laid end to end: one function, several kernels.
+"""Bidirectional attention over sequences laid end to end: several kernels, chosen in one place.
 
 A flat batch holds T tokens of B sequences; sequence b is the tokens cu_seqlens[b] to cu_seqlens[b+1]. No
 kernel here computes padding, and no token sees another sequence.
 
     cpu     a loop over sequences around torch's CPU flash attention; any device, any dtype: the reference
+    triton  ours (see `triton_attention`), which rotates too; CUDA, fp16 or bf16, and a C compiler
     torch   FlashAttention-2's variable-length kernel inside torch: its public function where there is one
             (from 2.11), the operator behind it before; CUDA, fp16 or bf16
     flash   the flash-attn package, version 3 (`flash_attn_interface`) or else 2; CUDA, fp16 or bf16
 
-On a CUDA device `auto` takes version 3 of the package where it is there and pays, on Hopper GPUs with heads of at
-least 64 (it computes smaller ones as 64), else `torch`; `cpu` where q, k and v are neither fp16 nor bf16, and on
-other devices. GPUs older than Ampere have none of these kernels.
+`auto` takes `triton` on a CUDA device where what is computed is fp16 or bf16, `torch` where Triton cannot work, and
+`cpu` elsewhere. GPUs older than Ampere have none of these kernels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ import functools
 import importlib
 import inspect
 import logging
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,44 +32,41 @@ import torch.nn.functional as F
 log = logging.getLogger(__name__)
 
 # q, k, v (T, heads, head_dim), cu_seqlens int32 (B+1,), longest sequence -> (T, heads, head_dim)
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A kernel. One that rotates takes q, k and v together, (T, 3, heads, head_dim), and the rotary tables, instead
+    of rotated q and k, and v."""
+
+    name: str
+    kernel: Callable[..., torch.Tensor]
+    rotates: bool = False
 
 
 @functools.cache
-def select_attention(backend: str, device_type: str, head_size: int) -> Attention:
-    """The attention function for `backend` on a device of type "cpu" or "cuda"; logged once.
+def select_attention(backend: str, device_type: str, dtype: torch.dtype) -> Attention:
+    """The attention of `backend` on a device of type "cpu" or "cuda", for q, k and v of `dtype`; logged once.
 
     Raises ValueError if the backend is unknown or cannot run there, naming those that can.
     """
-    kernels = {"cpu": _per_sequence}
-    best = "cpu"
+    found = [Attention("cpu", _per_sequence)]  # the last is the best
     # Without a GPU to ask, as where a test pretends to have one, it is taken for an Ampere.
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
-    if device_type == "cuda" and capability >= (8, 0):
-        kernels["torch"] = _torch_varlen_function() or _torch_varlen_operator
-        best = "torch"
-        version, function = _flash_package()
-        if function is not None:
-            kernels["flash"] = function
-            best = "flash" if version == 3 and capability[0] == 9 and head_size >= 64 else best
-    chosen = best if backend == "auto" else backend
-    if chosen not in kernels:
-        raise ValueError(
-            f"attention '{backend}' is not available on {device_type}; available here: auto, {', '.join(kernels)}"
-        )
-    log.info("attention on %s: %s", device_type, chosen)
-    kernel = kernels[chosen]
-    return kernel if backend != "auto" or chosen == "cpu" else _or_per_sequence(kernel)
-
-
-def _or_per_sequence(kernel: Attention) -> Attention:
-    """`kernel` for the 16-bit types it takes, the reference for others."""
-
-    def attention(q, k, v, cu_seqlens, max_seqlen):
-        function = kernel if q.dtype in (torch.float16, torch.bfloat16) else _per_sequence
-        return function(q, k, v, cu_seqlens, max_seqlen)
-
-    return attention
+    if device_type == "cuda" and capability >= (8, 0) and dtype in (torch.float16, torch.bfloat16):
+        if (function := _flash_package()) is not None:
+            found.append(Attention("flash", function))
+        found.append(Attention("torch", _torch_varlen_function() or _torch_varlen_operator))
+        if (function := _triton_kernel()) is not None:
+            found.append(Attention("triton", function, rotates=True))
+    chosen = [attention for attention in found if backend in ("auto", attention.name)]
+    if not chosen:
+        kind = f"{device_type} in {dtype}".replace("torch.", "")
+        names = ", ".join(attention.name for attention in found)
+        raise ValueError(f"attention '{backend}' is not available on {kind}; available here: auto, {names}")
+    log.info("attention on %s: %s", device_type, chosen[-1].name)
+    return chosen[-1]
 
 
 def _per_sequence(q, k, v, cu_seqlens, max_seqlen):
@@ -78,7 +80,7 @@ def _per_sequence(q, k, v, cu_seqlens, max_seqlen):
     return torch.cat(outputs)
 
 
-def _torch_varlen_function() -> Attention | None:
+def _torch_varlen_function() -> Kernel | None:
     """torch's public function, or None where it is absent or has the signature of 2.10, without a window."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -97,20 +99,36 @@ def _torch_varlen_operator(q, k, v, cu_seqlens, max_seqlen):
     )[0]
 
 
-def _flash_package() -> tuple[int, Attention | None]:
-    """The version of the flash-attn package that can be imported here, and its function; or 0 and None."""
-    for version, name in ((3, "flash_attn_interface"), (2, "flash_attn")):
+def _flash_package() -> Kernel | None:
+    """The function of the newest flash-attn package that can be imported here."""
+    for name in ("flash_attn_interface", "flash_attn"):
         try:
-            function = importlib.import_module(name).flash_attn_varlen_func
+            module = importlib.import_module(name)
         except ModuleNotFoundError:
             continue
         except (ImportError, OSError) as error:  # as one built for another torch
             log.warning("%s cannot be imported: %s", name, error)
             continue
-        return version, functools.partial(_flash_varlen, function)
-    return 0, None
+        if hasattr(module, "flash_attn_varlen_func"):  # version 4 shares the name, and is another module inside
+            return functools.partial(_flash_varlen, module.flash_attn_varlen_func)
+    return None
 
 
 def _flash_varlen(function: Callable, q, k, v, cu_seqlens, max_seqlen):
     out = function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     return out[0] if isinstance(out, tuple) else out
+
+
+def _triton_kernel() -> Callable[..., torch.Tensor] | None:
+    """None, and a line in the log, where Triton cannot build what launches its kernels."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    missing = [name for name, found in (("a C compiler", compiler), (header, header.exists())) if not found]
+    try:
+        importlib.import_module("triton")
+    except ImportError:
+        missing = ["the package triton"]
+    if missing:
+        log.warning("attention: without %s the slower kernel inside torch is taken", " and ".join(map(str, missing)))
+        return None
+    return importlib.import_module("esm2_composer.triton_attention").attend

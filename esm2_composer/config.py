@@ -33,7 +33,7 @@ class ModelSection:
     hidden_size: int | None = None
     num_heads: int | None = None
     ffn_hidden_size: int | None = None
-    attention: Literal["auto", "cpu", "torch", "flash"] = "auto"
+    attention: Literal["auto", "cpu", "triton", "torch", "flash"] = "auto"
     init_from: str | None = None
 
     @property
@@ -404,7 +404,7 @@ def _problems(r: Recipe, data_is_here: bool) -> typing.Iterator[str]:
         yield f"'save_folder' is {r.save_folder}, with braces; write ${{run_name}} for the name of the run"
     if r.fp8 and r.precision != "amp_bf16":
         yield f"'fp8' is true and 'precision' {r.precision}; it needs amp_bf16"
-    if r.model.attention in ("torch", "flash") and r.precision == "fp32":
+    if r.model.attention in ("triton", "torch", "flash") and r.precision == "fp32":
         yield f"'model.attention' is {r.model.attention}, which computes in 16 bits, and 'precision' is fp32"
     if r.fsdp is not None:
         yield from _fsdp_problems(r.fsdp)

@@ -85,6 +85,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a product of x comes out as: autocast's type, where that is on."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
 class Layer(nn.Module):
     """One pre-norm transformer block: attention, then a GELU feed-forward."""
 
@@ -100,14 +108,22 @@ class Layer(nn.Module):
         self.fc2 = nn.Linear(config.ffn_hidden_size, d)
 
     def forward(self, x, tables, attention, cu_seqlens, max_seqlen) -> torch.Tensor:
-        """x (T, D) -> (T, D)."""
-        mixed = attention(*self.before_attention(x, tables), cu_seqlens, max_seqlen)
+        """x (T, D), the bits of `rotary_tables` and an `Attention` -> (T, D)."""
+        qkv = self.project(x)
+        if attention.rotates:
+            mixed = attention.kernel(qkv, tables.view(torch.float32), cu_seqlens, max_seqlen)
+        else:
+            mixed = attention.kernel(*self.rotate_qkv(qkv, tables), cu_seqlens, max_seqlen)
         return self.after_attention(x, mixed)
 
-    def before_attention(self, x: torch.Tensor, tables: torch.Tensor) -> tuple:
-        """x (T, D) and the bits of `rotary_tables` -> q, k, v (T, H, K), q and k rotated."""
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """x (T, D) -> q, k and v, (T, 3, H, K)."""
+        return self.qkv(self.attention_norm(x)).view(-1, 3, self.num_heads, self.head_size)
+
+    def rotate_qkv(self, qkv: torch.Tensor, tables: torch.Tensor) -> tuple:
+        """qkv (T, 3, H, K) -> q, k, v (T, H, K), q and k rotated."""
         cos, sin = tables.view(torch.float32)
-        q, k, v = self.qkv(self.attention_norm(x)).view(-1, 3, self.num_heads, self.head_size).unbind(1)
+        q, k, v = qkv.unbind(1)
         # ESM-2 scales q by K^-0.5 before the rotation; rotation is linear, so the kernel may scale instead.
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
@@ -205,9 +221,9 @@ class ESM2(nn.Module):
         )
         place = torch.arange(len(tokens), device=tokens.device) - cu_seqlens[sequence]
         tables = rotary_tables(place, self.rotary_bits.view(torch.float32)).view(torch.int32)
-        attention = select_attention(self.config.attention, tokens.device.type, self.config.head_size)
 
         x = self._embed(tokens, sequence, lengths)
+        attention = select_attention(self.config.attention, tokens.device.type, compute_dtype(x))
         for block in self.layers[:layer]:
             x = block(x, tables, attention, cu_seqlens, max_seqlen)
         return x
@@ -224,11 +240,11 @@ class ESM2(nn.Module):
     def compile_layers(self, **options: Any) -> None:
         """Compile the layers for any number of tokens; `options` go to `torch.compile`.
 
-        The two parts around attention are compiled, the same code for all layers. Attention's kernels are no
-        matter for a compiler, and some cannot be traced.
+        The parts around attention are compiled, the same code for all layers. Attention's kernels are no matter
+        for a compiler, and some cannot be traced.
         """
         for layer in self.layers:
-            for part in ("before_attention", "after_attention"):
+            for part in ("project", "rotate_qkv", "after_attention"):
                 compiled = torch.compile(getattr(layer, part), dynamic=True, fullgraph=True, **options)
                 setattr(layer, part, compiled)
 

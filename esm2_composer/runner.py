@@ -59,7 +59,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
 
     # Each rank for itself, before they meet and before anything is fetched: what can be seen to be wrong.
     canonical_nodes(recipe.global_train_batch_size, dist.get_world_size())
-    parallelism = _parallelism(recipe.fsdp, on_gpu)
+    parallelism = parallelism_of(recipe.fsdp, on_gpu)
     sharded = parallelism is not None and recipe.fsdp.state_dict_type == "sharded"
     folder = open_folder(recipe.save_folder)
     checkpoint = find_checkpoint(folder, recipe.autoresume, recipe, sharded)
@@ -68,7 +68,8 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     with torch.device("meta") if elsewhere else contextlib.nullcontext():
         net = build_model(recipe.model)
     with naming("model.attention"):
-        select_attention(net.config.attention, "cuda" if on_gpu else "cpu", net.config.head_size)
+        computed = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16, "fp32": torch.float32}[recipe.precision]
+        select_attention(net.config.attention, "cuda" if on_gpu else "cpu", computed)
     if recipe.fp8 and on_gpu:
         use_fp8(net)
     elif recipe.fp8:
@@ -245,7 +246,7 @@ def _precision(precision: str, on_gpu: bool) -> str:
     return "fp32"
 
 
-def _parallelism(fsdp: FSDPSection | None, on_gpu: bool) -> dict[str, Any] | None:
+def parallelism_of(fsdp: FSDPSection | None, on_gpu: bool) -> dict[str, Any] | None:
     if fsdp is None:
         return None
     if fsdp.version == 1 and not on_gpu:

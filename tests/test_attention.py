@@ -3,6 +3,7 @@
 import importlib.machinery
 import itertools
 import sys
+import sysconfig
 import types
 
 import pytest
@@ -32,20 +33,33 @@ def inputs(head_size: int, device: str, dtype: torch.dtype):
     return *qkv.to(device, dtype).unbind(0), cu_seqlens.to(device)
 
 
+def kernel(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    """The kernel of a backend, taking rotated q, k and v."""
+    found = select_attention.__wrapped__(backend, device, dtype)
+    if not found.rotates:
+        return found.kernel
+
+    def without_rotation(q, k, v, cu_seqlens, max_seqlen):
+        tables = torch.stack((torch.ones(*q.shape[::2]), torch.zeros(*q.shape[::2])))[:, :, None, ::2]
+        return found.kernel(torch.stack((q, k, v), 1), tables.contiguous().to(q.device), cu_seqlens, max_seqlen)
+
+    return without_rotation
+
+
 @pytest.mark.parametrize("head_size", [16, 24, 32, 64, 128])
 def test_cpu_attention_is_exact_forward_and_backward(head_size):
     *qkv, cu_seqlens = inputs(head_size, "cpu", torch.float32)
-    check(select_attention("cpu", "cpu", 64), qkv, cu_seqlens, tolerance=1e-5)
+    check(kernel("cpu"), qkv, cu_seqlens, tolerance=1e-5)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["auto", "torch", "flash", "cpu"])
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch", "flash", "cpu"])
 @pytest.mark.parametrize("head_size", [16, 24, 32, 64, 128])
 def test_gpu_kernels_equal_plain_attention_within_bf16(backend, head_size):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     try:
-        attention = select_attention(backend, "cuda", head_size)
+        attention = kernel(backend, "cuda", torch.bfloat16)
     except ValueError as error:
         pytest.skip(str(error))
     *qkv, cu_seqlens = inputs(head_size, "cuda", torch.bfloat16)
@@ -66,22 +80,24 @@ def check(attention, qkv, cu_seqlens, tolerance):
         assert (got.double() - want.double()).norm() <= tolerance * want.double().norm()
 
 
-@pytest.mark.parametrize("backend", ["torch", "flash", "triton"])
-def test_a_backend_that_cannot_run_here_is_refused_with_those_that_can(backend):
-    with pytest.raises(ValueError, match=f"'{backend}' is not available on cpu; available here: auto, cpu"):
-        select_attention(backend, "cpu", 64)
+@pytest.mark.parametrize("backend", ["torch", "flash", "triton", "xformers"])
+@pytest.mark.parametrize(("device", "kind"), [("cpu", "cpu in bfloat16"), ("cuda", "cuda in float32")])
+def test_a_backend_that_cannot_run_here_is_refused_with_those_that_can(backend, device, kind):
+    dtype = torch.bfloat16 if device == "cpu" else torch.float32
+    with pytest.raises(ValueError, match=f"'{backend}' is not available on {kind}; available here: auto, cpu$"):
+        select_attention(backend, device, dtype)
 
 
 def test_auto_runs_on_a_cpu():
     *qkv, cu_seqlens = inputs(16, "cpu", torch.float32)
-    select_attention("auto", "cpu", 64)(*qkv, cu_seqlens, max(LENGTHS))
+    kernel("auto")(*qkv, cu_seqlens, max(LENGTHS))
 
 
 def test_the_choice_is_logged_once(caplog):
     caplog.set_level("INFO", logger="esm2_composer.attention")
     select_attention.cache_clear()
     for _ in range(3):
-        select_attention("auto", "cpu", 64)
+        select_attention("auto", "cpu", torch.float32)
     assert caplog.messages == ["attention on cpu: cpu"]
 
 
@@ -96,7 +112,7 @@ def install(monkeypatch, name: str, **contents) -> None:
 def by_sequence(q, k, v, cu_q, cu_k, max_q, max_k):
     assert cu_q is cu_k
     assert max_q == max_k == max(LENGTHS)
-    return select_attention("cpu", "cpu", 64)(q, k, v, cu_q, max_q)
+    return kernel("cpu")(q, k, v, cu_q, max_q)
 
 
 def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
@@ -132,47 +148,53 @@ def test_both_versions_of_flash_attn_are_called_as_they_want(name, with_sums, mo
 
     install(monkeypatch, name, flash_attn_varlen_func=function)
     *qkv, cu_seqlens = inputs(16, "cpu", torch.float32)
-    check(select_attention.__wrapped__("flash", "cuda", 64), qkv, cu_seqlens, tolerance=1e-5)
+    check(kernel("flash", "cuda", torch.bfloat16), qkv, cu_seqlens, tolerance=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("capability", "package", "head_size", "chosen"),
-    [
-        ((9, 0), "flash_attn_interface", 64, "flash"),
-        ((9, 0), "flash_attn_interface", 32, "torch"),
-        ((9, 0), "flash_attn", 64, "torch"),
-        ((8, 0), "flash_attn_interface", 64, "torch"),
-        ((10, 0), "flash_attn_interface", 64, "torch"),
-        ((9, 0), None, 64, "torch"),
-    ],
-)
-def test_auto_takes_version_3_of_flash_attn_where_it_pays(
-    capability, package, head_size, chosen, monkeypatch, caplog
-):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    if package is not None:
-        install(monkeypatch, package, flash_attn_varlen_func=by_sequence)
-    caplog.set_level("INFO", logger="esm2_composer.attention")
-    select_attention.__wrapped__("auto", "cuda", head_size)
-    assert caplog.messages == [f"attention on cuda: {chosen}"]
+def test_another_module_of_the_name_is_passed_over(monkeypatch):
+    """flash-attn 4 is `flash_attn.cute`: importing `flash_attn` finds an empty package."""
+    install(monkeypatch, "flash_attn")
+    with pytest.raises(ValueError, match="available here: auto, cpu, torch, triton"):
+        kernel("flash", "cuda", torch.bfloat16)
 
 
 def test_a_flash_attn_that_cannot_be_imported_is_told_and_not_taken(monkeypatch, tmp_path, caplog):
     (tmp_path / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol: at::empty')")
     monkeypatch.syspath_prepend(tmp_path)
-    select = select_attention.__wrapped__
-    with pytest.raises(ValueError, match="'flash' is not available on cuda; available here: auto, cpu, torch"):
-        select("flash", "cuda", 64)
+    with pytest.raises(ValueError, match="'flash' is not available on cuda in float16; available here: auto, cpu, t"):
+        kernel("flash", "cuda", torch.float16)
     assert caplog.messages == ["flash_attn_interface cannot be imported: undefined symbol: at::empty"]
 
 
-def test_a_gpu_older_than_the_kernels_gets_the_reference(monkeypatch):
+@pytest.mark.parametrize("missing", [None, "compiler", "headers", "package"])
+def test_auto_takes_triton_where_its_launchers_can_be_built(missing, monkeypatch, tmp_path, caplog):
+    caplog.set_level("INFO", logger="esm2_composer.attention")
+    monkeypatch.setenv("CC", "cc")
+    if missing == "compiler":
+        monkeypatch.delenv("CC")
+        monkeypatch.setenv("PATH", str(tmp_path))
+    elif missing == "headers":
+        monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    elif missing == "package":
+        monkeypatch.setitem(sys.modules, "triton", None)
+    found = select_attention.__wrapped__("auto", "cuda", torch.bfloat16)
+    what = {"compiler": "a C compiler", "headers": f"{tmp_path}/Python.h", "package": "the package triton"}
+    if missing is None:
+        assert (found.name, found.rotates) == ("triton", True)
+        assert caplog.messages == ["attention on cuda: triton"]
+    else:
+        assert (found.name, found.rotates) == ("torch", False)
+        told = f"attention: without {what[missing]} the slower kernel inside torch is taken"
+        assert caplog.messages == [told, "attention on cuda: torch"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_auto_takes_the_reference_where_gpus_have_no_kernel(dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    select = select_attention.__wrapped__
-    assert select("auto", "cuda", 64) is select("cpu", "cpu", 64)
-    with pytest.raises(ValueError, match="'torch' is not available on cuda; available here: auto, cpu"):
-        select("torch", "cuda", 64)
+    assert select_attention.__wrapped__("auto", "cuda", dtype).name == "cpu"
+    with pytest.raises(ValueError, match="'torch' is not available on cuda in .*; available here: auto, cpu"):
+        select_attention.__wrapped__("torch", "cuda", dtype)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert select("torch", "cuda", 64) is not select("cpu", "cpu", 64)
+    expected = "cpu" if dtype == torch.float32 else "triton"
+    assert select_attention.__wrapped__("auto", "cuda", dtype).name == expected

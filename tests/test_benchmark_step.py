@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from esm2_composer import fp8
 from esm2_composer.alphabet import PAD
+from esm2_composer.attention import Attention
 from esm2_composer.errors import UserError
 from esm2_composer.model import SIZES
 from esm2_composer.plan import GPUS, gpu_named, skeleton
@@ -360,7 +361,9 @@ class Linear(ComposerModel):
         return 1
 
 
-def composers_own(work: Work, compiled: bool = False, callbacks: tuple = ()) -> Trainer:
+def composers_own(
+    work: Work, compiled: bool = False, sharded: bool = False, callbacks: tuple = ()
+) -> Trainer:
     """Composer without anything of ours, but with the same monitors: as many steps, of two microbatches."""
     on_gpu = work.device == "cuda"
     steps = work.warmup + work.steps
@@ -390,7 +393,7 @@ def test_the_step_reads_no_value_that_composers_own_does_not(monkeypatch):
     On a CPU, where the batch is checked and its attention cut by its values: both are left out here.
     """
     monkeypatch.setattr("esm2_composer.model._check_batch", lambda *_: None)
-    monkeypatch.setattr("esm2_composer.model.select_attention", lambda *_: lambda q, k, v, *_: q + k + v)
+    monkeypatch.setattr("esm2_composer.model.select_attention", lambda *_: Attention("sum", lambda q, k, v, *_: q + k + v))
     work = Work("8m", "cpu", [[40, 9, 20], [30, 12]], microbatch_tokens=40, warmup=0, steps=20)
     ours = readers(make_trainer(work))
     theirs = [reader for reader in ours if not reader.startswith("esm2_composer.")]

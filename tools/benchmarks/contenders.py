@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from esm2_composer.alphabet import AMINO_ACIDS, CLS, EOS, PAD
+from esm2_composer.attention import select_attention
 from esm2_composer.config import Recipe, load_recipe
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, SIZES
@@ -75,6 +76,9 @@ def contenders(device: str) -> dict[str, Callable[[Work], Outcome]]:
             plain = partial(padded, compiled=compiled, attention=chosen)
             found |= {f"{model}, padded to 1024{end}": partial(plain, width=1024)}
             found |= {f"{model}, padded to longest{end}": plain}
+    if device == "cuda":
+        found["esm2_composer, compiled, FSDP"] = partial(ours, compiled=True, sharded=True)
+        found["esm2_composer, compiled, torch's attention"] = partial(ours, compiled=True, attention="torch")
     if device == "cuda" and importlib.util.find_spec("torchao"):
         found["esm2_composer, fp8, compiled"] = partial(ours, compiled=True, fp8=True)
     if device == "cuda" and importlib.util.find_spec("flash_attn"):
@@ -112,13 +116,18 @@ class Batches(IterableDataset):
             yield self._shares[step % len(self._shares)]
 
 
-def recipe_of(size: str) -> Recipe:
-    """The recipe of a size, on one device."""
-    return load_recipe(str(YAMLS / f"{size}.yaml"), ["fsdp=null"], data_is_here=False)
+def recipe_of(size: str, sharded: bool = False) -> Recipe:
+    """The recipe of a size, on one device; `sharded` as the recipe has it."""
+    return load_recipe(str(YAMLS / f"{size}.yaml"), [] if sharded else ["fsdp=null"], data_is_here=False)
 
 
 def make_trainer(
-    work: Work, compiled: bool = False, attention: str = "auto", fp8: bool = False, callbacks: tuple = ()
+    work: Work,
+    compiled: bool = False,
+    attention: str = "auto",
+    fp8: bool = False,
+    sharded: bool = False,
+    callbacks: tuple = (),
 ) -> Any:
     """Composer's Trainer, with what the runner gives it that does work in a step."""
     from composer import Trainer
@@ -128,10 +137,12 @@ def make_trainer(
     from esm2_composer.fp8 import use_fp8
     from esm2_composer.optim import build_adamw, build_schedule
     from esm2_composer.pool import data_spec
+    from esm2_composer.runner import parallelism_of
     from esm2_composer.task import MaskedLanguageModel
 
-    recipe = recipe_of(work.size)
-    net = ESM2(dataclasses.replace(SIZES[work.size], attention=attention))
+    recipe = recipe_of(work.size, sharded)
+    with torch.device(work.device):  # a GPU draws billions of weights in no time
+        net = ESM2(dataclasses.replace(SIZES[work.size], attention=attention))
     if fp8:
         use_fp8(net)
     if compiled:
@@ -151,6 +162,7 @@ def make_trainer(
         max_duration=f"{work.warmup + work.steps}ba",
         device="gpu" if work.device == "cuda" else "cpu",
         precision="amp_bf16" if work.device == "cuda" else "fp32",
+        parallelism_config=parallelism_of(recipe.fsdp, work.device == "cuda"),
         callbacks=[
             *monitors,
             *([MemoryMonitor()] if work.device == "cuda" else []),
@@ -162,7 +174,9 @@ def make_trainer(
     )
 
 
-def ours(work: Work, compiled: bool = False, attention: str = "auto", fp8: bool = False) -> Outcome:
+def ours(
+    work: Work, compiled: bool = False, attention: str = "auto", fp8: bool = False, sharded: bool = False
+) -> Outcome:
     from composer.core import Callback
 
     ends: list[float] = []
@@ -171,11 +185,12 @@ def ours(work: Work, compiled: bool = False, attention: str = "auto", fp8: bool 
         def batch_end(self, state: Any, logger: Any) -> None:
             ends.append(time.perf_counter())
 
-    trainer = make_trainer(work, compiled, attention, fp8, (Clock(),))
+    trainer = make_trainer(work, compiled, attention, fp8, sharded, (Clock(),))
     before = resident_bytes()
     trainer.fit()
     trainer.close()
-    return outcome(ends, before, work, attention)
+    computed = torch.bfloat16 if work.device == "cuda" else torch.float32
+    return outcome(ends, before, work, select_attention(attention, work.device, computed).name)
 
 
 # Models on padded batches
@@ -235,7 +250,8 @@ def padded(
 ) -> Outcome:
     """A plain training loop on batches padded to `width` tokens, or to the longest of a microbatch."""
     o = recipe_of(work.size).optimizer
-    model, used = make(work.size, attention)
+    with torch.device(work.device):
+        model, used = make(work.size, attention)
     model = model.to(work.device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [

@@ -25,7 +25,7 @@ from esm2_composer.plan import skeleton
 
 # The first that fits names the part of a kernel or an operator. FlashAttention's kernels name CUTLASS too.
 PARTS = {
-    "attention": r"flash|fmha|scaled_dot_product",
+    "attention": r"flash|fmha|scaled_dot_product|^_(rotate|forward|backward_q|backward_kv)$",
     "optimizer": r"adam|multi_tensor|_foreach_|lpnorm|linalg_vector_norm",
     "matrix products": r"gemm|cutlass|nvjet|cublas|xmma|aten::(addmm|mm|bmm|linear)$|mkl|_mm\b",
 }
@@ -37,18 +37,20 @@ WAITS = {"item": r"^aten::_local_scalar_dense$", "device": r"^cuda(Stream|Device
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_work_arguments(parser)
     parser.add_argument("--compile", action="store_true", help="the layers")
+    parser.add_argument("--sharded", action="store_true", help="by FSDP, as the recipe has it")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     check(args)
     limits = in_own_process(measure_limits, args.device)
     work = make_work(args, limits)
-    found = in_own_process(profile_steps, work, args.compile)
+    found = in_own_process(profile_steps, work, args.compile, args.sharded)
     return {
         "size": work.size,
         "device": limits.device,
         "torch": torch.__version__,
         "compile": args.compile,
+        "sharded": args.sharded,
         "steps": work.steps,
         "real_tokens_per_step": _mean(sum(lengths) for lengths in _profiled(work)),
         **found,
@@ -65,7 +67,9 @@ def _mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-def profile_steps(work: Work, compiled: bool, make: Callable[..., Any] = make_trainer) -> dict[str, Any]:
+def profile_steps(
+    work: Work, compiled: bool, sharded: bool = False, make: Callable[..., Any] = make_trainer
+) -> dict[str, Any]:
     """Seconds of a step of the Trainer that `make` makes, of each part of it, and how often it waits."""
     from composer.core import Callback
     from torch.profiler import ProfilerActivity, profile
@@ -84,7 +88,7 @@ def profile_steps(work: Work, compiled: bool, make: Callable[..., Any] = make_tr
                 moments.append(time.perf_counter())  # the device is done: Composer has read the loss
                 profiler.stop()
 
-    trainer = make(work, compiled, callbacks=(Profile(),))
+    trainer = make(work, compiled, sharded=sharded, callbacks=(Profile(),))
     trainer.fit()
     trainer.close()
     seconds = (moments[1] - moments[0]) / work.steps
@@ -172,7 +176,7 @@ def _pointwise_bytes(c: Any, itemsize: int) -> float:
 def table(result: dict[str, Any]) -> str:
     seconds, best = result["seconds_per_step"], result["at_best"]
     lines = [
-        f"ESM-2 {result['size']}{', compiled' if result['compile'] else ''} on {result['device']}, torch "
+        f"ESM-2 {result['size']}{', compiled' if result['compile'] else ''}{', FSDP' if result['sharded'] else ''} on {result['device']}, torch "
         f"{result['torch']}: a step of {result['real_tokens_per_step']:,.0f} tokens, mean of {result['steps']}",
         f"{'':24} {'ms':>10} {'share':>7} {'at best, ms':>12}",
     ]

@@ -121,7 +121,7 @@ def make_work(args: argparse.Namespace, limits: Limits) -> Work:
         device=args.device,
         batches=[_batch(sequences, microbatch, seed) for seed in range(args.batches)],
         microbatch_tokens=microbatch,
-        warmup=10 if on_gpu else 1,
+        warmup=5 if on_gpu else 1,
         steps=args.steps or (20 if on_gpu else 2),
     )
 

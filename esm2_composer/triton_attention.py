@@ -1,0 +1,293 @@
+"""Rotary embedding and FlashAttention in Triton, for sequences of proteins' lengths, laid end to end.
+
+The method is that of FlashAttention-2 (Dao, 2023): scores are never whole in memory, and the backward pass computes
+them anew. Why not its own kernel: that is made for sequences of thousands and heads of 64 and more, and takes twice
+as long for ESM-2's (docs/performance.md). Triton comes with torch.
+
+A program computes one tile of one sequence and head. Of queries: the forward pass, and the gradient of q. Of keys:
+the gradients of k and v. Each is written by one program, so results are the same to the last bit every time. The
+rotation (see `model.rotate`) is undone in registers, before gradients of q and k are written, and these lie where
+the product that comes next reads them: together they save six passes over q and k, and one over v.
+
+Scores are in base 2, which is what the hardware has. T tokens, B sequences, H heads, K head size, WIDE the power of
+two of at least 16 that holds K: half of a row of q lies in each half of WIDE, and zeros behind it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+OWN, OTHER, WARPS, STAGES = 64, 32, 4, 3  # rows of a program's tile, and of those it goes through: measured on H100
+ROTATED_ROWS = 64
+
+
+@triton.jit
+def _columns(K: tl.constexpr, WIDE: tl.constexpr):
+    """Of the WIDE places in a row: the column of K in each, and whether there is one."""
+    place = tl.arange(0, WIDE)
+    if K == WIDE:
+        return place, place < K
+    return place // (WIDE // 2) * (K // 2) + place % (WIDE // 2), place % (WIDE // 2) < K // 2
+
+
+@triton.jit
+def _load(matrix, stride, rows, length, columns, inside, WHOLE: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
+    """Rows of one head; zeros beyond `length` rows and K columns. WHOLE: all rows are there."""
+    pointers = matrix + rows[:, None] * stride + columns[None, :]
+    if WHOLE and K == WIDE:
+        return tl.load(pointers)
+    if WHOLE:
+        return tl.load(pointers, inside[None, :], 0.0)
+    return tl.load(pointers, (rows < length)[:, None] & inside[None, :], 0.0)
+
+
+@triton.jit
+def _store(matrix, stride, rows, length, columns, inside, values):
+    pointers = matrix + rows[:, None] * stride + columns[None, :]
+    tl.store(pointers, values.to(matrix.dtype.element_ty), (rows < length)[:, None] & inside[None, :])
+
+
+@triton.jit
+def _store_unrotated(
+    matrix, stride, rows, length, tables, tokens, values, K: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """Gradients of rotated rows, turned back: the transpose of the rotation."""
+    halves = tl.reshape(values, (values.shape[0], 2, WIDE // 2)).permute(0, 2, 1)
+    first, second = tl.split(halves)
+    column = tl.arange(0, WIDE // 2)
+    mask = (rows < length)[:, None] & (column < K // 2)[None, :]
+    angles = tables + rows[:, None] * (K // 2) + column[None, :]
+    cos, sin = tl.load(angles, mask, 0.0), tl.load(angles + tokens * (K // 2), mask, 0.0)
+    pointers = matrix + rows[:, None] * stride + column[None, :]
+    tl.store(pointers, (first * cos + second * sin).to(matrix.dtype.element_ty), mask)
+    tl.store(pointers + K // 2, (second * cos - first * sin).to(matrix.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _rotate(qkv, tables, tokens, H: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
+    """Rotate q and k of qkv (T, 3, H, K) in place; tables fp32 (2, T, K / 2)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of the 2 H of every token
+    token, column = (row // (2 * H)).to(tl.int64), tl.arange(0, WIDE // 2)
+    mask = (token < tokens)[:, None] & (column < K // 2)[None, :]
+    angles = tables + token[:, None] * (K // 2) + column[None, :]
+    cos, sin = tl.load(angles, mask, 0.0), tl.load(angles + tokens * (K // 2), mask, 0.0)
+    pointers = qkv + (token * (3 * H * K) + row % (2 * H) * K)[:, None] + column[None, :]
+    first = tl.load(pointers, mask, 0.0).to(tl.float32)
+    second = tl.load(pointers + K // 2, mask, 0.0).to(tl.float32)
+    tl.store(pointers, (first * cos - second * sin).to(qkv.dtype.element_ty), mask)
+    tl.store(pointers + K // 2, (second * cos + first * sin).to(qkv.dtype.element_ty), mask)
+
+
+@triton.jit
+def _softmax_tile(
+    acc, top, total, queries, k, v, rows, length, columns, inside, scale,
+    WHOLE: tl.constexpr, ROW: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The running sum, its largest score and its weight, after one more tile of keys."""
+    keys = _load(k, ROW, rows, length, columns, inside, WHOLE, K, WIDE)
+    scores = tl.dot(queries, tl.trans(keys))
+    if not WHOLE:
+        scores = tl.where((rows < length)[None, :], scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1) * scale)
+    p = tl.exp2(scores * scale - higher[:, None])
+    shrink = tl.exp2(top - higher)
+    values = _load(v, ROW, rows, length, columns, inside, WHOLE, K, WIDE)
+    acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None])
+    return acc, higher, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles"])
+def _forward(
+    qkv, out, lse, cu_seqlens, tokens, tiles, scale,
+    H: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """out (T, H, K) and the logarithms (base 2) of the softmax's sums, lse (H, T)."""
+    ROW: tl.constexpr = 3 * H * K
+    sequence, tile, head = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    if tile * QUERIES >= length:
+        return
+    q = qkv + start * ROW + head * K
+    k, v = q + H * K, q + 2 * H * K
+    rows, others = tile * QUERIES + tl.arange(0, QUERIES), tl.arange(0, KEYS)
+    columns, inside = _columns(K, WIDE)
+    scale *= LOG2_E
+    queries = _load(q, ROW, rows, length, columns, inside, False, K, WIDE)
+    acc = tl.zeros((QUERIES, WIDE), tl.float32)
+    top = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    whole = length // KEYS * KEYS
+    for key in range(0, whole, KEYS):
+        acc, top, total = _softmax_tile(
+            acc, top, total, queries, k, v, key + others, length, columns, inside, scale, True, ROW, K, WIDE
+        )
+    if whole < length:
+        acc, top, total = _softmax_tile(
+            acc, top, total, queries, k, v, whole + others, length, columns, inside, scale, False, ROW, K, WIDE
+        )
+    _store(out + start * H * K + head * K, H * K, rows, length, columns, inside, acc / total[:, None])
+    tl.store(lse + head * tokens + start + rows, top + tl.log2(total), rows < length)
+
+
+@triton.jit
+def _grad_q_tile(
+    acc, queries, grads, norms, deltas, k, v, rows, length, columns, inside, scale,
+    WHOLE: tl.constexpr, ROW: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    keys = _load(k, ROW, rows, length, columns, inside, WHOLE, K, WIDE)
+    values = _load(v, ROW, rows, length, columns, inside, WHOLE, K, WIDE)
+    p = tl.exp2(tl.dot(queries, tl.trans(keys)) * scale - norms[:, None])
+    if not WHOLE:
+        p = tl.where((rows < length)[None, :], p, 0.0)
+    grad_scores = p * (tl.dot(grads, tl.trans(values)) - deltas[:, None])
+    return tl.dot(grad_scores.to(keys.dtype), keys, acc)
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles"])
+def _backward_q(
+    qkv, tables, out, grad, lse, delta, grad_qkv, cu_seqlens, tokens, tiles, scale,
+    H: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of q, and delta (H, T), each row's product of output and its gradient."""
+    ROW: tl.constexpr = 3 * H * K
+    sequence, tile, head = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    if tile * QUERIES >= length:
+        return
+    q = qkv + start * ROW + head * K
+    k, v = q + H * K, q + 2 * H * K
+    rows, others = tile * QUERIES + tl.arange(0, QUERIES), tl.arange(0, KEYS)
+    columns, inside = _columns(K, WIDE)
+    queries = _load(q, ROW, rows, length, columns, inside, False, K, WIDE)
+    outs = _load(out + start * H * K + head * K, H * K, rows, length, columns, inside, False, K, WIDE)
+    grads = _load(grad + start * H * K + head * K, H * K, rows, length, columns, inside, False, K, WIDE)
+    deltas = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), 1)
+    tl.store(delta + head * tokens + start + rows, deltas, rows < length)
+    norms = tl.load(lse + head * tokens + start + rows, rows < length, float("inf"))
+    acc = tl.zeros((QUERIES, WIDE), tl.float32)
+    whole = length // KEYS * KEYS
+    for key in range(0, whole, KEYS):
+        acc = _grad_q_tile(
+            acc, queries, grads, norms, deltas, k, v, key + others, length, columns, inside, scale * LOG2_E,
+            True, ROW, K, WIDE,
+        )  # fmt: skip
+    if whole < length:
+        acc = _grad_q_tile(
+            acc, queries, grads, norms, deltas, k, v, whole + others, length, columns, inside, scale * LOG2_E,
+            False, ROW, K, WIDE,
+        )  # fmt: skip
+    _store_unrotated(
+        grad_qkv + start * ROW + head * K, ROW, rows, length, tables + start * (K // 2), tokens, acc * scale, K, WIDE
+    )
+
+
+@triton.jit
+def _grad_kv_tile(
+    acc_k, acc_v, keys, values, q, grad, lse, delta, rows, length, columns, inside, scale,
+    WHOLE: tl.constexpr, ROW: tl.constexpr, GRAD_ROW: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    queries = _load(q, ROW, rows, length, columns, inside, WHOLE, K, WIDE)
+    grads = _load(grad, GRAD_ROW, rows, length, columns, inside, WHOLE, K, WIDE)
+    if WHOLE:
+        norms, deltas = tl.load(lse + rows), tl.load(delta + rows)
+    else:
+        norms = tl.load(lse + rows, rows < length, float("inf"))  # for which p is zero
+        deltas = tl.load(delta + rows, rows < length, 0.0)
+    p = tl.exp2(tl.dot(keys, tl.trans(queries)) * scale - norms[None, :])
+    acc_v = tl.dot(p.to(grads.dtype), grads, acc_v)
+    grad_scores = p * (tl.dot(values, tl.trans(grads)) - deltas[None, :])
+    return tl.dot(grad_scores.to(queries.dtype), queries, acc_k), acc_v
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles"])
+def _backward_kv(
+    qkv, tables, grad, lse, delta, grad_qkv, cu_seqlens, tokens, tiles, scale,
+    H: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """The gradients of k and v, after `_backward_q`."""
+    ROW: tl.constexpr = 3 * H * K
+    sequence, tile, head = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    if tile * KEYS >= length:
+        return
+    q = qkv + start * ROW + head * K
+    grad += start * H * K + head * K
+    lse += head * tokens + start
+    delta += head * tokens + start
+    rows, others = tile * KEYS + tl.arange(0, KEYS), tl.arange(0, QUERIES)
+    columns, inside = _columns(K, WIDE)
+    keys = _load(q + H * K, ROW, rows, length, columns, inside, False, K, WIDE)
+    values = _load(q + 2 * H * K, ROW, rows, length, columns, inside, False, K, WIDE)
+    acc_k = tl.zeros((KEYS, WIDE), tl.float32)
+    acc_v = tl.zeros((KEYS, WIDE), tl.float32)
+    whole = length // QUERIES * QUERIES
+    for query in range(0, whole, QUERIES):
+        acc_k, acc_v = _grad_kv_tile(
+            acc_k, acc_v, keys, values, q, grad, lse, delta, query + others, length, columns, inside,
+            scale * LOG2_E, True, ROW, H * K, K, WIDE,
+        )  # fmt: skip
+    if whole < length:
+        acc_k, acc_v = _grad_kv_tile(
+            acc_k, acc_v, keys, values, q, grad, lse, delta, whole + others, length, columns, inside,
+            scale * LOG2_E, False, ROW, H * K, K, WIDE,
+        )  # fmt: skip
+    grad_k = grad_qkv + start * ROW + (H + head) * K
+    _store_unrotated(grad_k, ROW, rows, length, tables + start * (K // 2), tokens, acc_k * scale, K, WIDE)
+    _store(grad_k + H * K, ROW, rows, length, columns, inside, acc_v)
+
+
+class RotatedAttention(torch.autograd.Function):
+    """softmax(rotated q (rotated k)^T / sqrt(K)) v, of each sequence by itself."""
+
+    @staticmethod
+    def forward(
+        ctx, qkv: torch.Tensor, tables: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        """`attend`, as autograd has it."""
+        tokens, _, heads, size = qkv.shape
+        assert qkv.is_contiguous() and tables.is_contiguous()
+        wide = max(16, triton.next_power_of_2(size))
+        _rotate[(triton.cdiv(tokens * 2 * heads, ROTATED_ROWS),)](qkv, tables, tokens, heads, size, wide, ROTATED_ROWS)
+        out = qkv.new_empty(tokens, heads, size)
+        lse = qkv.new_empty(heads, tokens, dtype=torch.float32)
+        tiles = triton.cdiv(max_seqlen, OWN)
+        ctx.save_for_backward(qkv, tables, out, lse, cu_seqlens)
+        ctx.grid = (tiles * (len(cu_seqlens) - 1), heads)
+        ctx.numbers = (tokens, tiles, size**-0.5, heads, size, wide, OWN, OTHER)
+        _forward[ctx.grid](qkv, out, lse, cu_seqlens, *ctx.numbers, num_warps=WARPS, num_stages=STAGES)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple:
+        qkv, tables, out, lse, cu_seqlens = ctx.saved_tensors
+        grad = grad.contiguous()
+        delta, grad_qkv = torch.empty_like(lse), torch.empty_like(qkv)
+        options = {"num_warps": WARPS, "num_stages": STAGES}
+        _backward_q[ctx.grid](
+            qkv, tables, out, grad, lse, delta, grad_qkv, cu_seqlens, *ctx.numbers, **options
+        )
+        _backward_kv[ctx.grid](qkv, tables, grad, lse, delta, grad_qkv, cu_seqlens, *ctx.numbers, **options)
+        return grad_qkv, None, None, None
+
+
+def attend(
+    qkv: torch.Tensor, tables: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+) -> torch.Tensor:
+    """Attention after the rotation.
+
+    Args:
+        qkv: fp16 or bf16 (T, 3, H, K), contiguous, not rotated. q and k in it ARE OVERWRITTEN by the rotated ones.
+        tables: fp32 (2, T, 1, K / 2), cosines and sines.
+        cu_seqlens: int32 (B+1,), where each sequence starts, and T at the end.
+        max_seqlen: the longest sequence.
+
+    Returns:
+        (T, H, K), in the type of qkv.
+    """
+    return RotatedAttention.apply(qkv, tables, cu_seqlens, max_seqlen)
