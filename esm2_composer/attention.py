@@ -9,7 +9,7 @@ kernel here computes padding, and no token sees another sequence.
             (from 2.11), the operator behind it before; CUDA, fp16 or bf16
     flash   the flash-attn package, version 3 (`flash_attn_interface`) or else 2; CUDA, fp16 or bf16
 
-`auto` takes `triton` on a CUDA device where what is computed is fp16 or bf16, `torch` where Triton cannot work, and
+`auto` takes `triton` on a CUDA device where q, k and v are fp16 or bf16, `torch` where Triton does not work, and
 `cpu` elsewhere. GPUs older than Ampere have none of these kernels.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import logging
 import os
@@ -37,8 +38,8 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int],
 
 @dataclass(frozen=True)
 class Attention:
-    """A kernel. One that rotates takes q, k and v together, (T, 3, heads, head_dim), and the rotary tables, instead
-    of rotated q and k, and v."""
+    """A kernel. One that rotates takes q, k and v together, (T, 3, heads, head_dim), and the rotary tables,
+    instead of rotated q and k, and v."""
 
     name: str
     kernel: Callable[..., torch.Tensor]
@@ -46,7 +47,7 @@ class Attention:
 
 
 @functools.cache
-def select_attention(backend: str, device_type: str, dtype: torch.dtype) -> Attention:
+def select_attention(backend: str, device_type: str, dtype: torch.dtype, heads: int, head_size: int) -> Attention:
     """The attention of `backend` on a device of type "cpu" or "cuda", for q, k and v of `dtype`; logged once.
 
     Raises ValueError if the backend is unknown or cannot run there, naming those that can.
@@ -58,7 +59,7 @@ def select_attention(backend: str, device_type: str, dtype: torch.dtype) -> Atte
         if (function := _flash_package()) is not None:
             found.append(Attention("flash", function))
         found.append(Attention("torch", _torch_varlen_function() or _torch_varlen_operator))
-        if (function := _triton_kernel()) is not None:
+        if (function := _triton_kernel(dtype, heads, head_size)) is not None:
             found.append(Attention("triton", function, rotates=True))
     chosen = [attention for attention in found if backend in ("auto", attention.name)]
     if not chosen:
@@ -119,16 +120,60 @@ def _flash_varlen(function: Callable, q, k, v, cu_seqlens, max_seqlen):
     return out[0] if isinstance(out, tuple) else out
 
 
-def _triton_kernel() -> Callable[..., torch.Tensor] | None:
-    """None, and a line in the log, where Triton cannot build what launches its kernels."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+def what_triton_lacks() -> str | None:
+    """To build what launches its kernels, and those that torch.compile makes; None if it lacks nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler"
     header = Path(sysconfig.get_paths()["include"], "Python.h")
-    missing = [name for name, found in (("a C compiler", compiler), (header, header.exists())) if not found]
-    try:
-        importlib.import_module("triton")
-    except ImportError:
-        missing = ["the package triton"]
-    if missing:
-        log.warning("attention: without %s the slower kernel inside torch is taken", " and ".join(map(str, missing)))
+    return None if header.exists() else str(header)
+
+
+def _triton_kernel(dtype: torch.dtype, heads: int, head_size: int) -> Callable[..., torch.Tensor] | None:
+    """None, and a line in the log, where it cannot be built, or computes something else on this GPU."""
+    if lack := what_triton_lacks():
+        log.warning("attention: without %s the slower kernel inside torch is taken", lack)
         return None
-    return importlib.import_module("esm2_composer.triton_attention").attend
+    attend = importlib.import_module("esm2_composer.triton_attention").attend
+    if torch.cuda.is_available():
+        error = rotated_error(attend, dtype, heads, head_size, "cuda")
+        if not error < TOLERANCE:
+            log.warning("attention: Triton's kernel is off by %.1e on this GPU; that inside torch is taken", error)
+            return None
+    return attend
+
+
+TOLERANCE = 2e-2  # bf16's rounding makes some 3e-3
+
+
+def rotated_error(
+    attend: Callable[..., torch.Tensor], dtype: torch.dtype, heads: int, head_size: int, device: str
+) -> float:
+    """The relative error of a kernel that rotates: the larger of its output's and its gradient's, or NaN.
+
+    Compilers and GPUs change; a wrong gradient would show nowhere else than in the loss, weeks later.
+    """
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([1, 40, 150])
+    tokens = int(lengths.sum())
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int().to(device)
+    angles = 10 * draw(tokens, 1, head_size // 2)
+    tables = torch.stack((angles.cos(), angles.sin())).to(device)
+    qkv, weights = draw(tokens, 3, heads, head_size).to(device, dtype), draw(tokens, heads, head_size).to(device)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        ours, theirs = qkv.clone().requires_grad_(), qkv.float().clone().requires_grad_()
+        out = attend(ours.clone(), tables, cu_seqlens, 150)
+        q, k, v = theirs.unbind(1)
+        exact = _per_sequence(rotate(q, *tables), rotate(k, *tables), v, cu_seqlens, 150)
+        pairs = [(out, exact)]
+        pairs += zip(torch.autograd.grad((out.float() * weights).sum(), ours),
+                     torch.autograd.grad((exact * weights).sum(), theirs), strict=True)  # fmt: skip
+    errors = [((got.float() - want).norm() / want.norm()).item() for got, want in pairs]
+    return max(errors, key=lambda error: (error != error, error))  # NaN is the worst
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x (T, H, K) in the planes (i, i + K/2), computed in fp32, returned in x's dtype."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

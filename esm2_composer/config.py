@@ -146,7 +146,7 @@ class Recipe:
     save_num_checkpoints_to_keep: int = 3
     autoresume: bool = True
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
-    compile: bool = False
+    compile: Literal[True, False, "auto"] = False
     fp8: bool = False
     tensorboard_folder: str | None = None
     fsdp: FSDPSection | None = None
@@ -278,10 +278,11 @@ def _convert(hint: Any, value: Any, key: str, path: str) -> Any:
         return _build(hint, value, f"{key}.", path)
     if origin is Literal:
         if not any(value == allowed and type(value) is type(allowed) for allowed in args):
-            hint_text = _suggest(str(value), [str(a) for a in args])
-            allowed = ", ".join(str(a) for a in args)
+            shown = [str(a).lower() if isinstance(a, bool) else str(a) for a in args]  # as in YAML
+            hint_text = _suggest(str(value), shown)
+            allowed = ", ".join(shown)
             near = f"; {hint_text}" if hint_text.startswith("did") else ""
-            if isinstance(value, str) and value in map(str, args):
+            if isinstance(value, str) and value in shown:
                 near = ", as a number"
             raise UserError(f"{path}: '{key}' is {value!r}; allowed: {allowed}{near}")
         return value

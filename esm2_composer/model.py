@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from esm2_composer.alphabet import MASK, PAD, VOCAB_SIZE
-from esm2_composer.attention import select_attention
+from esm2_composer.attention import rotate, select_attention
 
 INIT_STD = 0.02
 LAYER_NORM_EPS = 1e-5
@@ -77,12 +77,6 @@ def rotary_tables(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.T
     """cos and sin of position * frequency, fp32 (2, T, 1, K/2), from (T,) and fp32 (K/2,)."""
     angles = positions.float()[:, None, None] * frequencies
     return torch.stack((angles.cos(), angles.sin()))
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x (T, H, K) in the planes (i, i + K/2), computed in fp32, returned in x's dtype."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -223,7 +217,8 @@ class ESM2(nn.Module):
         tables = rotary_tables(place, self.rotary_bits.view(torch.float32)).view(torch.int32)
 
         x = self._embed(tokens, sequence, lengths)
-        attention = select_attention(self.config.attention, tokens.device.type, compute_dtype(x))
+        c = self.config
+        attention = select_attention(c.attention, x.device.type, compute_dtype(x), c.num_heads, c.head_size)
         for block in self.layers[:layer]:
             x = block(x, tables, attention, cu_seqlens, max_seqlen)
         return x

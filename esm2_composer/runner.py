@@ -21,7 +21,7 @@ from composer.loggers import LoggerDestination, WandBLogger
 from composer.utils import dist, get_device
 from streaming.base.storage.download import CloudDownloader
 
-from esm2_composer.attention import select_attention
+from esm2_composer.attention import select_attention, what_triton_lacks
 from esm2_composer.callbacks import (
     Divergence,
     GradientClipping,
@@ -69,7 +69,8 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         net = build_model(recipe.model)
     with naming("model.attention"):
         computed = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16, "fp32": torch.float32}[recipe.precision]
-        select_attention(net.config.attention, "cuda" if on_gpu else "cpu", computed)
+        c = net.config
+        select_attention(c.attention, "cuda" if on_gpu else "cpu", computed, c.num_heads, c.head_size)
     if recipe.fp8 and on_gpu:
         use_fp8(net)
     elif recipe.fp8:
@@ -91,7 +92,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         keep_best=recipe.callbacks.best_checkpoints,
         resumes=checkpoint is not None,
     )
-    if recipe.compile:
+    if compiles(recipe.compile, on_gpu):
         net.compile_layers()
     model = MaskedLanguageModel(net)
     o = recipe.optimizer
@@ -244,6 +245,11 @@ def _precision(precision: str, on_gpu: bool) -> str:
         return precision
     _say(f"no GPU here: training in fp32 instead of {precision}")
     return "fp32"
+
+
+def compiles(setting: bool | str, on_gpu: bool) -> bool:
+    """What the recipe's `compile` comes to here. `auto` never fails a run for want of a C compiler."""
+    return (on_gpu and what_triton_lacks() is None) if setting == "auto" else setting
 
 
 def parallelism_of(fsdp: FSDPSection | None, on_gpu: bool) -> dict[str, Any] | None:

@@ -1,16 +1,16 @@
 """Rotary embedding and FlashAttention in Triton, for sequences of proteins' lengths, laid end to end.
 
-The method is that of FlashAttention-2 (Dao, 2023): scores are never whole in memory, and the backward pass computes
-them anew. Why not its own kernel: that is made for sequences of thousands and heads of 64 and more, and takes twice
-as long for ESM-2's (docs/performance.md). Triton comes with torch.
+The method is that of FlashAttention-2 (Dao, 2023): scores are never whole in memory, and the backward pass
+computes them anew. Why not its own kernel: that is made for sequences of thousands and heads of 64 and more, and
+takes half as long again to twice as long for ESM-2's (docs/performance.md). Triton comes with torch.
 
 A program computes one tile of one sequence and head. Of queries: the forward pass, and the gradient of q. Of keys:
 the gradients of k and v. Each is written by one program, so results are the same to the last bit every time. The
-rotation (see `model.rotate`) is undone in registers, before gradients of q and k are written, and these lie where
-the product that comes next reads them: together they save six passes over q and k, and one over v.
+rotation (see `attention.rotate`) is undone in registers, before gradients of q and k are written, and these lie
+where the product that comes next reads them, which saves several passes over all three.
 
-Scores are in base 2, which is what the hardware has. T tokens, B sequences, H heads, K head size, WIDE the power of
-two of at least 16 that holds K: half of a row of q lies in each half of WIDE, and zeros behind it.
+Scores are in base 2, which is what the hardware has. T tokens, B sequences, H heads, K head size, WIDE the power
+of two of at least 16 that holds K: half of a row of q lies in each half of WIDE, and zeros behind it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-OWN, OTHER, WARPS, STAGES = 64, 32, 4, 3  # rows of a program's tile, and of those it goes through: measured on H100
+# Rows of a program's own tile, and of those it goes through: the best of a dozen on an H100, heads of 32 and 64.
+OWN, OTHER, WARPS, STAGES = 64, 32, 4, 3
 ROTATED_ROWS = 64
 
 
@@ -182,7 +183,15 @@ def _backward_q(
             False, ROW, K, WIDE,
         )  # fmt: skip
     _store_unrotated(
-        grad_qkv + start * ROW + head * K, ROW, rows, length, tables + start * (K // 2), tokens, acc * scale, K, WIDE
+        grad_qkv + start * ROW + head * K,
+        ROW,
+        rows,
+        length,
+        tables + start * (K // 2),
+        tokens,
+        acc * scale,
+        K,
+        WIDE,
     )
 
 
@@ -251,9 +260,12 @@ class RotatedAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         """`attend`, as autograd has it."""
         tokens, _, heads, size = qkv.shape
-        assert qkv.is_contiguous() and tables.is_contiguous()
+        assert qkv.is_contiguous()
+        assert tables.is_contiguous()
         wide = max(16, triton.next_power_of_2(size))
-        _rotate[(triton.cdiv(tokens * 2 * heads, ROTATED_ROWS),)](qkv, tables, tokens, heads, size, wide, ROTATED_ROWS)
+        _rotate[(triton.cdiv(tokens * 2 * heads, ROTATED_ROWS),)](
+            qkv, tables, tokens, heads, size, wide, ROTATED_ROWS
+        )
         out = qkv.new_empty(tokens, heads, size)
         lse = qkv.new_empty(heads, tokens, dtype=torch.float32)
         tiles = triton.cdiv(max_seqlen, OWN)
@@ -269,16 +281,12 @@ class RotatedAttention(torch.autograd.Function):
         grad = grad.contiguous()
         delta, grad_qkv = torch.empty_like(lse), torch.empty_like(qkv)
         options = {"num_warps": WARPS, "num_stages": STAGES}
-        _backward_q[ctx.grid](
-            qkv, tables, out, grad, lse, delta, grad_qkv, cu_seqlens, *ctx.numbers, **options
-        )
+        _backward_q[ctx.grid](qkv, tables, out, grad, lse, delta, grad_qkv, cu_seqlens, *ctx.numbers, **options)
         _backward_kv[ctx.grid](qkv, tables, grad, lse, delta, grad_qkv, cu_seqlens, *ctx.numbers, **options)
         return grad_qkv, None, None, None
 
 
-def attend(
-    qkv: torch.Tensor, tables: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
-) -> torch.Tensor:
+def attend(qkv: torch.Tensor, tables: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
     """Attention after the rotation.
 
     Args:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from esm2_composer import attention
-from esm2_composer.attention import select_attention
+from esm2_composer.attention import TOLERANCE, rotate, rotated_error, select_attention
 
 LENGTHS = [1, 5, 64, 130]
 
@@ -33,9 +33,13 @@ def inputs(head_size: int, device: str, dtype: torch.dtype):
     return *qkv.to(device, dtype).unbind(0), cu_seqlens.to(device)
 
 
+def select(backend: str, device: str, dtype: torch.dtype, heads: int = 4, head_size: int = 16):
+    return select_attention.__wrapped__(backend, device, dtype, heads, head_size)
+
+
 def kernel(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
     """The kernel of a backend, taking rotated q, k and v."""
-    found = select_attention.__wrapped__(backend, device, dtype)
+    found = select(backend, device, dtype)
     if not found.rotates:
         return found.kernel
 
@@ -85,7 +89,7 @@ def check(attention, qkv, cu_seqlens, tolerance):
 def test_a_backend_that_cannot_run_here_is_refused_with_those_that_can(backend, device, kind):
     dtype = torch.bfloat16 if device == "cpu" else torch.float32
     with pytest.raises(ValueError, match=f"'{backend}' is not available on {kind}; available here: auto, cpu$"):
-        select_attention(backend, device, dtype)
+        select(backend, device, dtype)
 
 
 def test_auto_runs_on_a_cpu():
@@ -97,7 +101,7 @@ def test_the_choice_is_logged_once(caplog):
     caplog.set_level("INFO", logger="esm2_composer.attention")
     select_attention.cache_clear()
     for _ in range(3):
-        select_attention("auto", "cpu", torch.float32)
+        select_attention("auto", "cpu", torch.float32, 4, 16)
     assert caplog.messages == ["attention on cpu: cpu"]
 
 
@@ -161,7 +165,9 @@ def test_another_module_of_the_name_is_passed_over(monkeypatch):
 def test_a_flash_attn_that_cannot_be_imported_is_told_and_not_taken(monkeypatch, tmp_path, caplog):
     (tmp_path / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol: at::empty')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="'flash' is not available on cuda in float16; available here: auto, cpu, t"):
+    with pytest.raises(
+        ValueError, match="'flash' is not available on cuda in float16; available here: auto, cpu, t"
+    ):
         kernel("flash", "cuda", torch.float16)
     assert caplog.messages == ["flash_attn_interface cannot be imported: undefined symbol: at::empty"]
 
@@ -176,8 +182,8 @@ def test_auto_takes_triton_where_its_launchers_can_be_built(missing, monkeypatch
     elif missing == "headers":
         monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     elif missing == "package":
-        monkeypatch.setitem(sys.modules, "triton", None)
-    found = select_attention.__wrapped__("auto", "cuda", torch.bfloat16)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = select("auto", "cuda", torch.bfloat16)
     what = {"compiler": "a C compiler", "headers": f"{tmp_path}/Python.h", "package": "the package triton"}
     if missing is None:
         assert (found.name, found.rotates) == ("triton", True)
@@ -188,13 +194,60 @@ def test_auto_takes_triton_where_its_launchers_can_be_built(missing, monkeypatch
         assert caplog.messages == [told, "attention on cuda: torch"]
 
 
+def rotating(change=lambda out: out):
+    """A kernel that rotates, made of the reference."""
+
+    def attend(qkv, tables, cu_seqlens, max_seqlen):
+        q, k, v = qkv.float().unbind(1)
+        out = kernel("cpu")(rotate(q, *tables), rotate(k, *tables), v, cu_seqlens, max_seqlen)
+        return change(out).to(qkv.dtype)
+
+    return attend
+
+
+@pytest.mark.parametrize("head_size", [8, 24, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_check_of_a_kernel_sees_rounding_only_where_it_is_right(dtype, head_size):
+    error = rotated_error(rotating(), dtype, 2, head_size, "cpu")
+    assert error < {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda out: 1.03 * out,
+        lambda out: out.detach() + 0 * out,  # the output is right, the gradient nothing
+        lambda out: out.roll(1, 0),
+        lambda out: out / 0,
+        lambda out: torch.where(torch.arange(len(out))[:, None, None] == 50, 0, out),  # one row of 191
+    ],
+)
+def test_the_check_of_a_kernel_sees_what_is_wrong(change):
+    assert not rotated_error(rotating(change), torch.bfloat16, 2, 16, "cpu") < TOLERANCE
+
+
+def test_a_kernel_that_computes_something_else_here_is_told_and_not_taken(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(attention, "rotated_error", lambda *_: float("nan"))
+    assert select("auto", "cuda", torch.bfloat16).name == "torch"
+    assert caplog.messages == ["attention: Triton's kernel is off by nan on this GPU; that inside torch is taken"]
+    with pytest.raises(
+        ValueError, match="'triton' is not available on cuda in bfloat16; available here: auto, cpu, t"
+    ):
+        select("triton", "cuda", torch.bfloat16)
+    monkeypatch.setattr(attention, "rotated_error", lambda *_: 3e-3)
+    assert select("auto", "cuda", torch.bfloat16).name == "triton"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_auto_takes_the_reference_where_gpus_have_no_kernel(dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert select_attention.__wrapped__("auto", "cuda", dtype).name == "cpu"
-    with pytest.raises(ValueError, match="'torch' is not available on cuda in .*; available here: auto, cpu"):
-        select_attention.__wrapped__("torch", "cuda", dtype)
+    assert select("auto", "cuda", dtype).name == "cpu"
+    with pytest.raises(ValueError, match=r"'torch' is not available on cuda in .*; available here: auto, cpu"):
+        select("torch", "cuda", dtype)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(attention, "rotated_error", lambda *_: 0.0)
     expected = "cpu" if dtype == torch.float32 else "triton"
-    assert select_attention.__wrapped__("auto", "cuda", dtype).name == expected
+    assert select("auto", "cuda", dtype).name == expected

@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, python
 
 
@@ -52,12 +53,27 @@ def test_parity() -> None:
     assert all(0 < max(row["logit_error"], row["gradient_error"]) <= 1e-4 for row in rows)
 
 
+def test_attention() -> None:
+    (row,) = measure("attention", "--sizes", "8m", "--tokens", "1024", "--rounds", "1", "--device", "cpu")["rows"]
+    assert (row["size"], row["backend"]) == ("8m", "cpu")
+    assert min(row["forward_seconds"], row["backward_seconds"], row["flops"]) > 0
+
+
+@pytest.mark.gpu
+def test_attention_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    rows = measure("attention", "--sizes", "8m", "35m", "650m", "15b", "--tokens", "4096", "--rounds", "2")["rows"]
+    assert {"triton", "torch"} <= {row["backend"] for row in rows}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("loader", "--clusters", "10"), "--clusters must be at least"),
         (("startup", "--workers", "0"), "--workers and --global-batch must be at least 1"),
         (("embed", "--size", "9m"), "there are: 8m"),
+        (("attention", "--sizes", "9m"), "--sizes are 8m, 35m"),
     ],
 )
 def test_impossible_sizes_are_one_line(arguments: tuple[str, ...], words: str) -> None:

@@ -125,7 +125,7 @@ def test_a_contender_times_the_steps_that_count(contender):
 
 def test_the_fp8_contender_computes_in_fp8(monkeypatch):
     pytest.importorskip("torchao")
-    assert "esm2_composer, fp8, compiled" in contenders("cuda")
+    assert "esm2_composer, fp8, compiled" in contenders("cuda", "8m")
     emulated = []
     use_fp8 = fp8.use_fp8
     monkeypatch.setattr(fp8, "use_fp8", lambda net: (emulated.append(net), use_fp8(net, emulate=True)))
@@ -173,8 +173,8 @@ def hungry(work: Work) -> Outcome:
 def test_a_contender_that_fails_becomes_a_row_that_says_why(names, monkeypatch, call):
     found = {name: lambda work: Outcome([1.0, 1.0], 2**20, "sdpa") for name in names}
     found |= {"peer": broken, "hungry": hungry} if "peer" in names else {"esm2_composer": broken}
-    monkeypatch.setattr("benchmarks.contenders.contenders", lambda device: found)
-    monkeypatch.setattr(step, "contenders", lambda device: found)
+    monkeypatch.setattr("benchmarks.contenders.contenders", lambda *_: found)
+    monkeypatch.setattr(step, "contenders", lambda *_: found)
     monkeypatch.setattr(step, "in_own_process", lambda function, *given: function(*given))
     monkeypatch.setattr(step, "measure_limits", lambda device: CPU)
     code, out, err = call(benchmark.main, "step", "--device", "cpu", "--microbatch-tokens", "2048", "--json")
@@ -204,10 +204,13 @@ def test_transformers_without_sdpa_takes_part_with_it_too(knows, monkeypatch):
     peers = ["transformers"] if knows else ["transformers", "transformers, sdpa patched in"]
     on_cpu = [f"{peer}, padded to {width}" for peer in peers for width in ("1024", "longest")]
     ours = ["esm2_composer", "esm2_composer, compiled"]
-    assert [name for name in contenders("cpu") if "faesm" not in name] == ours + on_cpu
+    assert [name for name in contenders("cpu", "650m") if "faesm" not in name] == ours + on_cpu
     optional = ("faesm", "flash-attn", "fp8")
-    on_gpu = {name for name in contenders("cuda") if not any(part in name for part in optional)}
-    assert on_gpu == {*ours, *on_cpu, *(f"{name}, compiled" for name in on_cpu)}
+    everywhere = {*ours, *on_cpu, *(f"{name}, compiled" for name in on_cpu)}
+    everywhere |= {"esm2_composer, compiled, torch's attention"}
+    for size, more in (("8m", set()), ("650m", {"esm2_composer, compiled, FSDP"})):  # as the recipes have it
+        on_gpu = {name for name in contenders("cuda", size) if not any(part in name for part in optional)}
+        assert on_gpu == everywhere | more
     assert max(map(len, on_gpu)) <= step.NAME
 
 
@@ -254,6 +257,9 @@ class Calls(TorchDispatchMode):
         ("triton_per_fused__to_copy_add_native_layer_norm_0", profile.OTHER),
         ("aten::gelu_backward", profile.OTHER),
         ("Memcpy HtoD (Pinned -> Device)", profile.OTHER),
+        ("_rotate", "attention"),
+        ("_backward_kv", "attention"),
+        ("triton_poi_fused_gelu_gelu_backward_4", profile.OTHER),
     ],
 )
 def test_kernels_and_operators_belong_to_parts(kernel, part):
@@ -270,6 +276,7 @@ def test_time_in_which_kernels_overlap_counts_once():
         event("nvjet_tst_64x8", 10e6, 14e6),
         event("flash_bwd_kernel", 0, 4e6),
         event("elementwise_kernel", 12e6, 15e6),  # the last second of it alone
+        event("Command Buffer Full", 3e6, 9e6),
         event("reduce_kernel", 13e6, 13.5e6),
         event("aten::mm", 0, 20e6, "CPU"),
     ]
@@ -311,6 +318,7 @@ def test_a_profile_accounts_for_the_whole_step():
         "device": "CPU",
         "torch": "2",
         "compile": False,
+        "sharded": False,
         "steps": 2,
         "real_tokens_per_step": 56,
     }
@@ -361,9 +369,7 @@ class Linear(ComposerModel):
         return 1
 
 
-def composers_own(
-    work: Work, compiled: bool = False, sharded: bool = False, callbacks: tuple = ()
-) -> Trainer:
+def composers_own(work: Work, compiled: bool = False, sharded: bool = False, callbacks: tuple = ()) -> Trainer:
     """Composer without anything of ours, but with the same monitors: as many steps, of two microbatches."""
     on_gpu = work.device == "cuda"
     steps = work.warmup + work.steps
@@ -393,7 +399,9 @@ def test_the_step_reads_no_value_that_composers_own_does_not(monkeypatch):
     On a CPU, where the batch is checked and its attention cut by its values: both are left out here.
     """
     monkeypatch.setattr("esm2_composer.model._check_batch", lambda *_: None)
-    monkeypatch.setattr("esm2_composer.model.select_attention", lambda *_: Attention("sum", lambda q, k, v, *_: q + k + v))
+    monkeypatch.setattr(
+        "esm2_composer.model.select_attention", lambda *_: Attention("sum", lambda q, k, v, *_: q + k + v)
+    )
     work = Work("8m", "cpu", [[40, 9, 20], [30, 12]], microbatch_tokens=40, warmup=0, steps=20)
     ours = readers(make_trainer(work))
     theirs = [reader for reader in ours if not reader.startswith("esm2_composer.")]

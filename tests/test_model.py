@@ -274,7 +274,9 @@ def a_training_step(model, device, bf16=False):
 
 def test_no_part_of_a_step_needs_a_value_on_the_host(monkeypatch):
     """On torch's meta device, tensors have no values to read: what would make a GPU wait is an error."""
-    monkeypatch.setattr("esm2_composer.model.select_attention", lambda *_: Attention("torch", _torch_varlen_operator))
+    monkeypatch.setattr(
+        "esm2_composer.model.select_attention", lambda *_: Attention("torch", _torch_varlen_operator)
+    )
     with torch.device("meta"):
         model = ESM2(CONFIGS[16])
     logits, _ = a_training_step(model.bfloat16(), "meta")

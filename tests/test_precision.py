@@ -166,7 +166,7 @@ def test_on_a_gpu_the_loss_of_200_compiled_steps_follows_fp32(fp8: bool) -> None
         if torch.cuda.get_device_capability() < (8, 9):
             pytest.skip("no fp8 here")
     made, config = batches(200, sequences=50), ESM2Config(6, 320, 20, 1280)
-    # At 1e-3 the mutants are soon known by heart, and then one small step to the side is a large share of the loss.
+    # At 1e-3 the mutants are soon known by heart, and then a small step to the side is a large share of the loss.
     exact = train(config, made, "cuda", bf16=False, rate=1e-4)
     compiled = train(config, made, "cuda", fp8=fp8, rate=1e-4, backend="inductor")
     check(compiled, exact, *((0.05, 0.01) if fp8 else (0.02, 0.005)))

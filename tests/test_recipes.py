@@ -19,7 +19,7 @@ from esm2_composer.data import ClusterDraw, canonical_nodes
 from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import SIZES
-from esm2_composer.runner import build_model, cluster_draw, fsdp_options
+from esm2_composer.runner import build_model, cluster_draw, compiles, fsdp_options
 
 RECIPES = sorted(path.stem for path in (ROOT / "yamls").glob("*.yaml"))
 
@@ -102,6 +102,18 @@ def test_every_key_is_explained_once(name):
     assert len(keys) == len(set(keys))
     bare = set(re.findall(r"^ *(\w+):(?=.)(?!.*#)(?! *$)", text, re.MULTILINE))
     assert bare <= {"num_heads", "ffn_hidden_size"}, "told with num_layers and hidden_size"
+
+
+def test_layers_are_compiled_where_the_recipe_says(monkeypatch):
+    assert [compiles(setting, on_gpu) for setting in (True, False) for on_gpu in (True, False)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    for lack in (None, "a C compiler"):
+        monkeypatch.setattr("esm2_composer.runner.what_triton_lacks", lambda lack=lack: lack)
+        assert [compiles("auto", on_gpu) for on_gpu in (True, False)] == [lack is None, False]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -61,7 +61,9 @@ def test_interpreted_they_are_exact() -> None:
     code = f"import test_triton_attention as t; t.print_errors({SIZES})"
     here = Path(__file__).parent
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{here}:{here.parent}"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     errors = [float(line) for line in done.stdout.split()]
     assert len(errors) == 2 * len(SIZES)
     assert max(errors[::2]) < 1e-6  # fp32
@@ -80,4 +82,3 @@ def test_on_a_gpu_they_are_exact_within_their_type(head_size: int, dtype: torch.
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     assert largest_error(head_size, 20, dtype, "cuda") < (1e-2 if dtype == torch.bfloat16 else 2e-3)
-

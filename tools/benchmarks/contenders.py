@@ -64,7 +64,7 @@ class Failure:
     out_of_memory: bool = False  # the GPU's: half a microbatch may do
 
 
-def contenders(device: str) -> dict[str, Callable[[Work], Outcome]]:
+def contenders(device: str, size: str) -> dict[str, Callable[[Work], Outcome]]:
     """Those that can run here, ours first."""
     found = {"esm2_composer": ours, "esm2_composer, compiled": partial(ours, compiled=True)}
     peers: dict[str, str | None] = {"transformers": None}  # as it comes
@@ -76,8 +76,9 @@ def contenders(device: str) -> dict[str, Callable[[Work], Outcome]]:
             plain = partial(padded, compiled=compiled, attention=chosen)
             found |= {f"{model}, padded to 1024{end}": partial(plain, width=1024)}
             found |= {f"{model}, padded to longest{end}": plain}
-    if device == "cuda":
+    if device == "cuda" and recipe_of(size, sharded=True).fsdp is not None:
         found["esm2_composer, compiled, FSDP"] = partial(ours, compiled=True, sharded=True)
+    if device == "cuda":
         found["esm2_composer, compiled, torch's attention"] = partial(ours, compiled=True, attention="torch")
     if device == "cuda" and importlib.util.find_spec("torchao"):
         found["esm2_composer, fp8, compiled"] = partial(ours, compiled=True, fp8=True)
@@ -93,7 +94,7 @@ def run_contender(name: str, work: Work) -> Outcome | Failure:
     """What came of it, whatever that is: peers fail in their own ways."""
     torch.manual_seed(0)
     try:
-        return contenders(work.device)[name](work)
+        return contenders(work.device, work.size)[name](work)
     except torch.OutOfMemoryError:
         return Failure(f"out of memory at {work.microbatch_tokens:,} tokens a microbatch", out_of_memory=True)
     except Exception as error:
@@ -189,8 +190,9 @@ def ours(
     before = resident_bytes()
     trainer.fit()
     trainer.close()
-    computed = torch.bfloat16 if work.device == "cuda" else torch.float32
-    return outcome(ends, before, work, select_attention(attention, work.device, computed).name)
+    computed, c = (torch.bfloat16 if work.device == "cuda" else torch.float32), SIZES[work.size]
+    used = select_attention(attention, work.device, computed, c.num_heads, c.head_size)
+    return outcome(ends, before, work, used.name)
 
 
 # Models on padded batches

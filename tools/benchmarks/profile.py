@@ -109,8 +109,9 @@ def waits(profiler: Any, steps: int) -> dict[str, float]:
 
 def is_work(event: Any) -> bool:
     """Whether an event is an operator or a kernel, and not a range that something named: an optimizer's step,
-    with Composer's whole update inside, or a compiled region, with the checks whether it fits."""
-    return not event.is_user_annotation and not re.match(r"Torch(-Compiled|Dynamo)", event.key)
+    with Composer's whole update inside, or a compiled region, with the checks whether it fits; nor the profiler's
+    note that the host waited for a place in the GPU's queue."""
+    return not event.is_user_annotation and not re.match(r"Torch(-Compiled|Dynamo)|Command Buffer", event.key)
 
 
 def part_of(name: str) -> str:
@@ -175,9 +176,10 @@ def _pointwise_bytes(c: Any, itemsize: int) -> float:
 
 def table(result: dict[str, Any]) -> str:
     seconds, best = result["seconds_per_step"], result["at_best"]
+    how = f"{', compiled' if result['compile'] else ''}{', FSDP' if result['sharded'] else ''}"
     lines = [
-        f"ESM-2 {result['size']}{', compiled' if result['compile'] else ''}{', FSDP' if result['sharded'] else ''} on {result['device']}, torch "
-        f"{result['torch']}: a step of {result['real_tokens_per_step']:,.0f} tokens, mean of {result['steps']}",
+        f"ESM-2 {result['size']}{how} on {result['device']}, torch {result['torch']}: a step of "
+        f"{result['real_tokens_per_step']:,.0f} tokens, mean of {result['steps']}",
         f"{'':24} {'ms':>10} {'share':>7} {'at best, ms':>12}",
     ]
     lines += [

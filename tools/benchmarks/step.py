@@ -1,7 +1,8 @@
 """Training steps (forward, backward, clip, AdamW) of one model on the same sequences of UniRef-like lengths, by
 this project through Composer's Trainer and by transformers' EsmForMaskedLM in plain PyTorch, padded to 1,024 and
 to the longest of a microbatch (a transformers without sdpa for ESM takes part as it is, and with sdpa patched in);
-on a GPU compiled too, and ours in fp8, with flash-attn, and faesm, as far as torchao and these are installed: real
+on a GPU compiled too, and ours under FSDP as its recipe has it, on torch's attention, in fp8, with flash-attn, and
+faesm, as far as torchao and these are installed: real
 tokens a second, the model's operations as a share of the peak and of a matrix product measured in the same run
 (operations on real tokens only, the same number for all), and peak memory.
 
@@ -68,9 +69,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     check(args)
     limits = [in_own_process(measure_limits, args.device)]
     work = make_work(args, limits[0])
-    names = [n for n in contenders(args.device) if not args.only or any(word in n for word in args.only)]
+    all_names = list(contenders(args.device, args.size))
+    names = [n for n in all_names if not args.only or any(word in n for word in args.only)]
     if not names:
-        raise UserError(f"--only {' '.join(args.only)}: there are {', '.join(contenders(args.device))}")
+        raise UserError(f"--only {' '.join(args.only)}: there are {', '.join(all_names)}")
     outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
     failures: dict[str, Failure] = {}
     budgets = dict.fromkeys(names, work.microbatch_tokens)
