@@ -46,6 +46,15 @@ class Preemption(Callback):
         preemption.start_training()
         self._fitting = True
 
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        preemption.waiting_for_data.set()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        preemption.waiting_for_data.clear()
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        preemption.waiting_for_data.clear()  # Composer has asked in vain
+
     def batch_end(self, state: State, logger: Logger) -> None:
         self._check()
 

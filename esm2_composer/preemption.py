@@ -6,7 +6,8 @@ One signal to any rank, or a SIGTERM to the launcher, makes the whole run leave 
   moments, until Python has read this, it dies of the signal);
 - in training the ranks agree, after an update or a batch of an evaluation, to stop, save and leave together;
 - whatever hangs then, a rank leaves `GRACE` seconds after a SIGTERM. The launcher would kill it soon after, and
-  checkpoints are there whole or not at all.
+  checkpoints are there whole or not at all. After a SIGUSR1 it does so only if it still waits for data: a step and
+  a save may take their time.
 
 Python calls a signal's handler between two instructions of its main thread, which may be waiting in a collective
 for another rank. So a thread of our own waits for signals; the interpreter writes their numbers to its pipe.
@@ -30,6 +31,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 GRACE = 22.0  # Composer's launcher kills its ranks 30 seconds after it told them to leave
 
 received = threading.Event()
+waiting_for_data = threading.Event()
 _in_training = threading.Event()
 _watching = threading.Event()
 
@@ -102,10 +104,14 @@ def _on_signal(number: int) -> None:
     if not _in_training.is_set():
         time.sleep(2 if others else 0)  # no rank may lose another one in a collective before it is told why
         _leave("told to leave before the first update; there is nothing to save")
-    if number == signal.SIGTERM:
-        timer = threading.Timer(GRACE, _leave, [f"not done {GRACE:.0f} s after SIGTERM; leaving as it is"])
-        timer.daemon = True
-        timer.start()
+    timer = threading.Timer(GRACE, _time_is_up, [signal.Signals(number)])
+    timer.daemon = True
+    timer.start()
+
+
+def _time_is_up(after: signal.Signals) -> None:
+    if after == signal.SIGTERM or waiting_for_data.is_set():
+        _leave(f"not done {GRACE:.0f} s after {after.name}; leaving as it is")
 
 
 def _a_rank_is_missing() -> bool:

@@ -18,6 +18,7 @@ from conftest import ROOT, Run, command, python
 from outcomes import losses
 
 from esm2_composer import data, preemption
+from esm2_composer.callbacks import Preemption
 from esm2_composer.data import ClusterDraw
 from esm2_composer.masking import MaskingRule
 
@@ -159,7 +160,11 @@ def test_a_signal_while_starting(long_validation, tmp_path, ranks, moment, recei
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("receiver", "number", "goes_on"),
-    [*((*case, True) for case in SIGNALS), ("launcher", signal.SIGTERM, False)],  # SIGUSR1 sets no limit
+    [
+        *((*case, True) for case in SIGNALS),
+        ("launcher", signal.SIGTERM, False),
+        ("last rank", signal.SIGUSR1, False),
+    ],
 )
 def test_a_signal_while_data_do_not_come(shards, tmp_path, receiver, number, goes_on):
     arguments = command(shards, "save_interval=2ba", "max_duration=200ba", "eval_interval=200ba")
@@ -213,9 +218,24 @@ def test_a_rank_that_has_just_gone_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(preemption, "_in_training", SimpleNamespace(is_set=lambda: True))
     monkeypatch.setattr(preemption, "_other_ranks", lambda: [1, 2])
     monkeypatch.setattr(preemption.os, "kill", kill)
+    monkeypatch.setattr(preemption.threading, "Timer", lambda *_: SimpleNamespace(start=lambda: None))
     preemption._on_signal(signal.SIGUSR1)
     assert told == [(2, signal.SIGUSR1)] * 2
     assert preemption.received.is_set()
+
+
+@pytest.mark.parametrize(
+    ("number", "waits", "leaves"),
+    [(signal.SIGTERM, False, True), (signal.SIGUSR1, False, False), (signal.SIGUSR1, True, True)],
+)
+def test_time_is_up_after_sigterm_and_after_sigusr1_where_data_do_not_come(number, waits, leaves, monkeypatch):
+    lines, events = [], [Preemption.before_dataloader, Preemption.after_dataloader, Preemption.before_dataloader]
+    monkeypatch.setattr(preemption, "waiting_for_data", threading.Event())
+    monkeypatch.setattr(preemption, "_leave", lines.append)
+    for event in [*events, *([] if waits else [Preemption.epoch_end])]:
+        event(None, None, None)
+    preemption._time_is_up(number)
+    assert lines == ([f"not done 22 s after {number.name}; leaving as it is"] if leaves else [])
 
 
 @pytest.mark.slow
