@@ -66,8 +66,13 @@ def select_attention(backend: str, device_type: str, dtype: torch.dtype, heads: 
         kind = f"{device_type} in {dtype}".replace("torch.", "")
         names = ", ".join(attention.name for attention in found)
         raise ValueError(f"attention '{backend}' is not available on {kind}; available here: auto, {names}")
-    log.info("attention on %s: %s", device_type, chosen[-1].name)
+    _tell(device_type, chosen[-1].name)
     return chosen[-1]
+
+
+@functools.cache
+def _tell(device_type: str, name: str) -> None:
+    log.info("attention on %s: %s", device_type, name)
 
 
 def _per_sequence(q, k, v, cu_seqlens, max_seqlen):

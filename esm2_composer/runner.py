@@ -68,8 +68,8 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     with torch.device("meta") if elsewhere else contextlib.nullcontext():
         net = build_model(recipe.model)
     with naming("model.attention"):
-        computed = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16, "fp32": torch.float32}[recipe.precision]
-        c = net.config
+        c, precision = net.config, recipe.precision if on_gpu else "fp32"
+        computed = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16, "fp32": torch.float32}[precision]
         select_attention(c.attention, "cuda" if on_gpu else "cpu", computed, c.num_heads, c.head_size)
     if recipe.fp8 and on_gpu:
         use_fp8(net)

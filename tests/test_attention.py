@@ -33,6 +33,12 @@ def inputs(head_size: int, device: str, dtype: torch.dtype):
     return *qkv.to(device, dtype).unbind(0), cu_seqlens.to(device)
 
 
+@pytest.fixture(autouse=True)
+def nothing_chosen_yet():
+    attention._tell.cache_clear()
+    select_attention.cache_clear()
+
+
 def select(backend: str, device: str, dtype: torch.dtype, heads: int = 4, head_size: int = 16):
     return select_attention.__wrapped__(backend, device, dtype, heads, head_size)
 
@@ -99,9 +105,8 @@ def test_auto_runs_on_a_cpu():
 
 def test_the_choice_is_logged_once(caplog):
     caplog.set_level("INFO", logger="esm2_composer.attention")
-    select_attention.cache_clear()
-    for _ in range(3):
-        select_attention("auto", "cpu", torch.float32, 4, 16)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        select_attention("auto", "cpu", dtype, 4, 16)
     assert caplog.messages == ["attention on cpu: cpu"]
 
 
