@@ -283,7 +283,7 @@ def _convert(hint: Any, value: Any, key: str, path: str) -> Any:
             allowed = ", ".join(shown)
             near = f"; {hint_text}" if hint_text.startswith("did") else ""
             if isinstance(value, str) and value in shown:
-                near = ", as a number"
+                near = ", without quotes"
             raise UserError(f"{path}: '{key}' is {value!r}; allowed: {allowed}{near}")
         return value
     if origin is tuple:

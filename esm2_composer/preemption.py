@@ -6,8 +6,8 @@ One signal to any rank, or a SIGTERM to the launcher, makes the whole run leave 
   moments, until Python has read this, it dies of the signal);
 - in training the ranks agree, after an update or a batch of an evaluation, to stop, save and leave together;
 - whatever hangs then, a rank leaves `GRACE` seconds after a SIGTERM. The launcher would kill it soon after, and
-  checkpoints are there whole or not at all. After a SIGUSR1 it does so only if it still waits for data: a step and
-  a save may take their time.
+  checkpoints are there whole or not at all. After a SIGUSR1 it does so only if it still waits for training data:
+  a step, an evaluation and a save may take their time.
 
 Python calls a signal's handler between two instructions of its main thread, which may be waiting in a collective
 for another rank. So a thread of our own waits for signals; the interpreter writes their numbers to its pipe.

@@ -150,7 +150,7 @@ def _grad_q_tile(
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])
 def _backward_q(
-    qkv, tables, out, grad, lse, delta, grad_qkv, cu_seqlens, tokens, tiles, scale,
+    out, qkv, tables, grad, lse, delta, grad_qkv, cu_seqlens, tokens, tiles, scale,
     H: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of q, and delta (H, T), each row's product of output and its gradient."""
@@ -263,26 +263,28 @@ class RotatedAttention(torch.autograd.Function):
         assert qkv.is_contiguous()
         assert tables.is_contiguous()
         wide = max(16, triton.next_power_of_2(size))
-        _rotate[(triton.cdiv(tokens * 2 * heads, ROTATED_ROWS),)](
-            qkv, tables, tokens, heads, size, wide, ROTATED_ROWS
-        )
         out = qkv.new_empty(tokens, heads, size)
         lse = qkv.new_empty(heads, tokens, dtype=torch.float32)
         tiles = triton.cdiv(max_seqlen, OWN)
         ctx.save_for_backward(qkv, tables, out, lse, cu_seqlens)
         ctx.grid = (tiles * (len(cu_seqlens) - 1), heads)
         ctx.numbers = (tokens, tiles, size**-0.5, heads, size, wide, OWN, OTHER)
-        _forward[ctx.grid](qkv, out, lse, cu_seqlens, *ctx.numbers, num_warps=WARPS, num_stages=STAGES)
+        rows = triton.cdiv(tokens * 2 * heads, ROTATED_ROWS)
+        with torch.cuda.device_of(qkv):  # Triton launches on the current one
+            _rotate[(rows,)](qkv, tables, tokens, heads, size, wide, ROTATED_ROWS)
+            _forward[ctx.grid](qkv, out, lse, cu_seqlens, *ctx.numbers, num_warps=WARPS, num_stages=STAGES)
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple:
         qkv, tables, out, lse, cu_seqlens = ctx.saved_tensors
         grad = grad.contiguous()
         delta, grad_qkv = torch.empty_like(lse), torch.empty_like(qkv)
-        options = {"num_warps": WARPS, "num_stages": STAGES}
-        _backward_q[ctx.grid](qkv, tables, out, grad, lse, delta, grad_qkv, cu_seqlens, *ctx.numbers, **options)
-        _backward_kv[ctx.grid](qkv, tables, grad, lse, delta, grad_qkv, cu_seqlens, *ctx.numbers, **options)
+        together = qkv, tables, grad, lse, delta, grad_qkv, cu_seqlens, *ctx.numbers
+        with torch.cuda.device_of(qkv):
+            _backward_q[ctx.grid](out, *together, num_warps=WARPS, num_stages=STAGES)
+            _backward_kv[ctx.grid](*together, num_warps=WARPS, num_stages=STAGES)
         return grad_qkv, None, None, None
 
 

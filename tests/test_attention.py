@@ -1,5 +1,6 @@
 """Every attention backend equals plain softmax attention within each sequence; the wrong one is refused."""
 
+import contextlib
 import importlib.machinery
 import itertools
 import sys
@@ -163,7 +164,7 @@ def test_both_versions_of_flash_attn_are_called_as_they_want(name, with_sums, mo
 def test_another_module_of_the_name_is_passed_over(monkeypatch):
     """flash-attn 4 is `flash_attn.cute`: importing `flash_attn` finds an empty package."""
     install(monkeypatch, "flash_attn")
-    with pytest.raises(ValueError, match="available here: auto, cpu, torch, triton"):
+    with pytest.raises(ValueError, match="available here: auto, cpu, torch"):
         kernel("flash", "cuda", torch.bfloat16)
 
 
@@ -185,7 +186,7 @@ def test_auto_takes_triton_where_its_launchers_can_be_built(missing, monkeypatch
         monkeypatch.delenv("CC")
         monkeypatch.setenv("PATH", str(tmp_path))
     elif missing == "headers":
-        monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+        monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
     elif missing == "package":
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     found = select("auto", "cuda", torch.bfloat16)
@@ -195,7 +196,7 @@ def test_auto_takes_triton_where_its_launchers_can_be_built(missing, monkeypatch
         assert caplog.messages == ["attention on cuda: triton"]
     else:
         assert (found.name, found.rotates) == ("torch", False)
-        told = f"attention: without {what[missing]} the slower kernel inside torch is taken"
+        told = f"attention: not by Triton, which lacks {what[missing]}"
         assert caplog.messages == [told, "attention on cuda: torch"]
 
 
@@ -210,10 +211,14 @@ def rotating(change=lambda out: out):
     return attend
 
 
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("head_size", [8, 24, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_check_of_a_kernel_sees_rounding_only_where_it_is_right(dtype, head_size):
-    error = rotated_error(rotating(), dtype, 2, head_size, "cpu")
+def test_the_check_of_a_kernel_sees_rounding_only_where_it_is_right(dtype, head_size, mode):
+    state = torch.get_rng_state()
+    with mode(), torch.autocast("cpu", torch.bfloat16):  # wherever a model is first called
+        error = rotated_error(rotating(), dtype, 2, head_size, "cpu")
+    assert torch.equal(torch.get_rng_state(), state)
     assert error < {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
 
 
@@ -224,7 +229,7 @@ def test_the_check_of_a_kernel_sees_rounding_only_where_it_is_right(dtype, head_
         lambda out: out.detach() + 0 * out,  # the output is right, the gradient nothing
         lambda out: out.roll(1, 0),
         lambda out: out / 0,
-        lambda out: torch.where(torch.arange(len(out))[:, None, None] == 50, 0, out),  # one row of 191
+        lambda out: torch.where(torch.arange(len(out))[:, None, None] == 50, 0, out),  # one row of 255
     ],
 )
 def test_the_check_of_a_kernel_sees_what_is_wrong(change):
@@ -236,13 +241,39 @@ def test_a_kernel_that_computes_something_else_here_is_told_and_not_taken(monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(attention, "rotated_error", lambda *_: float("nan"))
     assert select("auto", "cuda", torch.bfloat16).name == "torch"
-    assert caplog.messages == ["attention: Triton's kernel is off by nan on this GPU; that inside torch is taken"]
+    assert caplog.messages == ["attention: not by Triton, whose kernel is off by nan on this GPU"]
     with pytest.raises(
         ValueError, match="'triton' is not available on cuda in bfloat16; available here: auto, cpu, t"
     ):
         select("triton", "cuda", torch.bfloat16)
     monkeypatch.setattr(attention, "rotated_error", lambda *_: 3e-3)
     assert select("auto", "cuda", torch.bfloat16).name == "triton"
+
+
+def test_a_kernel_that_cannot_be_compiled_is_told_and_hinders_no_other(monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    monkeypatch.setattr(attention, "rotated_error", fail)
+    assert select("auto", "cuda", torch.bfloat16).name == "torch"
+    assert caplog.messages == ["attention: not by Triton: RuntimeError: PassManager::run failed"]
+    caplog.clear()
+    assert select("torch", "cuda", torch.bfloat16).name == "torch"
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_size", "chosen"),
+    [((8, 0), 64, "triton"), ((8, 9), 128, "torch"), ((9, 0), 128, "triton")],
+)
+def test_auto_takes_triton_where_it_does_not_spill(capability, head_size, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(attention, "rotated_error", lambda *_: 0.0)
+    assert select("auto", "cuda", torch.bfloat16, 40, head_size).name == chosen
+    assert select("triton", "cuda", torch.bfloat16, 40, head_size).name == "triton"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

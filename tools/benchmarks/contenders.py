@@ -295,6 +295,16 @@ def padded_microbatches(
     """(inputs, labels), int64 (B, width), of as many sequences in their order as `slots` hold."""
     share = share_of(lengths)
     rows = [share[key].long().split(lengths) for key in ("tokens", "labels")]
+
+    def padded_rows(row: tuple[torch.Tensor, ...], pile: list[int]) -> torch.Tensor:
+        target = width or max(lengths[i] for i in pile)
+        return torch.stack([F.pad(row[i], (0, target - lengths[i]), value=PAD) for i in pile])
+
+    return [tuple(padded_rows(row, pile) for row in rows) for pile in piles_of(lengths, width, slots)]
+
+
+def piles_of(lengths: list[int], width: int | None, slots: int) -> list[list[int]]:
+    """The sequences of each padded microbatch, in their order."""
     piles: list[list[int]] = [[]]
     for i in range(len(lengths)):
         pile = [*piles[-1], i]
@@ -302,12 +312,7 @@ def padded_microbatches(
             piles[-1] = pile
         else:
             piles.append([i])
-
-    def padded_rows(row: tuple[torch.Tensor, ...], pile: list[int]) -> torch.Tensor:
-        target = width or max(lengths[i] for i in pile)
-        return torch.stack([F.pad(row[i], (0, target - lengths[i]), value=PAD) for i in pile])
-
-    return [tuple(padded_rows(row, pile) for row in rows) for pile in piles]
+    return piles
 
 
 # What all share

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.contenders import Failure, Outcome, Work, contenders, recipe_of, run_contender
+from benchmarks.contenders import Failure, Outcome, Work, contenders, piles_of, recipe_of, run_contender
 from benchmarks.lengths import uniref_like_lengths
 from benchmarks.limits import Limits, measure_limits
 
@@ -190,7 +190,11 @@ def summary(
                 "failure": failure,  # in a later round than those told of
             }
         )
-    slots = [max(lengths) * len(lengths) for lengths in work.batches]
+    piles = [
+        [lengths[i] for i in pile]
+        for lengths in work.batches
+        for pile in piles_of(lengths, None, work.microbatch_tokens)
+    ]
     return {
         "size": work.size,
         "device": limits[0].device,
@@ -201,7 +205,7 @@ def summary(
         "real_tokens": tokens,
         "microbatch_tokens": work.microbatch_tokens,
         "fill_at_1024": sum(tokens) / sum(LONGEST * len(lengths) for lengths in work.batches),
-        "fill_at_longest": sum(tokens) / sum(slots),
+        "fill_at_longest": sum(tokens) / sum(max(pile) * len(pile) for pile in piles),
         "peak_tflops": peak and peak / 1e12,
         "product_tflops": product / 1e12,
         "contenders": rows,
