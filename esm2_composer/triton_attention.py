@@ -26,6 +26,14 @@ ROTATED_ROWS = 64
 
 
 @triton.jit
+def _sequence(cu_seqlens, tiles):
+    """Where this program's sequence starts, its length, and which of its at most `tiles` tiles is meant."""
+    sequence = tl.program_id(0) // tiles
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    return start, (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32), tl.program_id(0) % tiles
+
+
+@triton.jit
 def _columns(K: tl.constexpr, WIDE: tl.constexpr):
     """Of the WIDE places in a row: the column of K in each, and whether there is one."""
     place = tl.arange(0, WIDE)
@@ -107,9 +115,8 @@ def _forward(
 ):  # fmt: skip
     """out (T, H, K) and the logarithms (base 2) of the softmax's sums, lse (H, T)."""
     ROW: tl.constexpr = 3 * H * K
-    sequence, tile, head = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    start, length, tile = _sequence(cu_seqlens, tiles)
+    head = tl.program_id(1)
     if tile * QUERIES >= length:
         return
     q = qkv + start * ROW + head * K
@@ -155,9 +162,8 @@ def _backward_q(
 ):  # fmt: skip
     """The gradient of q, and delta (H, T), each row's product of output and its gradient."""
     ROW: tl.constexpr = 3 * H * K
-    sequence, tile, head = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    start, length, tile = _sequence(cu_seqlens, tiles)
+    head = tl.program_id(1)
     if tile * QUERIES >= length:
         return
     q = qkv + start * ROW + head * K
@@ -220,9 +226,8 @@ def _backward_kv(
 ):  # fmt: skip
     """The gradients of k and v, after `_backward_q`."""
     ROW: tl.constexpr = 3 * H * K
-    sequence, tile, head = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+    start, length, tile = _sequence(cu_seqlens, tiles)
+    head = tl.program_id(1)
     if tile * KEYS >= length:
         return
     q = qkv + start * ROW + head * K
