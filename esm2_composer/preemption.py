@@ -32,6 +32,7 @@ GRACE = 22.0  # Composer's launcher kills its ranks 30 seconds after it told the
 
 received = threading.Event()
 waiting_for_data = threading.Event()
+_noticed = threading.Event()
 _in_training = threading.Event()
 _watching = threading.Event()
 
@@ -83,6 +84,8 @@ def shelter_worker(worker: int) -> None:
 def _watch(reader: int) -> None:
     while True:
         numbers = os.read(reader, 64)
+        if any(number in SIGNALS for number in numbers):
+            _noticed.set()
         if signal.SIGTERM in numbers and not received.is_set() and _a_rank_is_missing():
             # Had it left because it was told to, it would have sent us SIGUSR1 before. The launcher never does.
             while select.select([reader], [], [], 0)[0]:
@@ -153,8 +156,10 @@ def _leave(line: str) -> None:
 
 
 def _leave_if_told_before_training() -> None:
-    if received.is_set() and not _in_training.is_set():  # Composer's handler may have been the faster one
-        os._exit(EXIT_PREEMPTED)
+    """Composer's handler may have been faster than our thread, which alone knows with which code to leave."""
+    time.sleep(0.05)  # for the thread to have its turn
+    if _noticed.is_set() and not _in_training.is_set():
+        time.sleep(10)  # by then it has ended this process
 
 
 def _forget() -> None:

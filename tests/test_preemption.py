@@ -224,6 +224,28 @@ def test_a_rank_that_has_just_gone_is_not_waited_for(monkeypatch):
     assert preemption.received.is_set()
 
 
+SLOW_TO_DECIDE = """
+import os, signal, sys, time
+from esm2_composer import preemption
+
+def a_rank_is_missing():
+    time.sleep(0.5)
+    return {missing}
+
+preemption._a_rank_is_missing = a_rank_is_missing
+preemption.watch_signals()
+signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Composer's handler does
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(5)
+"""
+
+
+@pytest.mark.parametrize(("missing", "code"), [(False, 75), (True, 143)])
+def test_composers_handler_being_faster_does_not_change_the_exit_code(missing, code):
+    result = python("-c", SLOW_TO_DECIDE.format(missing=missing), cwd=ROOT)
+    assert result.returncode == code, result.stderr
+
+
 @pytest.mark.parametrize(
     ("number", "waits", "leaves"),
     [(signal.SIGTERM, False, True), (signal.SIGUSR1, False, False), (signal.SIGUSR1, True, True)],
