@@ -53,6 +53,7 @@ def train() -> int:
     from esm2_composer.runner import build_trainer
     from esm2_composer.saving import WAITS_LEAVING
 
+    preemption.watch_signals()  # again: Composer, imported since, has a handler that would leave at once
     trainer, saver = build_trainer(recipe)
     code = 0
     try:

@@ -36,7 +36,6 @@ class Preemption(Callback):
     """Raises `Preempted` on every rank, once one rank was told to leave (see `preemption`)."""
 
     def __init__(self) -> None:
-        preemption.watch_signals()  # again: Composer, imported since, has a handler that would leave at once
         # Not the default group: on GPUs that is NCCL's, and asking it would make the GPU wait.
         self._group = torch.distributed.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         self._fitting = False
