@@ -58,16 +58,15 @@ def select_attention(backend: str, device_type: str, dtype: torch.dtype, heads: 
     if device_type == "cuda" and capability >= (8, 0) and dtype in (torch.float16, torch.bfloat16):
         if (function := _flash_package()) is not None:
             found.append(Attention("flash", function))
-        of_torch = Attention("torch", _torch_varlen_function() or _torch_varlen_operator)
-        found.append(of_torch)
-        if backend in ("auto", "triton") and (function := _triton_kernel(dtype, heads, head_size)) is not None:
+        found.append(Attention("torch", _torch_varlen_function() or _torch_varlen_operator))
+        spills = capability < (9, 0) and head_size > 64  # Triton's; it would have too few registers
+        wanted = backend == "triton" or (backend == "auto" and not spills)
+        if wanted and (function := _triton_kernel(dtype, heads, head_size)) is not None:
             found.append(Attention("triton", function, rotates=True))
-        if capability < (9, 0) and head_size > 64 and backend == "auto":
-            found.append(of_torch)  # there Triton's spills registers
     chosen = [attention for attention in found if backend in ("auto", attention.name)]
     if not chosen:
         kind = f"{device_type} in {dtype}".replace("torch.", "")
-        names = ", ".join(dict.fromkeys(attention.name for attention in found))
+        names = ", ".join(attention.name for attention in found)
         raise ValueError(f"attention '{backend}' is not available on {kind}; available here: auto, {names}")
     _tell(device_type, chosen[-1].name)
     return chosen[-1]
