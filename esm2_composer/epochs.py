@@ -6,7 +6,8 @@ nodes take turns: so a global batch is the same on any number of ranks, and a ma
 canonical nodes that fall to it.
 
 Streaming lays epochs out in the same order, but to leave a few samples out it draws those that stay one by one,
-and it holds five arrays of an epoch at a time: 3.3 GB for the 65 million clusters of UniRef50.
+and it holds five arrays of an epoch at a time: 3.3 GB for the 65 million clusters of UniRef50. Here it is one, and
+what the node's processes share.
 """
 
 from __future__ import annotations
@@ -15,21 +16,29 @@ import math
 
 import numpy as np
 from streaming import StreamingDataset
-from streaming.base.batching import batching_methods
 from streaming.base.shuffle import get_shuffle
 from streaming.base.world import World
 
+PIECE = 2**20  # samples that are put in turns at a time, or a little more
 
-def lay_out_epoch(dataset: StreamingDataset, world: World, epoch: int, samples_done: int) -> np.ndarray:
-    """The epoch's samples, by who reads them and when, as Streaming asks for them.
+
+def layout_shape(dataset: StreamingDataset, world: World, samples_done: int) -> tuple[int, int, int, int]:
+    """What a node reads of an epoch: ranks of the node, workers of a rank, batches of a worker, batch size."""
+    batches = (dataset.epoch_size - samples_done) // (dataset.batch_size * world.ranks_per_node * world.num_nodes)
+    of_worker = math.ceil(batches / world.workers_per_rank)
+    return world.ranks_per_node, world.workers_per_rank, of_worker, dataset.batch_size
+
+
+def lay_out_epoch(
+    dataset: StreamingDataset, world: World, epoch: int, samples_done: int, layout: np.ndarray
+) -> None:
+    """Write down which samples of the epoch this node reads, by who reads them and when.
 
     Args:
         dataset: with an `epoch_size` that is a multiple of the global batch size.
         samples_done: of this epoch, a multiple of the global batch size; they are not laid out again.
-
-    Returns:
-        Sample ids, int32 (nodes, ranks of a node, workers of a rank, batches of a worker, batch size); the last
-        batch of a worker is all -1 if others have one more.
+        layout: int32 of `layout_shape`; becomes sample ids, and -1 for the last batch of a worker if others have
+            one more.
     """
     left_out = samples_left_out(dataset.num_samples, dataset.epoch_size, dataset.shuffle_seed, epoch)
     ends = np.cumsum(dataset.samples_per_shard)
@@ -40,17 +49,23 @@ def lay_out_epoch(dataset: StreamingDataset, world: World, epoch: int, samples_d
         dataset.shuffle_seed,
         epoch,
         dataset.shuffle_block_size,
-    ).astype(np.int32)
+    ).reshape(dataset.num_canonical_nodes, -1)
     # That counts the samples that stay; their own numbers are higher by those left out before them.
-    order = order.reshape(dataset.num_canonical_nodes, -1)
     stay_before = left_out - np.arange(len(left_out))
-    for of_node in order:
-        of_node += np.searchsorted(stay_before, of_node, side="right").astype(np.int32)
-    in_turns = order.T.reshape(-1)[samples_done:]
-    batches = in_turns.reshape(-1, dataset.batch_size, world.ranks_per_node, world.num_nodes)
-    if missing := -len(batches) % world.workers_per_rank:
-        batches = np.concatenate([batches, np.full((missing, *batches.shape[1:]), -1, np.int32)])
-    return batches.reshape(-1, world.workers_per_rank, *batches.shape[1:]).transpose(4, 3, 1, 0, 2)
+    order = order[:, samples_done // dataset.num_canonical_nodes :]
+    ranks, workers, _, batch_size = layout.shape
+    of_round = workers * batch_size * ranks * world.num_nodes
+    assert samples_done % (of_round // workers) == 0 == of_round // workers % len(order)
+    rounds = math.ceil(PIECE / of_round)
+    width = rounds * of_round // len(order)
+    for piece in range(math.ceil(order.shape[1] / width)):
+        in_turns = order[:, piece * width : (piece + 1) * width].T.reshape(-1)
+        in_turns = in_turns + np.searchsorted(stay_before, in_turns, side="right")
+        batches = in_turns.reshape(-1, batch_size, ranks, world.num_nodes)[..., world.node]
+        if missing := -len(batches) % workers:
+            batches = np.concatenate([batches, np.full((missing, *batches.shape[1:]), -1)])
+        of_workers = batches.reshape(-1, workers, batch_size, ranks).transpose(3, 1, 0, 2)
+        layout[:, :, piece * rounds : (piece + 1) * rounds] = of_workers
 
 
 def samples_left_out(samples: int, kept: int, seed: int, epoch: int) -> np.ndarray:
@@ -70,7 +85,3 @@ def shards_in_use(dataset: StreamingDataset, nodes: int) -> int:
     pieces = (shards + canonical) / min(nodes, canonical)  # that the node reads in an epoch
     share = dataset.shuffle_block_size * canonical / dataset.num_samples  # of the epoch, until one is done
     return min(shards, math.ceil(pieces * min(1, 1.1 * share)))  # the number in use varies by a tenth
-
-
-WHOLE_BATCHES = "whole_batches"
-batching_methods[WHOLE_BATCHES] = lay_out_epoch  # Streaming looks the method of a dataset up here

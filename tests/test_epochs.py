@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from streaming.base.batching import generate_work
 from streaming.base.partition import get_partitions
 from streaming.base.shuffle import get_shuffle
 from streaming.base.world import World
 
-from esm2_composer.epochs import WHOLE_BATCHES, samples_left_out, shards_in_use
+from esm2_composer import epochs
+from esm2_composer.epochs import lay_out_epoch, layout_shape, samples_left_out, shards_in_use
 
 SHARDS = [9, 1, 30, 4, 2, 18]  # samples
 SAMPLES = sum(SHARDS)
@@ -34,12 +34,23 @@ def dataset(batch: int, nodes: int = 2) -> SimpleNamespace:
     )
 
 
-def lay_out(of: SimpleNamespace, world: World, epoch: int = 0, done: int = 0) -> np.ndarray:
-    """Ids by batch, (batches, nodes, ranks, batch size of a rank); the batches of workers in turns."""
+def lay_out_nodes(of: SimpleNamespace, world: World, epoch: int, done: int) -> np.ndarray:
+    """What each node lays out: ids (nodes, ranks of a node, workers, batches, batch size of a rank)."""
     ranks = world.num_nodes * world.ranks_per_node
     shared = SimpleNamespace(**{**vars(of), "batch_size": of.batch_size // ranks})
-    work = generate_work(WHOLE_BATCHES, shared, world, epoch, done)
-    assert work.shape[:3] == (world.num_nodes, world.ranks_per_node, world.workers_per_rank)
+    shape = layout_shape(shared, world, done)
+    layouts = np.full((world.num_nodes, *shape), -2, np.int32)
+    for node, layout in enumerate(layouts):
+        first = node * world.workers_per_node
+        of_node = World(world.num_nodes, world.ranks_per_node, world.workers_per_rank, first)
+        lay_out_epoch(shared, of_node, epoch, done, layout)
+    assert (layouts != -2).all()
+    return layouts
+
+
+def lay_out(of: SimpleNamespace, world: World, epoch: int = 0, done: int = 0) -> np.ndarray:
+    """Ids by batch, (batches, nodes, ranks, batch size of a rank); the batches of workers in turns."""
+    work = lay_out_nodes(of, world, epoch, done)
     steps = work.transpose(3, 2, 0, 1, 4).reshape(-1, *work.shape[:2], work.shape[4])
     return steps[(steps >= 0).all((1, 2, 3))]
 
@@ -49,8 +60,11 @@ ONE = World(1, 1, 1, 0)
 
 @pytest.mark.filterwarnings("ignore:Shuffle block size")
 @pytest.mark.parametrize("world", [ONE, World(1, 2, 3, 0), World(2, 1, 1, 0), World(4, 2, 2, 0)])
-@pytest.mark.parametrize("done", [0, 8, 24])
-def test_where_nothing_is_left_out_the_layout_is_streamings(world: World, done: int) -> None:
+@pytest.mark.parametrize("done", [0, 8, 24, 64])
+@pytest.mark.parametrize("piece", [1, 40, 10_000])
+def test_where_nothing_is_left_out_the_layout_is_streamings(
+    world: World, done: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     of = dataset(8)
     assert of.epoch_size == SAMPLES
     shuffled = get_shuffle("py1e", np.array(SHARDS), 2, SEED, 3, 20)
@@ -59,8 +73,8 @@ def test_where_nothing_is_left_out_the_layout_is_streamings(world: World, done: 
         "orig", SAMPLES, 2, world.num_nodes, world.ranks_per_node, world.workers_per_rank, 8 // ranks, done
     )
     theirs = np.where(places < 0, -1, shuffled[places])
-    shared = SimpleNamespace(**{**vars(of), "batch_size": 8 // ranks})
-    assert np.array_equal(generate_work(WHOLE_BATCHES, shared, world, 3, done), theirs)
+    monkeypatch.setattr(epochs, "PIECE", piece)
+    assert np.array_equal(lay_out_nodes(of, world, 3, done), theirs)
 
 
 @pytest.mark.filterwarnings("ignore:Shuffle block size")

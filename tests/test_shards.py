@@ -11,14 +11,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import boto3
 import numpy as np
+import psutil
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 from conftest import cluster
 from moto.server import ThreadedMotoServer
 from streaming import MDSWriter, StreamingDataset
+from streaming.base.constant import EPOCH_DATA
 from streaming.base.spanner import Spanner
 from streaming.base.storage.download import S3Downloader
 from torch.utils.data import DataLoader
@@ -28,7 +31,7 @@ from esm2_composer.data import ClusterDraw, cache_needed, evaluation_loader, tra
 from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule
 from esm2_composer.records import COLUMNS
-from esm2_composer.shards import ShardBounds
+from esm2_composer.shards import SHARED_MEMORY, ShardBounds
 
 BATCH = 8
 DRAW = ClusterDraw(seed=5, max_length=24, min_length=8, masking=MaskingRule())
@@ -270,11 +273,48 @@ def test_a_dataset_is_opened_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     other.join()
 
 
+def orders_held(process: psutil.Process) -> int:
+    """How many epochs' orders a process has mapped, all of files without a name, which go with it."""
+    maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+    orders = [line for line in maps if EPOCH_DATA in line]
+    assert all(line.endswith("(deleted)") for line in orders)
+    return len(orders)
+
+
+def test_workers_read_one_order_of_an_epoch_where_it_lies(fresh: Callable[[], str]) -> None:
+    here = psutil.Process()
+    others, inherited = here.children(), orders_held(here)
+    loader = train_loader(DRAW, None, fresh(), BATCH, num_workers=2)
+    for _ in range(3):
+        batches = iter(loader)
+        next(batches)
+        held = [orders_held(child) - inherited for child in here.children() if child not in others]
+        assert [count for count in held if count >= 0] == [1, 1], "that of the epoch before is given back"
+        assert [*batches]
+    assert not [*SHARED_MEMORY.glob(f"*{EPOCH_DATA}*")]
+
+
+def test_an_order_that_shared_memory_has_no_room_for_is_told(
+    fresh: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    loader = train_loader(DRAW, None, fresh(), BATCH, num_workers=0)
+    with pytest.raises(UserError, match=f"takes 1 MiB in {SHARED_MEMORY}, where 0 MiB are free"):
+        next(iter(loader))
+
+
 def test_shard_bounds_find_every_sample_as_streaming_does() -> None:
     sizes = np.array([3, 1, 7, 2])
     ours, theirs = ShardBounds(sizes), Spanner(sizes)
     assert [ours[i] for i in range(13)] == [theirs[i] for i in range(13)]
     assert ours[np.int64(4)] == (2, 0)
+
+
+def test_a_dataset_builds_no_spanner_of_streamings(
+    fresh: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Spanner, "__init__", lambda *_: pytest.fail("8 bytes a sample in each rank"))
+    assert isinstance(train_loader(DRAW, None, fresh(), BATCH, num_workers=0).dataset.spanner, ShardBounds)
 
 
 def answer(status: int) -> ClientError:
