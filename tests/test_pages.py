@@ -59,6 +59,7 @@ BENCHMARKS = {
     "parity": "",
     "convert": "--workers 1",
     "step": f"{STEPS} --rounds 1",
+    "attention": "--sizes 8m --tokens 1024 --rounds 1",
     "profile": STEPS,
     "loader": "--clusters 2048 --rounds 1 --workers 1 --ranks 8",
     "startup": "--clusters 70000",
@@ -109,6 +110,7 @@ def test_every_page_with_commands_is_followed_and_every_entry_is_of_use() -> Non
     everything = {page.name: commands(page) for page in PAGES}
     followed = {"README.md", "data.md", "performance.md", "results.md", "running.md"} | {"continue.md"}
     assert {name for name, found in everything.items() if found} == followed
+    assert all(lines(page.relative_to(ROOT)) for page in PAGES if everything[page.name])
     found = [command for each in everything.values() for command in each]
     assert set(NOT_HERE) <= set(found)
     for used in (*SMALL, *APART, *(f"benchmark.py {name}" for name in BENCHMARKS)):
@@ -118,7 +120,7 @@ def test_every_page_with_commands_is_followed_and_every_entry_is_of_use() -> Non
 @pytest.fixture
 def home(checkout: Path, raw: Path, shards: Path, finished: Path) -> Path:
     """A checkout in which there are files and runs of the names that pages give."""
-    for name in ("tests", "docs", "pyproject.toml"):
+    for name in ("tests", "docs", "README.md", "pyproject.toml"):
         (checkout / name).symlink_to(ROOT / name)
     for source in raw.iterdir():
         (checkout / source.name).symlink_to(source)
