@@ -7,7 +7,7 @@ canonical nodes that fall to it.
 
 Streaming lays epochs out in the same order, but to leave a few samples out it draws those that stay one by one,
 and it holds five arrays of an epoch at a time: 3.3 GB for the 65 million clusters of UniRef50. Here it is one, and
-what the node's processes share.
+half of one that all processes of the node share.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ PIECE = 2**20  # samples that are put in turns at a time, or a little more
 
 def layout_shape(dataset: StreamingDataset, world: World, samples_done: int) -> tuple[int, int, int, int]:
     """What a node reads of an epoch: ranks of the node, workers of a rank, batches of a worker, batch size."""
-    batches = (dataset.epoch_size - samples_done) // (dataset.batch_size * world.ranks_per_node * world.num_nodes)
-    of_worker = math.ceil(batches / world.workers_per_rank)
-    return world.ranks_per_node, world.workers_per_rank, of_worker, dataset.batch_size
+    left = dataset.epoch_size - samples_done
+    batches = left // (dataset.batch_size * world.ranks_per_node * world.num_nodes)
+    assert left >= 0
+    return world.ranks_per_node, world.workers_per_rank, -(-batches // world.workers_per_rank), dataset.batch_size
 
 
 def lay_out_epoch(
@@ -54,10 +55,11 @@ def lay_out_epoch(
     stay_before = left_out - np.arange(len(left_out))
     order = order[:, samples_done // dataset.num_canonical_nodes :]
     ranks, workers, _, batch_size = layout.shape
-    of_round = workers * batch_size * ranks * world.num_nodes
-    assert samples_done % (of_round // workers) == 0 == of_round // workers % len(order)
-    rounds = math.ceil(PIECE / of_round)
-    width = rounds * of_round // len(order)
+    global_batch = batch_size * ranks * world.num_nodes
+    assert samples_done % global_batch == 0
+    assert global_batch % len(order) == 0
+    rounds = math.ceil(PIECE / (workers * global_batch))  # of all workers, in a piece
+    width = rounds * workers * global_batch // len(order)  # of a canonical node, in a piece
     for piece in range(math.ceil(order.shape[1] / width)):
         in_turns = order[:, piece * width : (piece + 1) * width].T.reshape(-1)
         in_turns = in_turns + np.searchsorted(stay_before, in_turns, side="right")

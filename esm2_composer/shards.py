@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import math
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -14,6 +13,7 @@ import traceback
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -135,33 +135,50 @@ class MappedDataset(StreamingDataset):
         """This worker's samples of the epoch, int32, in the order in which it reads them.
 
         Streaming gives each worker a copy of its part, 8 bytes a sample. Here the workers of a node read one order
-        where it lies, 4 bytes a sample.
+        where it lies, 4 bytes a sample, in a file that has lost its name: it goes with the last of them.
 
         Raises:
-            UserError: there is no room for it in shared memory, where writing would be a bus error.
+            UserError: there is no room for it.
         """
+        leader = self._unique_worker_world.is_local_leader
+        wait_for_all = partial(self._shared_barrier, self._unique_worker_world.workers_per_node)
         if hasattr(self, "_iterator"):
-            self._iterator.sample_ids = None  # the epoch before makes room; Streaming keeps all its iterators
-        world, of_node = self._parallel_worker_world, self._unique_worker_world
+            self._iterator.sample_ids = None  # Streaming keeps all its iterators
+        wait_for_all()  # the epoch before has made room, and the number of the next one is set
+        world = self._parallel_worker_world
         shape = layout_shape(self, world, samples_done)
-        path = SHARED_MEMORY / _get_path(self._shm_prefix_int, EPOCH_DATA)
-        if of_node.is_local_leader and all(shape):
-            needed, free = 4 * math.prod(shape), shutil.disk_usage(SHARED_MEMORY).free
-            if needed > free:
-                raise UserError(
-                    f"the order of an epoch takes {math.ceil(needed / 2**20)} MiB in {SHARED_MEMORY}, "
-                    f"where {free >> 20} MiB are free (docs/running.md)"
-                )
-            lay_out_epoch(self, world, epoch, samples_done, np.memmap(path, np.int32, "w+", shape=shape))
-        # At an epoch's end too: who did not wait would start the next one before its number is set.
-        self._shared_barrier(of_node.workers_per_node)
-        if not all(shape):
+        if not all(shape):  # resumed at the epoch's end
             return np.empty(0, np.int32)
-        order = np.memmap(path, np.int32, "r", shape=shape)
-        self._shared_barrier(of_node.workers_per_node)
-        if of_node.is_local_leader:
-            path.unlink()  # it goes with the last worker that reads it
+        path = SHARED_MEMORY / _get_path(self._shm_prefix_int, EPOCH_DATA)
+        if leader:
+            reserve(path, shape)
+        wait_for_all()
+        try:
+            order = np.memmap(path, np.int32, "r+" if leader else "r", shape=shape)
+        except FileNotFoundError:
+            needed = math.ceil(4 * math.prod(shape) / 2**20)
+            raise UserError(
+                f"{SHARED_MEMORY} has no room for the order of an epoch, {needed} MiB (docs/running.md)"
+            ) from None
+        wait_for_all()
+        if leader:
+            path.unlink()
+            lay_out_epoch(self, world, epoch, samples_done, order)
+        wait_for_all()
         return np.asarray(order)[world.rank_of_node, world.worker_of_rank].reshape(-1)
+
+
+def reserve(path: Path, shape: tuple[int, ...]) -> None:
+    """Make a file of int32 of this shape, or none if there is no room for it.
+
+    Its zeros are written, so that what is laid out in it later finds its place: it would end by a bus error.
+    """
+    path.unlink(missing_ok=True)  # of a run that was killed
+    try:
+        with path.open("xb") as file:
+            np.zeros(shape, np.int32).tofile(file)
+    except OSError:
+        path.unlink(missing_ok=True)
 
 
 class ShardBounds:
@@ -172,11 +189,13 @@ class ShardBounds:
         self._starts = [0, *np.cumsum(samples_per_shard).tolist()]
 
     def __getitem__(self, sample_id: int) -> tuple[int, int]:
+        if not 0 <= sample_id < self._starts[-1]:
+            raise IndexError(f"sample {sample_id} of {self._starts[-1]}")
         shard = bisect_right(self._starts, sample_id) - 1
         return shard, int(sample_id) - self._starts[shard]
 
 
-streaming.base.dataset.Spanner = ShardBounds  # a dataset makes its own
+streaming.base.dataset.Spanner = ShardBounds  # its name in StreamingDataset's constructor
 
 
 class CheckedStream(Stream):

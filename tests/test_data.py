@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import cluster
 from streaming import StreamingDataset
-from streaming.base.batching import generate_work
 from streaming.base.world import World
+from test_epochs import lay_out_nodes
 from torch.utils.data import DataLoader
 
 from esm2_composer import alphabet
@@ -236,7 +236,7 @@ def test_nodes_and_ranks_do_not_change_what_the_global_batches_hold(fresh: Calla
     layouts = []
     for nodes, ranks, workers in [(1, 1, 1), (1, 4, 1), (2, 1, 1), (2, 2, 3), (4, 2, 1), (8, 1, 2)]:
         dataset.batch_size = BATCH // (nodes * ranks)
-        work = generate_work(dataset.batching_method, dataset, World(nodes, ranks, workers, 0), 0, 0)
+        work = lay_out_nodes(dataset, World(nodes, ranks, workers, 0), 0, 0)
         # Worker w computes every workers-th step, from step w on.
         layouts.append([sorted(work[:, :, step % workers, step // workers].flat) for step in range(4)])
     assert len(set(itertools.chain(*layouts[0]))) == 4 * BATCH

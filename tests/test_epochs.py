@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import tracemalloc
 from collections import Counter, OrderedDict
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,23 +36,25 @@ def dataset(batch: int, nodes: int = 2) -> SimpleNamespace:
     )
 
 
-def lay_out_nodes(of: SimpleNamespace, world: World, epoch: int, done: int) -> np.ndarray:
+def lay_out_nodes(dataset: Any, world: World, epoch: int, done: int) -> np.ndarray:
     """What each node lays out: ids (nodes, ranks of a node, workers, batches, batch size of a rank)."""
-    ranks = world.num_nodes * world.ranks_per_node
-    shared = SimpleNamespace(**{**vars(of), "batch_size": of.batch_size // ranks})
-    shape = layout_shape(shared, world, done)
-    layouts = np.full((world.num_nodes, *shape), -2, np.int32)
+    layouts = np.full((world.num_nodes, *layout_shape(dataset, world, done)), -2, np.int32)
     for node, layout in enumerate(layouts):
         first = node * world.workers_per_node
         of_node = World(world.num_nodes, world.ranks_per_node, world.workers_per_rank, first)
-        lay_out_epoch(shared, of_node, epoch, done, layout)
+        lay_out_epoch(dataset, of_node, epoch, done, layout)
     assert (layouts != -2).all()
     return layouts
 
 
+def shared(of: SimpleNamespace, world: World) -> SimpleNamespace:
+    """The same dataset, on so many ranks."""
+    return SimpleNamespace(**{**vars(of), "batch_size": of.batch_size // world.num_ranks})
+
+
 def lay_out(of: SimpleNamespace, world: World, epoch: int = 0, done: int = 0) -> np.ndarray:
     """Ids by batch, (batches, nodes, ranks, batch size of a rank); the batches of workers in turns."""
-    work = lay_out_nodes(of, world, epoch, done)
+    work = lay_out_nodes(shared(of, world), world, epoch, done)
     steps = work.transpose(3, 2, 0, 1, 4).reshape(-1, *work.shape[:2], work.shape[4])
     return steps[(steps >= 0).all((1, 2, 3))]
 
@@ -74,7 +78,7 @@ def test_where_nothing_is_left_out_the_layout_is_streamings(
     )
     theirs = np.where(places < 0, -1, shuffled[places])
     monkeypatch.setattr(epochs, "PIECE", piece)
-    assert np.array_equal(lay_out_nodes(of, world, 3, done), theirs)
+    assert np.array_equal(lay_out_nodes(shared(of, world), world, 3, done), theirs)
 
 
 @pytest.mark.filterwarnings("ignore:Shuffle block size")
@@ -98,12 +102,10 @@ def test_the_order_of_an_epoch_never_changes() -> None:
     ]
 
 
-@pytest.mark.parametrize(("epoch", "digest"), [(0, "1f14fb780dac8a15"), (3, "637999add3e1fdac")])
-def test_the_order_of_many_shards_never_changes(epoch: int, digest: str) -> None:
-    shards = np.arange(40) * 97 % 1500 + 500
-    many = SimpleNamespace(
+def many_shards() -> SimpleNamespace:
+    return SimpleNamespace(
         num_samples=46_160,
-        samples_per_shard=shards,
+        samples_per_shard=np.arange(40) * 97 % 1500 + 500,
         epoch_size=46_160 // 256 * 256,
         num_canonical_nodes=64,
         shuffle_algo="py1e",
@@ -111,8 +113,24 @@ def test_the_order_of_many_shards_never_changes(epoch: int, digest: str) -> None
         shuffle_block_size=4000,
         batch_size=256,
     )
-    ids = lay_out(many, ONE, epoch).astype("<i8")
+
+
+@pytest.mark.parametrize(("epoch", "digest"), [(0, "1f14fb780dac8a15"), (3, "637999add3e1fdac")])
+def test_the_order_of_many_shards_never_changes(epoch: int, digest: str) -> None:
+    ids = lay_out(many_shards(), ONE, epoch).astype("<i8")
     assert hashlib.sha256(ids.tobytes()).hexdigest().startswith(digest)
+
+
+def test_an_epoch_is_laid_out_within_ten_bytes_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides the layout: eight are Streaming's order."""
+    monkeypatch.setattr(epochs, "PIECE", 1024)
+    of = many_shards()
+    layout = np.empty(layout_shape(of, ONE, 0), np.int32)
+    tracemalloc.start()
+    lay_out_epoch(of, ONE, 0, 0, layout)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * of.num_samples
 
 
 @pytest.mark.filterwarnings("ignore:Shuffle block size")

@@ -5,23 +5,24 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import boto3
 import numpy as np
-import psutil
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 from conftest import cluster
 from moto.server import ThreadedMotoServer
 from streaming import MDSWriter, StreamingDataset
 from streaming.base.constant import EPOCH_DATA
+from streaming.base.shared import _get_path
 from streaming.base.spanner import Spanner
 from streaming.base.storage.download import S3Downloader
 from torch.utils.data import DataLoader
@@ -273,41 +274,52 @@ def test_a_dataset_is_opened_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     other.join()
 
 
-def orders_held(process: psutil.Process) -> int:
+def orders_held(process: int) -> int:
     """How many epochs' orders a process has mapped, all of files without a name, which go with it."""
-    maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+    maps = Path(f"/proc/{process}/maps").read_text().splitlines()
     orders = [line for line in maps if EPOCH_DATA in line]
     assert all(line.endswith("(deleted)") for line in orders)
     return len(orders)
 
 
 def test_workers_read_one_order_of_an_epoch_where_it_lies(fresh: Callable[[], str]) -> None:
-    here = psutil.Process()
-    others, inherited = here.children(), orders_held(here)
+    inherited = orders_held(os.getpid())
     loader = train_loader(DRAW, None, fresh(), BATCH, num_workers=2)
     for _ in range(3):
         batches = iter(loader)
         next(batches)
-        held = [orders_held(child) - inherited for child in here.children() if child not in others]
-        assert [count for count in held if count >= 0] == [1, 1], "that of the epoch before is given back"
+        held = [orders_held(worker.pid) - inherited for worker in batches._workers]
+        assert held == [1, 1], "that of the epoch before is given back"
         assert [*batches]
-    assert not [*SHARED_MEMORY.glob(f"*{EPOCH_DATA}*")]
+    assert not (SHARED_MEMORY / _get_path(loader.dataset._shm_prefix_int, EPOCH_DATA)).exists()
 
 
-def test_an_order_that_shared_memory_has_no_room_for_is_told(
-    fresh: Callable[[], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+def test_what_a_killed_run_left_of_an_order_is_none_of_the_next(fresh: Callable[[], str], tmp_path: Path) -> None:
     loader = train_loader(DRAW, None, fresh(), BATCH, num_workers=0)
-    with pytest.raises(UserError, match=f"takes 1 MiB in {SHARED_MEMORY}, where 0 MiB are free"):
-        next(iter(loader))
+    left, other = SHARED_MEMORY / _get_path(loader.dataset._shm_prefix_int, EPOCH_DATA), tmp_path / "other"
+    other.write_text("kept")
+    left.symlink_to(other)
+    assert [*loader]
+    assert not left.exists()
+    assert other.read_text() == "kept"
 
 
-def test_shard_bounds_find_every_sample_as_streaming_does() -> None:
-    sizes = np.array([3, 1, 7, 2])
-    ours, theirs = ShardBounds(sizes), Spanner(sizes)
-    assert [ours[i] for i in range(13)] == [theirs[i] for i in range(13)]
-    assert ours[np.int64(4)] == (2, 0)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_order_that_shared_memory_has_no_room_for_is_told_by_all(
+    fresh: Callable[[], str], workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Zeros(np.ndarray):
+        def tofile(self, file: Any) -> None:
+            file.write(b"0000")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shards.np, "zeros", lambda shape, dtype: np.empty(shape, dtype).view(Zeros))
+    loader = train_loader(DRAW, None, fresh(), BATCH, num_workers=workers)
+    batches = iter(loader)
+    for _ in range(max(workers, 1)):  # each worker tells it, rather than wait for another
+        with pytest.raises(UserError, match=f"{SHARED_MEMORY} has no room for the order of an epoch, 1 MiB"):
+            next(batches)
+    assert not (SHARED_MEMORY / _get_path(loader.dataset._shm_prefix_int, EPOCH_DATA)).exists()
 
 
 def test_a_dataset_builds_no_spanner_of_streamings(
