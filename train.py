@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 
-from esm2_composer.errors import UserError, run_command
+from esm2_composer.errors import StoreAway, UserError, run_command
 
 EXIT_NOT_SAVED = 1
 EXIT_DIVERGED = 3
@@ -22,7 +22,7 @@ EXIT_DIVERGED = 3
 def main() -> int:
     try:
         return train()
-    except UserError:
+    except (UserError, StoreAway):
         preemption.let_rank_zero_leave_first()
         raise
 
@@ -50,17 +50,22 @@ def train() -> int:
         return 0
 
     from esm2_composer.callbacks import Diverged, Divergence, Preempted, advice
-    from esm2_composer.runner import build_trainer
+    from esm2_composer.checkpoints import DIVERGED
+    from esm2_composer.runner import Done, build_trainer
     from esm2_composer.saving import WAITS_LEAVING
 
     preemption.watch_signals()  # again: Composer, imported since, has a handler that would leave at once
-    trainer, saver = build_trainer(recipe)
+    try:
+        trainer, saver = build_trainer(recipe)
+    except Done as told:
+        print(told)
+        return 0
     code = 0
     try:
         if saver.lacks_evaluation(trainer.state, recipe):
             trainer.eval()
         if trainer.state.timestamp >= trainer.state.max_duration:
-            print(f"{recipe.run_name} is done: {recipe.updates} updates, nothing left to train")
+            print(Done(recipe, trainer.state.timestamp.batch.value))
         else:
             trainer.fit()
     except Preempted:
@@ -70,7 +75,7 @@ def train() -> int:
             print("error: told to leave, and what was trained since the last checkpoint is lost", file=sys.stderr)
             code = EXIT_NOT_SAVED
     except Diverged as reason:
-        saver.save(trainer.state, prefix="diverged-")  # to be looked at; resumed from it is not
+        saver.save(trainer.state, prefix=DIVERGED)
         update = trainer.state.timestamp.batch.value
         good = saver.newest_before(update - Divergence.WINDOW)
         print(f"error: update {update}: {reason}. {advice(recipe, good)}", file=sys.stderr)

@@ -19,9 +19,10 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import boto3
 import yaml
@@ -30,11 +31,15 @@ from botocore.exceptions import BotoCoreError, ClientError
 from omegaconf.errors import OmegaConfBaseException
 
 from esm2_composer.config import Recipe, changes, to_yaml
-from esm2_composer.errors import UserError
+from esm2_composer.errors import StoreAway, UserError
+from esm2_composer.patience import patiently
 
 LATEST = "latest-rank0.pt"  # a link to the newest checkpoint, in local folders, for people and tools
 RECIPE = "recipe.yaml"
 INDEX = "checkpoints.json"
+DIVERGED = "diverged-"  # how the names of states begin that are to be looked at, and not resumed from
+
+Result = TypeVar("Result")
 
 _NAME = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # a file or, if sharded, a folder
 _STAGING = ".saving"
@@ -79,6 +84,10 @@ class LocalFolder:
         while found and _lacks_parts(self.path / found[-1]):  # of the newest alone: it takes reading
             found.pop()
         return found
+
+    def diverged(self) -> list[str]:
+        """The states of runs that diverged."""
+        return [path.name for path in self.path.glob(f"{DIVERGED}ep*")]
 
     def location(self, name: str) -> str:
         return str(self.path / name)
@@ -194,6 +203,10 @@ class S3Folder:
         keys = (key.removesuffix("/.metadata") for key in self._keys("ep"))
         return sorted((key for key in keys if _NAME.fullmatch(key)), key=updates)
 
+    def diverged(self) -> list[str]:
+        """The states of runs that diverged."""
+        return sorted({key.split("/")[0] for key in self._keys(f"{DIVERGED}ep")})
+
     def location(self, name: str) -> str:
         return f"{self._uri}/{name}"
 
@@ -263,13 +276,23 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
 
     Raises:
         UserError: the folder cannot be written, or it holds a run that is not to be resumed or is another one.
+        StoreAway: the store does not answer.
     """
-    with _refusals(folder):
+
+    def look() -> tuple[list[str], list[str], str | None]:
         folder.make()
-        names = folder.names()
-        if not names:
-            return None
-        before = folder.read(RECIPE)
+        return folder.names(), folder.diverged(), folder.read(RECIPE)
+
+    names, diverged, before = _ask(folder, look)
+    newest = updates(names[-1]) if names else 0
+    for name in diverged:
+        if (update := updates(name.removeprefix(DIVERGED))) >= newest:
+            raise UserError(
+                f"save_folder {folder} holds a run that diverged at update {update}; go on as it told then, in "
+                f"another save_folder, or remove {name} to go on from update {newest} all the same"
+            )
+    if not names:
+        return None
     last = names[-1]
     if not resume:
         raise UserError(
@@ -304,9 +327,12 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
 
 def take_over(folder: Folder, recipe: Recipe) -> None:
     """Make the folder this run's: clear what a killed one left unfinished, and leave the recipe. For one rank."""
-    with _refusals(folder):
+
+    def take() -> None:
         folder.clear()
         folder.write(RECIPE, to_yaml(recipe))
+
+    _ask(folder, take)
 
 
 def _damaged(folder: Folder, name: str, remedy: str) -> UserError:
@@ -324,10 +350,17 @@ def naming_damage(folder: Folder, checkpoint: str | None) -> Iterator[None]:
         raise _damaged(folder, checkpoint, "remove it, to go on from the one before") from error
 
 
-@contextlib.contextmanager
-def _refusals(folder: Folder) -> Iterator[None]:
+def _ask(folder: Folder, action: Callable[[], Result]) -> Result:
+    """What `action` gives; a store that does not answer is waited for.
+
+    Raises:
+        UserError: the folder cannot be used, or its recipe is damaged.
+        StoreAway: worth another start.
+    """
     try:
-        yield
+        return patiently(action, str(folder)) if isinstance(folder, S3Folder) else action()
+    except StoreAway:
+        raise
     except UnicodeDecodeError as error:
         raise _damaged(folder, RECIPE, "put back the recipe of this run") from error
     except OSError as error:

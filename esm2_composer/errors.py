@@ -1,6 +1,6 @@
 """What a user's mistake looks like: one line on stderr and exit code 2, never a traceback. Ctrl-C likewise, 130.
 
-Everything else that is not a `UserError` is a defect of this package and keeps its traceback.
+So is a store that is away, with code 1. Everything else is a defect of this package and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 # What the system answers to a path that somebody gave, whatever is done with it.
@@ -26,6 +27,10 @@ class UserError(Exception):
         own = message.rpartition(f"{__name__}.UserError: ")[2]  # a DataLoader worker's comes in a traceback
         line = " ".join(own.split())  # a cause may bring line breaks of its own, and what a damaged file holds
         super().__init__("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line))
+
+
+class StoreAway(ConnectionError):
+    """A store does not answer, and may do so later: worth another start."""
 
 
 @contextlib.contextmanager
@@ -50,6 +55,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER_ERROR
+    except StoreAway as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_FAILURE
     except OSError as error:
         if error.filename is None or error.errno not in REFUSED:
             raise

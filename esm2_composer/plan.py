@@ -47,9 +47,11 @@ RESERVED = 4e9  # bytes a GPU holds besides: context, communication buffers, fra
 # UniRef50, cropped to 1,024 tokens: the mean, and the mean length that a token sees (of 10,000 sequences).
 MEAN_TOKENS, ATTENDED = 319, 456
 
-# Bytes that the backward pass keeps of a token and layer, in units of the hidden size, under bf16 autocast; with
-# activation checkpointing only the layer's input, and all of one layer at a time.
-ACTIVATION, CHECKPOINT = 44, 4
+# Bytes that the backward pass keeps of a token and layer, in units of the hidden size, as peaks on an H100 tell
+# (docs/performance.md): under bf16 autocast, and with FSDP's bf16 between layers. On a CPU, where attention does
+# not rotate in place, autograd keeps 44. With activation checkpointing only the layer's input, and all of one
+# layer at a time.
+ACTIVATION, SHARDED_ACTIVATION, CHECKPOINT = 36, 31, 4
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,9 @@ def make_plan(
     checkpointing = recipe.fsdp is not None and recipe.fsdp.activation_checkpointing
     repeated = 4 / 3 if checkpointing else 1  # the forward pass twice, which MFU does not count
 
-    held, kept = CHECKPOINT if checkpointing else ACTIVATION, recipe.device_microbatch_tokens * config.hidden_size
-    activations = kept * (config.num_layers * held + (ACTIVATION if checkpointing else 0))
+    of_layer = ACTIVATION if recipe.fsdp is None else SHARDED_ACTIVATION
+    held = config.num_layers * CHECKPOINT + of_layer if checkpointing else config.num_layers * of_layer
+    activations = recipe.device_microbatch_tokens * config.hidden_size * held
     share = min(1.0, tokens / gpus / recipe.device_microbatch_tokens)  # of a microbatch that a GPU's tokens fill
     rounds = max(1, math.ceil(tokens / gpus / recipe.device_microbatch_tokens))
     compute = repeated * flops / gpus / (mfu * gpu.flops)

@@ -30,7 +30,15 @@ from esm2_composer.callbacks import (
     TensorBoard,
     TokenMonitor,
 )
-from esm2_composer.checkpoints import RECIPE, find_checkpoint, naming_damage, open_folder, take_over
+from esm2_composer.checkpoints import (
+    RECIPE,
+    Index,
+    find_checkpoint,
+    naming_damage,
+    open_folder,
+    take_over,
+    updates,
+)
 from esm2_composer.config import DataSection, FSDPSection, ModelSection, Recipe, batches, flatten
 from esm2_composer.data import ClusterDraw, canonical_nodes, count_short_clusters, evaluation_loader, train_loader
 from esm2_composer.errors import UserError, naming
@@ -39,12 +47,19 @@ from esm2_composer.gradients import DivideByRanks, means_are_sums
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, SIZES, ESM2Config
 from esm2_composer.optim import build_adamw, build_schedule
+from esm2_composer.patience import patiently
 from esm2_composer.plan import GPUS
 from esm2_composer.pool import data_spec
 from esm2_composer.preemption import shelter_worker
 from esm2_composer.saving import CheckpointSaver, on_rank_zero
-from esm2_composer.shards import patiently
 from esm2_composer.task import MaskedLanguageModel
+
+
+class Done(Exception):
+    """A run has been trained to its end, and evaluated."""
+
+    def __init__(self, recipe: Recipe, updates: int) -> None:
+        super().__init__(f"{recipe.run_name} is done: {updates} updates, nothing left to train")
 
 
 def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
@@ -52,6 +67,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
 
     Raises:
         UserError: what the recipe names cannot be had on this machine, or its save folder holds another run.
+        Done: there is nothing left to train, for which ranks need not meet: other nodes' may have left.
     """
     _show_log()
     device = get_device(None)
@@ -63,6 +79,9 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     sharded = parallelism is not None and recipe.fsdp.state_dict_type == "sharded"
     folder = open_folder(recipe.save_folder)
     checkpoint = find_checkpoint(folder, recipe.autoresume, recipe, sharded)
+    done = updates(checkpoint) if checkpoint else 0
+    if done >= recipe.updates and done in Index.read(folder).losses:
+        raise Done(recipe, done)
     torch.manual_seed(recipe.seed)  # the same on every rank: sharded ranks must agree on the weights
     elsewhere = parallelism is not None and recipe.fsdp.sync_module_states and dist.get_global_rank() > 0
     with torch.device("meta") if elsewhere else contextlib.nullcontext():
@@ -76,6 +95,8 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     elif recipe.fp8:
         _say("no GPU here: training without fp8")
     make_cache(recipe.data)
+    if recipe.loggers.wandb is not None:
+        check_wandb()
 
     if not dist.is_initialized():
         dist.initialize_dist(device, timeout=1800)  # before any dataset: Streaming asks which rank it is
@@ -273,6 +294,16 @@ def fsdp_options(fsdp: FSDPSection) -> dict[str, Any]:
     for key in ("data_parallel_shard_degree", "data_parallel_replicate_degree", "sync_module_states"):
         del options[key]  # found out by itself, or not to be had
     return options
+
+
+def check_wandb() -> None:
+    """Raise a UserError if W&B would ask for a key that there is nobody to give."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun") and wandb.api.api_key is None:
+        raise UserError(
+            "loggers.wandb: no API key here; set WANDB_API_KEY, run `wandb login`, or set WANDB_MODE=offline"
+        )
 
 
 def _loggers(recipe: Recipe) -> list[LoggerDestination]:

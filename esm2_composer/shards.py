@@ -6,16 +6,15 @@ import contextlib
 import fcntl
 import math
 import os
-import sys
 import tempfile
 import time
 import traceback
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import numpy as np
 import streaming.base.dataset
@@ -27,16 +26,14 @@ from streaming.base.format import Reader
 from streaming.base.shared import _get_path
 
 from esm2_composer.epochs import lay_out_epoch, layout_shape
-from esm2_composer.errors import REFUSED, UserError
+from esm2_composer.errors import UserError
 from esm2_composer.mds import Shard
-
-Result = TypeVar("Result")
+from esm2_composer.patience import patiently
 
 HASH = "xxh64"
 # Where the processes of a node share memory; macOS has no such folder, and any file will do.
 SHARED_MEMORY = Path("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
 OPENING_SECONDS = 60
-WAITS = (1, 2, 4, 8, 16)  # seconds before asking a store again that did not answer
 
 
 @contextlib.contextmanager
@@ -267,33 +264,3 @@ class CheckedStream(Stream):
     def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
         download = super()._download_file
         return patiently(lambda: download(from_basename, to_basename), f"{self.remote}/{from_basename}")
-
-
-def patiently(download: Callable[[], Result], source: str) -> Result:
-    """Download again and again, for half a minute, where the store and not the request is at fault.
-
-    Raises:
-        ConnectionError: the store did not come back; worth another start.
-        Exception: what the store raises for a request that will never do.
-    """
-    for wait in (*WAITS, None):
-        try:
-            return download()
-        except Exception as error:  # each store raises its own types
-            if isinstance(error, FileNotFoundError | PermissionError | ValueError) or _is_refusal(error):
-                raise
-            told = f"{source} cannot be fetched ({type(error).__name__}: {error})"
-            if wait is None:
-                raise ConnectionError(told) from error
-            print(f"{told}; trying again in {wait} s", file=sys.stderr, flush=True)
-            time.sleep(wait)
-    raise AssertionError
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether it would be the same again: the system's about a path, or boto's but those of too many requests."""
-    if isinstance(error, OSError) and error.errno in REFUSED:
-        return True
-    answer = getattr(error, "response", {}).get("ResponseMetadata", {})
-    status = answer.get("HTTPStatusCode", 500)
-    return 400 <= status < 500 and status not in (408, 429)

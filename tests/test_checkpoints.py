@@ -1,6 +1,7 @@
 """Both kinds of folder list whole checkpoints only; the newest and the best are kept; another run is refused."""
 
 import os
+import socket
 from pathlib import Path
 
 import boto3
@@ -9,7 +10,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from moto.server import ThreadedMotoServer
 
+from esm2_composer import patience
 from esm2_composer.checkpoints import (
+    DIVERGED,
     LATEST,
     RECIPE,
     Folder,
@@ -23,7 +26,7 @@ from esm2_composer.checkpoints import (
     take_over,
 )
 from esm2_composer.config import Recipe, load_recipe
-from esm2_composer.errors import UserError
+from esm2_composer.errors import StoreAway, UserError
 from esm2_composer.saving import CheckpointSaver
 
 
@@ -123,6 +126,19 @@ def test_the_link_leads_to_the_newest_and_never_to_a_diverged_state(tmp_path):
     folder.commit(stage(tmp_path, "ep0-ba30-rank0.pt"), "diverged-ep0-ba30-rank0.pt")
     assert (tmp_path / LATEST).readlink() == Path("ep0-ba20-rank0.pt")
     assert folder.names()[-1] == "ep0-ba20-rank0.pt"
+
+
+def test_a_run_that_diverged_is_not_gone_on_with_unless_that_is_wanted(folder, recipe, tmp_path):
+    take_over(folder, recipe)
+    save(folder, tmp_path, "ep0-ba20-rank0.pt")
+    state = stage(tmp_path, "ep0-ba30-rank0.pt")
+    folder.commit(state, f"{DIVERGED}ep0-ba30-rank0.pt")
+    with pytest.raises(
+        UserError, match=f"diverged at update 30;.* remove {DIVERGED}ep0-ba30-rank0.pt to go on from"
+    ):
+        find_checkpoint(folder, True, recipe, False)
+    save(folder, tmp_path, "ep0-ba40-rank0.pt")
+    assert find_checkpoint(folder, True, recipe, False) == "ep0-ba40-rank0.pt"
 
 
 def test_what_a_killed_run_staged_is_cleared_at_the_next_start(folder):
@@ -309,6 +325,18 @@ def test_a_folder_that_cannot_be_made_or_written_is_refused(recipe, tmp_path, mo
     monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not bind who runs tests as root
     with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
         find_checkpoint(LocalFolder(str(tmp_path)), True, recipe, False)
+
+
+def test_a_store_that_is_away_is_waited_for_and_is_no_mistake(recipe, monkeypatch, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens there
+        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+            monkeypatch.setenv(name, "x")
+        monkeypatch.setattr(patience.time, "sleep", lambda _: None)
+        with pytest.raises(StoreAway, match="s3://bucket/run cannot be fetched"):
+            find_checkpoint(open_folder("s3://bucket/run"), True, recipe, False)
+    assert capsys.readouterr().err.count("trying again in") == len(patience.WAITS)
 
 
 def test_a_bucket_that_is_not_there_is_refused(store, recipe):

@@ -41,19 +41,30 @@ def test_shell_is_shell(script):
     assert checked.returncode == 0, checked.stderr
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, EXIT_DIVERGED, EXIT_PREEMPTED])
-def test_the_slurm_job_requeues_itself_when_told_to_leave_and_only_then(code, tmp_path):
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [
+        *((code, 0, False) for code in (0, 2, EXIT_DIVERGED)),
+        *((EXIT_PREEMPTED, 99, True), (1, 0, True), (143, 19, True), (1, 20, False)),
+    ],
+)
+def test_the_slurm_job_requeues_itself_when_told_to_leave_and_a_few_times_when_it_failed(
+    code, restarts, requeued, tmp_path
+):
     """The script itself, where SLURM's commands write down what they are told."""
     for name, then in (("srun", f"exit {code}"), ("scontrol", "")):
         (tmp_path / name).write_text(f'#!/bin/bash\necho {name} "$1 $2" >> told\n{then}\n')
         (tmp_path / name).chmod(0o755)
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/activate").write_text(f"PATH={tmp_path}:$PATH\n")
-    environment = {**os.environ, "SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "8", "SLURM_JOB_NODELIST": "n[1-8]"}
+    slurm = {"JOB_ID": "17", "JOB_NUM_NODES": "8", "JOB_NODELIST": "n[1-8]", "CPUS_PER_TASK": "96"}
+    slurm["RESTART_COUNT"] = str(restarts)
+    environment = {**os.environ, **{f"SLURM_{name}": value for name, value in slurm.items()}}
     done = subprocess.run(["bash", ROOT / "docs/jobs/slurm.sh"], cwd=tmp_path, env=environment, timeout=20)
     assert done.returncode == code
     told = (tmp_path / "told").read_text().splitlines()
-    assert ("scontrol requeue 17" in told) == (code == EXIT_PREEMPTED)
+    assert "srun --kill-on-bad-exit=0 --cpus-per-task=96" in told
+    assert ("scontrol requeue 17" in told) == requeued
 
 
 def test_the_slurm_job_is_told_to_leave_in_time():

@@ -216,7 +216,7 @@ def test_a_checkpoint_of_other_data_is_refused(shards, finished, tmp_path):
             (other / split / path.name).write_bytes(path.read_bytes())
     index = other / "train/index.json"
     index.write_text(index.read_text() + " ")
-    result = python(*command(other), cwd=finished)
+    result = python(*command(other, "max_duration=16ba", "schedule.updates=14"), cwd=finished)
     assert_user_error(result, "on other training shards")
 
 
@@ -267,6 +267,8 @@ def test_a_run_that_diverges_is_stopped_and_told_how_to_go_on(shards, tmp_path):
     checkpoint = line.rpartition("model.init_from=")[2]
     assert (tmp_path / checkpoint).is_file()
     assert int(checkpoint.split("-ba")[1].split("-")[0]) < int(diverged.name.split("-ba")[1].split("-")[0]) - 19
+    same = python(*arguments, "max_duration=400ba", "schedule.warmup=200", cwd=tmp_path)
+    assert_user_error(same, "holds a run that diverged at update")
     again = [*arguments, "max_duration=4ba", "schedule.warmup=2", *line.rpartition(": ")[2].split()]
     assert python(*again, cwd=tmp_path).returncode == 0
 

@@ -17,7 +17,7 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
-from botocore.exceptions import ClientError, EndpointConnectionError
+from botocore.exceptions import EndpointConnectionError
 from conftest import cluster
 from moto.server import ThreadedMotoServer
 from streaming import MDSWriter, StreamingDataset
@@ -327,30 +327,3 @@ def test_a_dataset_builds_no_spanner_of_streamings(
 ) -> None:
     monkeypatch.setattr(Spanner, "__init__", lambda *_: pytest.fail("8 bytes a sample in each rank"))
     assert isinstance(train_loader(DRAW, None, fresh(), BATCH, num_workers=0).dataset.spanner, ShardBounds)
-
-
-def answer(status: int) -> ClientError:
-    return ClientError({"ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
-
-
-@pytest.mark.parametrize(
-    ("error", "refusal"),
-    [
-        *((answer(status), True) for status in (403, 404)),
-        *((answer(status), False) for status in (408, 429, 503)),
-        (OSError(errno.ENAMETOOLONG, "File name too long", "cache/index.json"), True),
-        (OSError(errno.EIO, "Input/output error", "cache/index.json"), False),
-    ],
-)
-def test_an_answer_that_would_be_the_same_again_is_not_asked_for_again(error: Exception, refusal: bool) -> None:
-    asked: list[int] = []
-
-    def download() -> None:
-        asked.append(1)
-        raise error
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "WAITS", (0, 0))
-        with pytest.raises(type(error) if refusal else ConnectionError):
-            shards.patiently(download, "s3://bucket/train/index.json")
-    assert len(asked) == (1 if refusal else 3)

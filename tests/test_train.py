@@ -25,7 +25,7 @@ from esm2_composer import runner
 from esm2_composer.config import DataSection, load_recipe
 from esm2_composer.errors import UserError
 from esm2_composer.gradients import DivideByRanks
-from esm2_composer.runner import build_trainer, check_cache, digest_of_all_nodes
+from esm2_composer.runner import Done, build_trainer, check_cache, check_wandb, digest_of_all_nodes
 
 PERPLEXITY = "metrics/valid/perplexity"
 DIMENSIONS = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")
@@ -114,6 +114,25 @@ def test_a_finished_run_is_no_other_recipes(shards, finished, monkeypatch):
     with pytest.raises(UserError, match=r"model\.num_layers was 1, is 2; optimizer\.lr was 0\.003, is 1\.0"):
         build_trainer(load_recipe(recipe, overrides))
     assert len(losses(finished)) == 14
+
+
+def test_a_finished_run_is_done_before_ranks_meet(shards, finished, monkeypatch):
+    """Of whom some may have left, if the node of one failed at the end."""
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr(runner, "take_over", lambda *_: pytest.fail("they have met"))
+    _, recipe, *overrides = command(shards)
+    with pytest.raises(Done, match="is done: 14 updates, nothing left to train"):
+        build_trainer(load_recipe(recipe, overrides))
+
+
+def test_wandb_without_a_key_is_told_before_training(monkeypatch, tmp_path):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where `wandb login` leaves it
+    with pytest.raises(UserError, match="set WANDB_API_KEY"):
+        check_wandb()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_wandb()
 
 
 @pytest.mark.slow
@@ -298,7 +317,7 @@ def test_a_store_that_is_away_while_the_cache_is_compared_is_waited_for(written,
     def away(*_: object) -> None:
         raise OSError("no route to host")
 
-    monkeypatch.setattr("esm2_composer.shards.WAITS", (0,))
+    monkeypatch.setattr("esm2_composer.patience.WAITS", (0,))
     monkeypatch.setattr(LocalDownloader, "_download_file_impl", away)
     with pytest.raises(ConnectionError, match="no route to host"):
         check_cache(DataSection(str(tmp_path / "remote"), str(tmp_path / "cache")))

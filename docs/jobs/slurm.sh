@@ -4,6 +4,7 @@
 #SBATCH --ntasks-per-node=1       # a launcher a node; it starts a rank for each GPU
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=96
+#SBATCH --mem=0                   # all of the node's
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@120         # two minutes before the time is over, to the launchers
 #SBATCH --requeue
@@ -15,13 +16,20 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
 export TMPDIR="/local/$USER/tmp"  # on each node, the same at every start
 
-srun --kill-on-bad-exit=0 bash -c '
+# SLURM 22.05 to 23.02 do not hand --cpus-per-task on to srun.
+srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
     mkdir -p "$TMPDIR"
     NODE_RANK=$SLURM_NODEID exec composer --nproc "$GPUS" train.py yamls/650m.yaml \
         data.remote=/shared/uniref50 data.local=/local/$USER/uniref50 save_folder=/shared/runs/esm2_650m/checkpoints
 '
 code=$?
-if [ "$code" -eq 75 ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+case "$code" in
+    0 | 2 | 3) ;;                     # done, a mistake, diverged: the same command would not go on
+    75) scontrol requeue "$SLURM_JOB_ID" ;;
+    *)                                # a lost node, a store that was away: a few times
+        if [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
+            scontrol requeue "$SLURM_JOB_ID"
+        fi
+        ;;
+esac
 exit "$code"

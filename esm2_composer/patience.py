@@ -1,0 +1,54 @@
+"""Waiting for a store that does not answer, and telling that from an answer that would be the same again."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from botocore import exceptions as boto
+
+from esm2_composer.errors import REFUSED, StoreAway
+
+Result = TypeVar("Result")
+
+WAITS = (1, 2, 4, 8, 16)  # seconds before asking again
+# What boto raises of itself and not of the store's answer, where another time it may do.
+AWAY = (
+    *(boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError),
+    *(boto.CredentialRetrievalError, boto.MetadataRetrievalError),
+)
+
+
+def patiently(ask: Callable[[], Result], source: str) -> Result:
+    """Ask a store again and again, for half a minute, where it and not the request is at fault.
+
+    Raises:
+        StoreAway: it did not come back; worth another start.
+        Exception: what the store raises for a request that will never do.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return ask()
+        except Exception as error:  # each store raises its own types
+            if isinstance(error, FileNotFoundError | PermissionError | ValueError) or _is_refusal(error):
+                raise
+            told = f"{source} cannot be fetched ({type(error).__name__}: {error})"
+            if wait is None:
+                raise StoreAway(told) from error
+            print(f"{told}; trying again in {wait} s", file=sys.stderr, flush=True)
+            time.sleep(wait)
+    raise AssertionError
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether it would be the same again: the system's about a path, boto's about what it is to ask, or a store's
+    answer, but that of too many requests."""
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        return True
+    if isinstance(error, boto.BotoCoreError):
+        return not isinstance(error, AWAY)
+    answer = getattr(error, "response", {}).get("ResponseMetadata", {})
+    status = answer.get("HTTPStatusCode", 500)
+    return 400 <= status < 500 and status not in (408, 429)

@@ -1,0 +1,65 @@
+"""A store that does not answer is asked again; an answer that would be the same is taken."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from botocore.exceptions import (
+    ClientError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    ProfileNotFound,
+    ReadTimeoutError,
+)
+
+from esm2_composer import patience
+from esm2_composer.errors import StoreAway
+from esm2_composer.patience import patiently
+
+
+def answer(status: int) -> ClientError:
+    return ClientError({"ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
+
+
+@pytest.mark.parametrize(
+    ("error", "refusal"),
+    [
+        *((answer(status), True) for status in (403, 404)),
+        *((answer(status), False) for status in (408, 429, 503)),
+        (NoCredentialsError(), True),
+        (ProfileNotFound(profile="none"), True),
+        (EndpointConnectionError(endpoint_url="http://nowhere"), False),
+        (ReadTimeoutError(endpoint_url="http://nowhere"), False),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "cache/index.json"), True),
+        (OSError(errno.EIO, "Input/output error", "cache/index.json"), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_an_answer_that_would_be_the_same_again_is_not_asked_for_again(
+    error: Exception, refusal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def ask() -> None:
+        asked.append(1)
+        raise error
+
+    monkeypatch.setattr(patience, "WAITS", (0, 0))
+    with pytest.raises(type(error) if refusal else StoreAway):
+        patiently(ask, "s3://bucket/train/index.json")
+    assert len(asked) == (1 if refusal else 3)
+
+
+def test_what_comes_at_last_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    answers: list[object] = [answer(503), TimeoutError(), "here"]
+
+    def ask() -> object:
+        found = answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(patience, "WAITS", (0, 0))
+    assert patiently(ask, "s3://bucket/run") == "here"
+    assert capsys.readouterr().err.count("s3://bucket/run cannot be fetched") == 2
