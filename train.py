@@ -36,7 +36,7 @@ def train() -> int:
     if args.recipe is None:
         raise UserError("give a recipe, such as yamls/8m.yaml")
     ranks = os.environ.get("WORLD_SIZE", "1")
-    if not ranks.isdecimal():
+    if not ranks.isdecimal() or int(ranks) == 0:
         raise UserError(f"the environment variable WORLD_SIZE is {ranks!r}; it must be a number of ranks")
 
     # What takes long to import comes last: signals and mistakes are answered at once.

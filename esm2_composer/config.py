@@ -250,7 +250,7 @@ def _build(cls: type, content: Any, prefix: str, path: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in content:
         if key not in fields:
-            raise UserError(f"{path}: unknown key '{prefix}{key}'; {_suggest(str(key), fields)}")
+            raise UserError(f"{path}: unknown key '{prefix}{key}'; {_suggest(str(key), fields, prefix)}")
     hints = typing.get_type_hints(cls)
     values = {}
     for name, spec in fields.items():
@@ -261,10 +261,17 @@ def _build(cls: type, content: Any, prefix: str, path: str) -> Any:
     return cls(**values)
 
 
-def _suggest(key: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    first = [*list(known)[:7], *(["..."] if len(known) > 7 else [])]
-    return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(first)}"
+def _suggest(key: str, known: Sequence[str], prefix: str = "") -> str:
+    near = [prefix + name for name in difflib.get_close_matches(key, known, n=1, cutoff=0.6)]
+    near += [name for name in _keys(Recipe) if name.endswith(f".{key}")]
+    return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
+
+
+def _keys(section: type, prefix: str = "") -> typing.Iterator[str]:
+    """All keys of a section, and of those in it, by their full names."""
+    for name, hint in typing.get_type_hints(section).items():
+        inner = [part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)]
+        yield from _keys(inner[0], f"{prefix}{name}.") if inner else (prefix + name,)
 
 
 def _convert(hint: Any, value: Any, key: str, path: str) -> Any:

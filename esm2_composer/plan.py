@@ -258,10 +258,10 @@ def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -
 
 
 def _check_share(recipe: Recipe, gpus: int) -> None:
-    if recipe.global_train_batch_size % gpus:
-        raise UserError(
-            f"{gpus} GPUs cannot share global_train_batch_size {recipe.global_train_batch_size} equally"
-        )
+    batch = recipe.global_train_batch_size
+    if batch % gpus:
+        fewer = next(n for n in range(min(gpus, batch), 0, -1) if batch % n == 0)
+        raise UserError(f"{gpus} GPUs cannot share global_train_batch_size {batch} equally; {fewer} can")
 
 
 def _memory_text(plan: Plan) -> str:

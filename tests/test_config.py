@@ -184,8 +184,10 @@ def test_limits_belong_to_the_range() -> None:
     [
         ("sead=3", "unknown key 'sead'; did you mean 'seed'?"),
         ("optimiser.lr=3", "unknown key 'optimiser'; did you mean 'optimizer'?"),
-        ("data.max_lenght=9", "unknown key 'data.max_lenght'; did you mean 'max_length'?"),
-        ("loggers.wandb.projekt=a", "unknown key 'loggers.wandb.projekt'; did you mean 'project'?"),
+        ("data.max_lenght=9", "unknown key 'data.max_lenght'; did you mean 'data.max_length'?"),
+        ("loggers.wandb.projekt=a", "unknown key 'loggers.wandb.projekt'; did you mean 'loggers.wandb.project'?"),
+        ("lr=1e-4", "unknown key 'lr'; did you mean 'optimizer.lr'?"),
+        ("schedule.betas=1", "unknown key 'schedule.betas'; did you mean 'optimizer.betas'?"),
         ("17=3", "unknown key '17'; known here: run_name, max_duration, eval_interval, global_train_batch_size, "),
         ("schedule.zzz=1", "unknown key 'schedule.zzz'; known here: warmup, decay_fraction, floor"),
         ("seed=true", "'seed' must be a whole number, not True"),
