@@ -7,12 +7,10 @@ that names the file, the key and what would be right. This module imports neithe
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import os
 import re
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from esm2_composer.errors import UserError
+from esm2_composer.strict import build
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,7 @@ def load_recipe(path: str, overrides: Sequence[str] = (), data_is_here: bool = T
         raise UserError(f"{path}: not YAML: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: {error}") from error
-    recipe = _build(Recipe, content, "", path)
+    recipe = build(Recipe, content, path)
     if recipe.schedule.updates is None:
         recipe = replace(recipe, schedule=replace(recipe.schedule, updates=recipe.updates))
     for problem in _problems(recipe, data_is_here):
@@ -241,83 +240,6 @@ def _override(content: DictConfig, override: str, path: str) -> DictConfig:
         raise UserError(
             f"{path}: override '{key}' does not fit ({reason}); a list is given whole, as key=[a,b]"
         ) from error
-
-
-def _build(cls: type, content: Any, prefix: str, path: str) -> Any:
-    """A dataclass instance from a mapping, every value checked against its annotation."""
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: '{prefix.rstrip('.')}' must be a mapping of keys, not {content!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in content:
-        if key not in fields:
-            raise UserError(f"{path}: unknown key '{prefix}{key}'; {_suggest(str(key), fields, prefix)}")
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for name, spec in fields.items():
-        if name in content:
-            values[name] = _convert(hints[name], content[name], f"{prefix}{name}", path)
-        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            raise UserError(f"{path}: key '{prefix}{name}' is missing")
-    return cls(**values)
-
-
-def _suggest(key: str, known: Sequence[str], prefix: str = "") -> str:
-    near = [prefix + name for name in difflib.get_close_matches(key, known, n=1, cutoff=0.6)]
-    near += [name for name in _keys(Recipe) if name.endswith(f".{key}")]
-    return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
-
-
-def _keys(section: type, prefix: str = "") -> typing.Iterator[str]:
-    """All keys of a section, and of those in it, by their full names."""
-    for name, hint in typing.get_type_hints(section).items():
-        inner = [part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)]
-        yield from _keys(inner[0], f"{prefix}{name}.") if inner else (prefix + name,)
-
-
-def _convert(hint: Any, value: Any, key: str, path: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        (inner,) = (a for a in args if a is not type(None))
-        return _convert(inner, value, key, path)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, f"{key}.", path)
-    if origin is Literal:
-        if not any(value == allowed and type(value) is type(allowed) for allowed in args):
-            shown = [str(a).lower() if isinstance(a, bool) else str(a) for a in args]  # as in YAML
-            hint_text = _suggest(str(value), shown)
-            allowed = ", ".join(shown)
-            near = f"; {hint_text}" if hint_text.startswith("did") else ""
-            if isinstance(value, str) and value in shown:
-                near = ", without quotes"
-            raise UserError(f"{path}: '{key}' is {value!r}; allowed: {allowed}{near}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
-            count = "" if args[-1] is Ellipsis else f"{len(args)} "
-            raise UserError(f"{path}: '{key}' must be a list of {count}values, not {value!r}")
-        return tuple(_convert(args[0], item, key, path) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise UserError(f"{path}: '{key}' is too large a number") from None
-    if hint is str and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)  # run_name: 17
-    if hint is float and isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{path}: '{key}' must be a finite number, not {value}")
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise UserError(f"{path}: '{key}' must be {_TYPE_NAMES[hint]}, not {value!r}")
-    return value
-
-
-_TYPE_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    str: "a string",
-    bool: "true or false",
-}
 
 
 def batches(duration: str) -> int:

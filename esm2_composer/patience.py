@@ -34,7 +34,7 @@ def patiently(ask: Callable[[], Result], source: str) -> Result:
         except Exception as error:  # each store raises its own types
             if isinstance(error, FileNotFoundError | PermissionError | ValueError) or _is_refusal(error):
                 raise
-            told = f"{source} cannot be fetched ({type(error).__name__}: {error})"
+            told = f"{source} cannot be reached ({type(error).__name__}: {error})"
             if wait is None:
                 raise StoreAway(told) from error
             print(f"{told}; trying again in {wait} s", file=sys.stderr, flush=True)

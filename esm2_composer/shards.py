@@ -1,4 +1,4 @@
-"""What Streaming 0.13 lacks in reading shards: speed, and a way on from a damaged file."""
+"""What Streaming 0.13 lacks in reading shards: speed, thrift of memory, and a way on from a damaged file."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ class MappedDataset(StreamingDataset):
 def reserve(path: Path, shape: tuple[int, ...]) -> None:
     """Make a file of int32 of this shape, or none if there is no room for it.
 
-    Its zeros are written, so that what is laid out in it later finds its place: it would end by a bus error.
+    Its zeros are written, so that it has its room: where there is none, writing into a mapped file is a bus error.
     """
     path.unlink(missing_ok=True)  # of a run that was killed
     try:

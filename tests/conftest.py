@@ -38,7 +38,7 @@ WITHOUT_STREAMING = {
     *("test_embed", "test_epochs", "test_export_hf", "test_parts", "test_verification"),
     *("test_errors", "test_fasta", "test_gradients", "test_layouts", "test_masking", "test_mds", "test_model"),
     *("test_optim", "test_patience", "test_plan", "test_pool", "test_precision", "test_records", "test_running"),
-    *("test_sample_data", "test_triton_attention", "test_weights", "test_workers"),
+    *("test_sample_data", "test_strict", "test_triton_attention", "test_weights", "test_workers"),
 }
 
 

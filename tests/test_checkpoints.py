@@ -334,7 +334,7 @@ def test_a_store_that_is_away_is_waited_for_and_is_no_mistake(recipe, monkeypatc
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
             monkeypatch.setenv(name, "x")
         monkeypatch.setattr(patience.time, "sleep", lambda _: None)
-        with pytest.raises(StoreAway, match="s3://bucket/run cannot be fetched"):
+        with pytest.raises(StoreAway, match="s3://bucket/run cannot be reached"):
             find_checkpoint(open_folder("s3://bucket/run"), True, recipe, False)
     assert capsys.readouterr().err.count("trying again in") == len(patience.WAITS)
 

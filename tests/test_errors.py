@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from esm2_composer.errors import UserError, run_command
+from esm2_composer.errors import StoreAway, UserError, run_command
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +60,20 @@ def test_other_failures_of_the_system_are_told_in_full(error):
 
     with pytest.raises(type(error)):
         run_command(main)
+
+
+def test_a_store_that_is_away_is_one_line_and_no_mistake(capsys):
+    def main() -> None:
+        raise StoreAway(
+            "in a worker\nesm2_composer.errors.StoreAway: s3://bucket/run cannot be reached (no\nroute)"
+        )
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert (ended.value.code, capsys.readouterr().err) == (
+        1,
+        "error: s3://bucket/run cannot be reached (no route)\n",
+    )
 
 
 def test_a_message_is_one_line_of_text_whatever_is_quoted_in_it():

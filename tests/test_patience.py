@@ -62,4 +62,4 @@ def test_what_comes_at_last_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: py
 
     monkeypatch.setattr(patience, "WAITS", (0, 0))
     assert patiently(ask, "s3://bucket/run") == "here"
-    assert capsys.readouterr().err.count("s3://bucket/run cannot be fetched") == 2
+    assert capsys.readouterr().err.count("s3://bucket/run cannot be reached") == 2

@@ -163,7 +163,7 @@ def test_a_store_that_is_away_is_waited_for_and_is_no_mistake(
     with pytest.raises(RuntimeError, match="shards cannot be fetched"):
         contents(loader)
     assert sum(waits) >= 30
-    with pytest.raises(ConnectionError, match=r"index\.json cannot be fetched"):
+    with pytest.raises(ConnectionError, match=r"index\.json cannot be reached"):
         train_loader(DRAW, bucket, str(tmp_path / "other"), 32, num_workers=0)
 
 
@@ -320,6 +320,16 @@ def test_an_order_that_shared_memory_has_no_room_for_is_told_by_all(
         with pytest.raises(UserError, match=f"{SHARED_MEMORY} has no room for the order of an epoch, 1 MiB"):
             next(batches)
     assert not (SHARED_MEMORY / _get_path(loader.dataset._shm_prefix_int, EPOCH_DATA)).exists()
+
+
+def test_shard_bounds_find_every_sample_as_streaming_does() -> None:
+    sizes = np.array([3, 1, 7, 2])
+    ours, theirs = ShardBounds(sizes), Spanner(sizes)
+    assert [ours[i] for i in range(13)] == [theirs[i] for i in range(13)]
+    assert ours[np.int64(4)] == (2, 0)
+    for bounds, none in itertools.product((ours, theirs), (-1, 13)):
+        with pytest.raises(IndexError):
+            bounds[none]
 
 
 def test_a_dataset_builds_no_spanner_of_streamings(

@@ -26,7 +26,7 @@ code=$?
 case "$code" in
     0 | 2 | 3) ;;                     # done, a mistake, diverged: the same command would not go on
     75) scontrol requeue "$SLURM_JOB_ID" ;;
-    *)                                # a lost node, a store that was away: a few times
+    *)                                # a lost node, a store that was away
         if [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
             scontrol requeue "$SLURM_JOB_ID"
         fi

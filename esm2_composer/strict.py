@@ -1,0 +1,107 @@
+"""A mapping, as YAML gives it, to dataclasses: every key is a field, and every value of its field's type."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+from esm2_composer.errors import UserError
+
+Section = TypeVar("Section")
+
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+
+
+def build(cls: type[Section], content: Any, path: str) -> Section:
+    """A dataclass instance from what the file at `path` holds.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value is not of its field's type.
+    """
+    return _Reader(cls, path).section(cls, content, "")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    root: type
+    path: str
+
+    def section(self, cls: type, content: Any, prefix: str) -> Any:
+        if not isinstance(content, dict):
+            raise self._mistake(f"'{prefix.rstrip('.')}' must be a mapping of keys, not {content!r}")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for key in content:
+            if key not in fields:
+                raise self._mistake(f"unknown key '{prefix}{key}'; {self._where(str(key), [*fields], prefix)}")
+        hints = typing.get_type_hints(cls)
+        values = {}
+        for name, field in fields.items():
+            if name in content:
+                values[name] = self._value(hints[name], content[name], f"{prefix}{name}")
+            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                raise self._mistake(f"key '{prefix}{name}' is missing")
+        return cls(**values)
+
+    def _where(self, key: str, known: Sequence[str], prefix: str) -> str:
+        """Which key was meant: one of the section that looks alike, or the same of another section."""
+        meant = [prefix + name for name in _alike(key, known)]
+        meant += [name for name in _keys(self.root) if name.endswith(f".{key}")]
+        return f"did you mean '{meant[0]}'?" if meant else f"known here: {', '.join(known)}"
+
+    def _value(self, hint: Any, value: Any, key: str) -> Any:
+        origin, args = typing.get_origin(hint), typing.get_args(hint)
+        if origin in (types.UnionType, typing.Union):
+            if value is None and type(None) in args:
+                return None
+            (inner,) = (a for a in args if a is not type(None))
+            return self._value(inner, value, key)
+        if dataclasses.is_dataclass(hint):
+            return self.section(hint, value, f"{key}.")
+        if origin is Literal:
+            return self._one_of(args, value, key)
+        if origin is tuple:
+            if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
+                count = "" if args[-1] is Ellipsis else f"{len(args)} "
+                raise self._mistake(f"'{key}' must be a list of {count}values, not {value!r}")
+            return tuple(self._value(args[0], item, key) for item in value)
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except OverflowError:
+                raise self._mistake(f"'{key}' is too large a number") from None
+        if hint is str and isinstance(value, int) and not isinstance(value, bool):
+            return str(value)  # run_name: 17
+        if hint is float and isinstance(value, float) and not math.isfinite(value):
+            raise self._mistake(f"'{key}' must be a finite number, not {value}")
+        if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+            raise self._mistake(f"'{key}' must be {TYPE_NAMES[hint]}, not {value!r}")
+        return value
+
+    def _one_of(self, allowed: Sequence[Any], value: Any, key: str) -> Any:
+        if any(value == one and type(value) is type(one) for one in allowed):
+            return value
+        shown = [str(one).lower() if isinstance(one, bool) else str(one) for one in allowed]  # as in YAML
+        hint = "".join(f"; did you mean '{near}'?" for near in _alike(str(value), shown))
+        if isinstance(value, str) and value in shown:
+            hint = ", without quotes"
+        raise self._mistake(f"'{key}' is {value!r}; allowed: {', '.join(shown)}{hint}")
+
+    def _mistake(self, told: str) -> UserError:
+        return UserError(f"{self.path}: {told}")
+
+
+def _alike(word: str, known: Sequence[str]) -> list[str]:
+    """The one that looks most like it, if one does."""
+    return difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+
+
+def _keys(section: type, prefix: str = "") -> Iterator[str]:
+    """All keys of a section, and of those in it, by their full names."""
+    for name, hint in typing.get_type_hints(section).items():
+        inner = [part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)]
+        yield from _keys(inner[0], f"{prefix}{name}.") if inner else (prefix + name,)
