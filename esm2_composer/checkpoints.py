@@ -52,6 +52,10 @@ def updates(name: str) -> int:
     return int(match[1])
 
 
+def _is_diverged(name: str) -> bool:
+    return _NAME.fullmatch(name.removeprefix(DIVERGED)) is not None
+
+
 def is_sharded(name: str) -> bool:
     return not name.endswith(".pt")
 
@@ -87,7 +91,7 @@ class LocalFolder:
 
     def diverged(self) -> list[str]:
         """The states of runs that diverged."""
-        return [path.name for path in self.path.glob(f"{DIVERGED}ep*")]
+        return [path.name for path in self.path.glob(f"{DIVERGED}*") if _is_diverged(path.name)]
 
     def location(self, name: str) -> str:
         return str(self.path / name)
@@ -205,7 +209,7 @@ class S3Folder:
 
     def diverged(self) -> list[str]:
         """The states of runs that diverged."""
-        return sorted({key.split("/")[0] for key in self._keys(f"{DIVERGED}ep")})
+        return sorted(filter(_is_diverged, {key.split("/")[0] for key in self._keys(DIVERGED)}))
 
     def location(self, name: str) -> str:
         return f"{self._uri}/{name}"

@@ -24,18 +24,18 @@ class UserError(Exception):
     """A mistake the user can mend. The message, one line, says what is wrong, where, and how to mend it."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(_one_line(message, type(self)))
+        super().__init__(_one_line(message, "UserError"))
 
 
 class StoreAway(ConnectionError):
     """A store does not answer, and may do so later: worth another start."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(_one_line(message, type(self)))
+        super().__init__(_one_line(message, "StoreAway"))
 
 
-def _one_line(message: str, kind: type) -> str:
-    own = message.rpartition(f"{__name__}.{kind.__name__}: ")[2]  # a DataLoader worker's comes in a traceback
+def _one_line(message: str, kind: str) -> str:
+    own = message.rpartition(f"{__name__}.{kind}: ")[2]  # a DataLoader worker's comes in a traceback
     line = " ".join(own.split())  # a cause may bring line breaks of its own, and what a damaged file holds
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 

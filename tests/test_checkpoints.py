@@ -138,6 +138,7 @@ def test_a_run_that_diverged_is_not_gone_on_with_unless_that_is_wanted(folder, r
     ):
         find_checkpoint(folder, True, recipe, False)
     save(folder, tmp_path, "ep0-ba40-rank0.pt")
+    folder.write(f"{DIVERGED}epochs.txt", "notes")  # somebody's own
     assert find_checkpoint(folder, True, recipe, False) == "ep0-ba40-rank0.pt"
 
 
