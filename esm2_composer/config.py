@@ -15,7 +15,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from esm2_composer.errors import UserError
 from esm2_composer.strict import build
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,8 @@ def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def load_recipe(path: str, overrides: Sequence[str] = (), data_is_here: bool = True) -> Recipe:
     """Read the recipe at `path`, apply `key.subkey=value` overrides, check it.
 
-    `${other.key}` and `${oc.env:VARIABLE}` are resolved. That the data are there is checked if `data_is_here`.
+    `${other.key}`, `${oc.env:VARIABLE}` and a folder's `~` are resolved. That the data are there is checked if
+    `data_is_here`.
 
     Raises:
         UserError: the file, a key or a value is wrong.
@@ -213,12 +216,26 @@ def load_recipe(path: str, overrides: Sequence[str] = (), data_is_here: bool = T
         raise UserError(f"{path}: not YAML: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: {error}") from error
-    recipe = build(Recipe, content, path)
+    recipe = _with_home(build(Recipe, content, path))
     if recipe.schedule.updates is None:
         recipe = replace(recipe, schedule=replace(recipe.schedule, updates=recipe.updates))
     for problem in _problems(recipe, data_is_here):
         raise UserError(f"{path}: {problem}")
     return recipe
+
+
+def _with_home(recipe: Recipe) -> Recipe:
+    """The recipe, `~` in its folders expanded, which no shell does in a file or in key=value."""
+
+    def expand(section: T, *keys: str) -> T:
+        given = {key: getattr(section, key) for key in keys}
+        return replace(section, **{key: value and os.path.expanduser(value) for key, value in given.items()})
+
+    return replace(
+        expand(recipe, "save_folder", "tensorboard_folder"),
+        data=expand(recipe.data, "remote", "local"),
+        model=expand(recipe.model, "init_from"),
+    )
 
 
 def _reason(error: OmegaConfBaseException) -> str:

@@ -1,4 +1,5 @@
-"""Leaving when told to, without losing work: SIGTERM, and SIGUSR1, the early warning of batch systems.
+"""Leaving when told to, without losing work: SIGTERM, SIGUSR1, the early warning of batch systems, and SIGHUP, the
+end of the terminal (which `nohup` makes us ignore).
 
 One signal to any rank, or a SIGTERM to the launcher, makes the whole run leave with exit code 75:
 
@@ -6,7 +7,7 @@ One signal to any rank, or a SIGTERM to the launcher, makes the whole run leave 
   moments, until Python has read this, it dies of the signal);
 - in training the ranks agree, after an update or a batch of an evaluation, to stop, save and leave together;
 - whatever hangs then, a rank leaves `GRACE` seconds after a SIGTERM. The launcher would kill it soon after, and
-  checkpoints are there whole or not at all. After a SIGUSR1 it does so only if it still waits for training data:
+  checkpoints are there whole or not at all. After the others it does so only if it still waits for training data:
   a step, an evaluation and a save may take their time.
 
 Python calls a signal's handler between two instructions of its main thread, which may be waiting in a collective
@@ -21,13 +22,14 @@ import ctypes
 import os
 import select
 import signal
+import stat
 import sys
 import threading
 import time
 
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: run me again
 EXIT_TERMINATED = 128 + signal.SIGTERM
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 GRACE = 22.0  # Composer's launcher kills its ranks 30 seconds after it told them to leave
 
 received = threading.Event()
@@ -44,7 +46,8 @@ def watch_signals() -> None:
         _open_pipe()
     # Only now, or a signal in between would be lost; until here it ends the process.
     for number in SIGNALS:
-        signal.signal(number, lambda *_: None)  # without a handler nothing is written to the pipe
+        if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # by nohup
+            signal.signal(number, lambda *_: None)  # without a handler nothing is written to the pipe
 
 
 def _open_pipe() -> None:
@@ -98,6 +101,8 @@ def _watch(reader: int) -> None:
 
 
 def _on_signal(number: int) -> None:
+    if number == signal.SIGHUP:
+        _write_to_files_only()
     others = [] if received.is_set() else _other_ranks()
     received.set()
     for pid in others:
@@ -110,6 +115,14 @@ def _on_signal(number: int) -> None:
     timer = threading.Timer(GRACE, _time_is_up, [signal.Signals(number)])
     timer.daemon = True
     timer.start()
+
+
+def _write_to_files_only() -> None:
+    """A line for a terminal that is gone, or for a `tee` that went with it, would be an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if not stat.S_ISREG(os.fstat(stream).st_mode):
+            os.dup2(nowhere, stream)
 
 
 def _time_is_up(after: signal.Signals) -> None:
@@ -167,3 +180,4 @@ def _forget() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)

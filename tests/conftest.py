@@ -29,6 +29,9 @@ REAL_DATA = Path(os.environ.get("ESM2_REAL_DATA") or ROOT.parent / "shared" / "d
 # As many tests run at a time as there are cores, on models too small for several threads, here and in commands.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# An iterator that is left in mid-epoch goes with a cycle of references, after the queues by which it would tell
+# its workers to end; then torch waits so many seconds for each.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
 
 # Modules that open no StreamingDataset, nor start what does. Datasets of several processes race for names in
 # shared memory, so all others' tests run in one of pytest's workers, one after the other.

@@ -22,6 +22,8 @@ from esm2_composer.data import ClusterDraw, evaluation_loader, train_loader
 from esm2_composer.masking import MaskingRule
 from esm2_composer.pool import data_spec
 
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # as in conftest.py
+
 
 def sequences(microbatch) -> list[str]:
     """Tokens and labels of each sequence, as text."""

@@ -1,5 +1,6 @@
 """What stops a run, and what people see of it."""
 
+import contextlib
 import errno
 import io
 import math
@@ -39,6 +40,20 @@ def test_a_lasting_rise_stops_the_run():
     assert feed(falling + [2.5] * 100) == 180, "less than the limit"
 
 
+def test_a_rise_counts_over_restarts():
+    losses, guard = [2.0] * 30 + [2.4] * 10 + [2.7] * 30, Divergence(0.5)
+    stopped = feed(losses)
+    assert stopped < len(losses)
+    taken = 0
+    with contextlib.suppress(Diverged):
+        for loss in losses:
+            before, guard = guard, Divergence(0.5)
+            guard.load_state_dict(before.state_dict())
+            guard.batch_end(SimpleNamespace(total_loss_dict={LOSS: loss}), None)
+            taken += 1
+    assert taken == stopped
+
+
 def test_one_bad_batch_does_not():
     assert feed([2.0] * 50 + [8.0] + [2.0] * 50) == 101
 
@@ -53,9 +68,11 @@ def test_advice_names_the_checkpoint_and_what_to_change():
     command = told.rpartition(": ")[2].split()
     changed = load("3b", *command)
     assert changed.run_name != recipe.run_name
+    assert changed.save_folder == "runs/esm2_3b_2/checkpoints"
     assert changed.optimizer.lr == recipe.optimizer.lr / 2
     assert changed.model.init_from == "runs/esm2_3b/checkpoints/ep0-ba1000"
     assert "model.init_from" not in advice(recipe, None)
+    assert "save_folder=s3://b/esm2_3bs_2 " in advice(load("3b", "save_folder=s3://b/esm2_3bs"), None)
 
 
 @pytest.mark.parametrize("folder", ["/shared/runs/3b/checkpoints", "s3://bucket/runs/esm2_3b/"])

@@ -124,6 +124,15 @@ def test_interpolation_sees_overrides_and_the_environment(monkeypatch: pytest.Mo
     assert load("run_name=other", text=text).save_folder == "/scratch/other/0.001"
 
 
+def test_a_folder_may_lie_in_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    recipe = load("save_folder=~/runs", "data.remote=~/shards", "data.local=~/cache", "tensorboard_folder=null")
+    assert (recipe.save_folder, recipe.data.remote) == (f"{folder}/runs", f"{folder}/shards")
+    assert (recipe.data.local, recipe.tensorboard_folder) == (f"{folder}/cache", None)
+    text = MINIMAL.replace("size: 8m", "init_from: ~/hugging_face")
+    assert load(text=text).model.init_from == f"{folder}/hugging_face"
+
+
 def test_whole_numbers_become_floats_and_numbers_names() -> None:
     recipe = load("optimizer.weight_decay=0", "optimizer.lr=1", "run_name=17")
     assert [type(value) for value in (recipe.optimizer.weight_decay, recipe.optimizer.lr)] == [float, float]

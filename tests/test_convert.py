@@ -219,6 +219,7 @@ WRONG_OPTIONS = {
     "--clusters and --sequences go together": ["--out", "x", "--clusters", "c"],
     "--cluster-tsv goes with --fasta": ["--out", "x", "--flat", "f", "--cluster-tsv", "t"],
     "--out is missing": ["--flat", "f"],
+    "write a folder, or a store as s3://bucket/prefix": ["--flat", "f", "--out", "s3:bucket/x"],
     "--workers 0 must be at least 1": ["--out", "x", "--flat", "f", "--workers", "0"],
     "--max-members-per-cluster 0 must": ["--out", "x", "--flat", "f", "--max-members-per-cluster", "0"],
     "gone.parquet: no such file": ["--out", "x", "--flat", "gone.parquet"],

@@ -5,7 +5,11 @@ ranks left in time.
 """
 
 import json
+import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -271,6 +275,46 @@ def test_ranks_do_not_outlive_their_launcher(shards, tmp_path):
         _, alive = psutil.wait_procs(ranks, timeout=60)
         assert not alive
     assert len(checkpoints(tmp_path)) == 1
+
+
+ON_A_TERMINAL = """
+import fcntl, os, struct, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_terminal_that_is_closed_makes_ranks_save_and_leave(shards, tmp_path, ranks):
+    arguments = command(shards, "max_duration=5000ba", "eval_interval=5000ba", "save_interval=5000ba")
+    launcher = [str(Path(sys.executable).with_name("composer")), "-n", str(ranks), *arguments]
+    terminal, inside = os.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), inside)
+    started = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL, *launcher], **streams, cwd=tmp_path)
+    os.close(inside)
+    shown = b""
+    while not re.search(rb"[1-9]\d*/5000 ", shown):  # the bar
+        shown += os.read(terminal, 4096)
+    family = psutil.Process(started.pid).children(recursive=True)
+    os.close(terminal)
+    assert started.wait(timeout=60) == -signal.SIGHUP
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+    assert len(checkpoints(tmp_path)) == 1
+
+
+def test_nohup_is_heeded():
+    told = """
+import os, signal
+from esm2_composer import preemption
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+preemption.watch_signals()
+os.kill(os.getpid(), signal.SIGHUP)
+raise SystemExit(signal.getsignal(signal.SIGHUP) != signal.SIG_IGN or preemption.received.is_set())
+"""
+    assert python("-c", told, cwd=ROOT).returncode == 0
 
 
 def test_a_rank_lost_while_shards_are_opened_is_no_mistake_of_the_user(monkeypatch):

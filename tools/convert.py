@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -112,6 +113,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         raise UserError("--cluster-tsv goes with --fasta")
     if not args.verify and not args.out:
         raise UserError("--out is missing")
+    if re.match(r"\w+:(?!//)", args.out or ""):  # libraries take that for an address
+        raise UserError(f"--out {args.out}: write a folder, or a store as s3://bucket/prefix")
     if args.seed is not None and not args.max_members_per_cluster:
         raise UserError("--seed goes with --max-members-per-cluster")
     if args.scratch and not is_remote(args.out):
