@@ -13,16 +13,13 @@ import argparse
 import os
 import sys
 
-from esm2_composer.errors import StoreAway, UserError, run_command
-
-EXIT_NOT_SAVED = 1
-EXIT_DIVERGED = 3
+from esm2_composer.errors import EXIT_DIVERGED, EXIT_FAILURE, EXIT_PREEMPTED, OneLine, UserError, run_command
 
 
 def main() -> int:
     try:
         return train()
-    except (UserError, StoreAway):
+    except OneLine:
         preemption.let_rank_zero_leave_first()
         raise
 
@@ -70,10 +67,10 @@ def train() -> int:
             trainer.fit()
     except Preempted:
         if saver.save_once(trainer.state, WAITS_LEAVING):
-            code = preemption.EXIT_PREEMPTED
+            code = EXIT_PREEMPTED
         else:
             print("error: told to leave, and what was trained since the last checkpoint is lost", file=sys.stderr)
-            code = EXIT_NOT_SAVED
+            code = EXIT_FAILURE
     except Diverged as reason:
         saver.save(trainer.state, prefix=DIVERGED)
         update = trainer.state.timestamp.batch.value

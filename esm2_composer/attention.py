@@ -128,7 +128,7 @@ def _flash_varlen(function: Callable, q, k, v, cu_seqlens, max_seqlen):
 
 
 def what_triton_lacks() -> str | None:
-    """What it takes to build the launchers of Triton's kernels and is not here; None if all is."""
+    """The first thing missing of what Triton needs to build its kernels; None if all is here."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
@@ -141,7 +141,7 @@ def what_triton_lacks() -> str | None:
 def _triton_kernel(dtype: torch.dtype, heads: int, head_size: int) -> Callable[..., torch.Tensor] | None:
     """None, and a line in the log, where it cannot be built, or computes something else on this GPU."""
     if lack := what_triton_lacks():
-        log.warning("attention: not by Triton, which lacks %s", lack)
+        log.warning("attention: Triton cannot be used: %s is missing", lack)
         return None
     attend = importlib.import_module("esm2_composer.triton_attention").attend
     if torch.cuda.is_available():
@@ -149,11 +149,12 @@ def _triton_kernel(dtype: torch.dtype, heads: int, head_size: int) -> Callable[.
             error = rotated_error(attend, dtype, heads, head_size, "cuda")
         except Exception as failure:  # compilers fail in many ways
             log.warning(
-                "attention: not by Triton: %s", " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+                "attention: Triton cannot be used: %s",
+                " ".join(f"{type(failure).__name__}: {failure}".split())[:200],
             )
             return None
         if not error < TOLERANCE:
-            log.warning("attention: not by Triton, whose kernel is off by %.1e on this GPU", error)
+            log.warning("attention: Triton cannot be used: its kernel is off by %.1e on this GPU", error)
             return None
     return attend
 

@@ -287,7 +287,7 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
         folder.make()
         return folder.names(), folder.diverged(), folder.read(RECIPE)
 
-    names, diverged, before = _ask(folder, look)
+    names, diverged, before = ask(folder, look)
     newest = updates(names[-1]) if names else 0
     for name in diverged:
         if (update := updates(name.removeprefix(DIVERGED))) >= newest:
@@ -336,7 +336,7 @@ def take_over(folder: Folder, recipe: Recipe) -> None:
         folder.clear()
         folder.write(RECIPE, to_yaml(recipe))
 
-    _ask(folder, take)
+    ask(folder, take)
 
 
 def _damaged(folder: Folder, name: str, remedy: str) -> UserError:
@@ -354,7 +354,7 @@ def naming_damage(folder: Folder, checkpoint: str | None) -> Iterator[None]:
         raise _damaged(folder, checkpoint, "remove it, to go on from the one before") from error
 
 
-def _ask(folder: Folder, action: Callable[[], Result]) -> Result:
+def ask(folder: Folder, action: Callable[[], Result]) -> Result:
     """What `action` gives; a store that does not answer is waited for.
 
     Raises:
@@ -382,9 +382,9 @@ class Index:
 
     @classmethod
     def read(cls, folder: Folder) -> Index:
-        """Raises UserError if it is damaged."""
+        """Raises UserError if it is damaged, StoreAway if the store does not answer."""
         try:
-            content = json.loads(folder.read(INDEX) or "{}")
+            content = json.loads(ask(folder, lambda: folder.read(INDEX)) or "{}")
             losses = {int(update): float(loss) for update, loss in content.get("validation_loss", {}).items()}
         except (ValueError, TypeError, AttributeError) as error:
             raise _damaged(folder, INDEX, "remove it, to go on without the validation losses so far") from error

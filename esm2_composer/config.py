@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from esm2_composer.errors import UserError
+from esm2_composer.storage import is_remote
 from esm2_composer.strict import build
 
 T = TypeVar("T")
@@ -83,10 +84,10 @@ class FSDPSection:
     """Passed to Composer as they are, except `version`: 1 needs GPUs, 2 runs anywhere."""
 
     version: Literal[1, 2] = 1
-    sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"] = "FULL_SHARD"
+    sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP"] = "FULL_SHARD"
     data_parallel_shard_degree: int = -1
     data_parallel_replicate_degree: int | None = None
-    mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
+    mixed_precision: Literal["DEFAULT", "FULL"] = "DEFAULT"
     activation_checkpointing: bool = False
     sync_module_states: bool = False
     state_dict_type: Literal["full", "sharded"] = "full"
@@ -146,7 +147,7 @@ class Recipe:
     save_interval: str = "1000ba"
     save_num_checkpoints_to_keep: int = 3
     autoresume: bool = True
-    precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "amp_bf16"
+    precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
     compile: Literal[True, False, "auto"] = False
     fp8: bool = False
     tensorboard_folder: str | None = None
@@ -178,9 +179,9 @@ def changes(before: str, recipe: Recipe) -> list[str]:
     """What the recipe would train otherwise than the one told by `to_yaml` before, as "key was 1, is 2"."""
     old, new = (flatten(OmegaConf.to_container(OmegaConf.create(text))) for text in (before, to_yaml(recipe)))
     return [
-        f"{key} was {old.get(key, 'not told')}, is {new[key]}"
+        f"{key} was {old.get(key, 'not set')}, is {new[key]}"
         for key in new
-        if old.get(key, "not told") != new[key] and not any(key == f or key.startswith(f"{f}.") for f in FREE)
+        if old.get(key, "not set") != new[key] and not any(key == f or key.startswith(f"{f}.") for f in FREE)
     ]
 
 
@@ -345,7 +346,7 @@ def _problems(r: Recipe, data_is_here: bool) -> typing.Iterator[str]:
             f"'device_microbatch_tokens' is {r.device_microbatch_tokens}; "
             f"it must hold a sequence of data.max_length, {r.data.max_length}"
         )
-    if "://" in r.save_folder and not re.match(r"s3://[^/]+", r.save_folder):
+    if is_remote(r.save_folder) and not re.match(r"s3://[^/]+", r.save_folder):
         yield f"'save_folder' is {r.save_folder}; write a folder or s3://bucket/prefix"
     if re.search("[{}]", r.save_folder):  # Composer would fill them in
         yield f"'save_folder' is {r.save_folder}, with braces; write ${{run_name}} for the name of the run"
@@ -369,8 +370,6 @@ def _fsdp_problems(fsdp: FSDPSection) -> typing.Iterator[str]:
         yield "'fsdp.data_parallel_replicate_degree' and 'fsdp.data_parallel_shard_degree' are both -1; set one"
     if fsdp.version == 2 and (replicate, shard) != (None, -1):
         yield "'fsdp.version' is 2, which cannot replicate shards; leave out the data_parallel degrees"
-    if fsdp.version == 2 and fsdp.sharding_strategy == "NO_SHARD":
-        yield "'fsdp.version' is 2, which always shards; write fsdp=null for DDP"
 
 
 def _model_problems(model: ModelSection) -> typing.Iterator[str]:
@@ -396,9 +395,9 @@ def _model_problems(model: ModelSection) -> typing.Iterator[str]:
 
 
 def _data_problems(data: DataSection) -> typing.Iterator[str]:
-    if data.local is not None and ("://" in data.local or not _can_be_folder(Path(data.local))):
+    if data.local is not None and (is_remote(data.local) or not _can_be_folder(Path(data.local))):
         yield f"'data.local' is {data.local}; it must be a folder"
-    if "://" in data.remote:
+    if is_remote(data.remote):
         if data.local is None:
             yield f"'data.remote' is {data.remote}; set 'data.local' to a folder for its cache"
         return

@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from esm2_composer import layouts
 from esm2_composer.conversion_plan import Plan, make_plan
 from esm2_composer.destinations import LocalSplit, RemoteSplit, open_destination
-from esm2_composer.errors import UserError
+from esm2_composer.errors import Passing, UserError
 from esm2_composer.fasta import ReadError
 from esm2_composer.layouts import Layout
 from esm2_composer.mds import write_durably
@@ -67,8 +67,8 @@ class Engine(Protocol):
 KEPT = "the work is kept: run the same command again to go on"
 
 
-class Interrupted(UserError):
-    """Not the input's fault: the work is kept, and the same command goes on."""
+class Interrupted(Passing):
+    """The work is kept, and the same command goes on."""
 
     def __init__(self, cause: object) -> None:
         super().__init__(f"{cause}; {KEPT}")
@@ -142,8 +142,6 @@ def convert(
                     "must share no cluster; run the same command again"
                 )
             destination.finish()
-        except Interrupted:
-            raise
         except KeyboardInterrupt:
             raise KeyboardInterrupt(KEPT) from None
         except PASSING as error:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from streaming.base.storage.download import CloudDownloader
 from torch.utils.data import DataLoader, IterableDataset
 
 from esm2_composer import alphabet
+from esm2_composer.config import DataSection
 from esm2_composer.epochs import shards_in_use
-from esm2_composer.errors import UserError
+from esm2_composer.errors import StoreAway, UserError
 from esm2_composer.masking import MaskingRule, choose, keyed_words, token_uniforms
+from esm2_composer.patience import patiently
 from esm2_composer.records import COLUMNS
 from esm2_composer.shards import CheckedStream, MappedDataset, opening_alone
 
@@ -195,8 +198,8 @@ def train_loader(
     With a `cache_limit`, such as "200gb", shards that were not read for longest leave `local` to make room. If
     they would soon be read again, a line says so.
 
-    An epoch is a whole number of global batches: fewer clusters than one batch are left for later epochs,
-    other ones each time.
+    An epoch is a whole number of global batches: what is over, less than one batch and other clusters each
+    epoch, is not shown in it.
 
     Raises:
         UserError: the ranks cannot share the batch equally, or there are fewer clusters than one batch.
@@ -251,6 +254,43 @@ def evaluation_loader(
     )
 
 
+def make_cache(data: DataSection) -> None:
+    """Raise a UserError if `data.local` cannot be made: Streaming would blame the shards."""
+    if data.local is not None:
+        try:
+            Path(data.local).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.local {data.local} cannot be made ({error.strerror})") from error
+
+
+def check_cache(data: DataSection, splits: Sequence[str] = ("train", "valid")) -> None:
+    """See that `data.local` holds no other shards than `data.remote`: Streaming takes an index that it finds.
+
+    Raises:
+        UserError: it does, or the remote has none.
+        StoreAway: the store does not answer.
+    """
+    for name in splits:
+        remote, local = data.split(name)
+        cached = Path(local, "index.json")
+        if remote is None or not cached.exists():
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "index.json")
+            source = f"{remote}/{path.name}"
+            try:
+                patiently(partial(CloudDownloader.get(remote).download, source, str(path), 60), source)
+            except StoreAway:
+                raise
+            except Exception as error:  # each store raises its own types
+                raise UserError(f"{remote}: cannot be opened as MDS shards ({error})") from error
+            if path.read_bytes() != cached.read_bytes():
+                raise UserError(
+                    f"data.local {data.local} holds other {name} shards than data.remote {data.remote}; "
+                    "take another data.local"
+                )
+
+
 def open_clusters(remote: str | None, local: str, **arguments: Any) -> ClusterDataset:
     place = remote or local
     try:
@@ -259,7 +299,8 @@ def open_clusters(remote: str | None, local: str, **arguments: Any) -> ClusterDa
     except Exception as error:  # each store raises its own types
         # Another rank was lost, the store is away, or another user's run took the name in shared memory at the
         # same moment: no mistake, and worth another start.
-        if isinstance(error, dist.DistError | ConnectionError | FileExistsError) or "/gloo/" in str(error):
+        another_start_may_do = isinstance(error, dist.DistError | ConnectionError | StoreAway | FileExistsError)
+        if another_start_may_do or "/gloo/" in str(error):
             raise
         raise UserError(f"{place}: cannot be opened as MDS shards ({error})") from error
     shard = clusters.shards[0]

@@ -1,6 +1,7 @@
 """What a user's mistake looks like: one line on stderr and exit code 2, never a traceback. Ctrl-C likewise, 130.
 
-So is a store that is away, with code 1. Everything else is a defect of this package and keeps its traceback.
+So does what another start may mend, such as a store that is away, with code 1. Everything else is a defect of this
+package and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -15,29 +16,35 @@ from pathlib import Path
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
+EXIT_DIVERGED = 3
+EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: run me again
 EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
+
 # What the system answers to a path that somebody gave, whatever is done with it.
 REFUSED = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
-class UserError(Exception):
-    """A mistake the user can mend. The message, one line, says what is wrong, where, and how to mend it."""
+class OneLine(Exception):
+    """An error whose message, one line, is all that people need to see of it."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(_one_line(message, "UserError"))
-
-
-class StoreAway(ConnectionError):
-    """A store does not answer, and may do so later: worth another start."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(_one_line(message, "StoreAway"))
+    def __init__(self, message: object) -> None:
+        kind = f"{type(self).__module__}.{type(self).__qualname__}"
+        own = str(message).rpartition(f"{kind}: ")[2]  # a DataLoader worker's comes in a traceback
+        line = " ".join(own.split())  # a cause may bring line breaks of its own, and what a damaged file holds
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
 
-def _one_line(message: str, kind: str) -> str:
-    own = message.rpartition(f"{__name__}.{kind}: ")[2]  # a DataLoader worker's comes in a traceback
-    line = " ".join(own.split())  # a cause may bring line breaks of its own, and what a damaged file holds
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+class UserError(OneLine):
+    """A mistake the user can mend: what is wrong, where, and how to mend it."""
+
+
+class Passing(OneLine):
+    """Neither the user's mistake nor ours: a disk, a network or a store failed, and another start may do."""
+
+
+class StoreAway(Passing):
+    """A store does not answer."""
 
 
 @contextlib.contextmanager
@@ -62,7 +69,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER_ERROR
-    except StoreAway as error:
+    except Passing as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_FAILURE
     except OSError as error:

@@ -1,4 +1,4 @@
-"""How good a model is on a validation split, and what it costs nothing to reach there.
+"""Perplexity on a validation split, and the floors that a model reaches without learning context.
 
 Perplexity is exp of the mean negative log-likelihood of the true residue over all selected positions. Under an
 80/10/10 mask one selected position in five shows a residue, the true one about half the time, so a model that
@@ -107,8 +107,11 @@ def data_floors(data: DataSection, rules: Iterable[MaskingRule]) -> list[dict[st
     """The floors (see `floors`) of the shards at `data` under each of `rules`.
 
     Raises:
-        UserError: there are no such shards, or they are not of clusters.
+        UserError: there are no such shards, they are not of clusters, or the cache holds other ones.
     """
+    from esm2_composer.data import check_cache
+
+    check_cache(data)
     train = residue_frequencies(_clusters(*data.split("train")), added=1)  # so that no residue is impossible
     valid = residue_frequencies(_clusters(*data.split("valid")))
     return [floors(train, valid, rule) for rule in rules]

@@ -28,7 +28,7 @@ def use_fp8(net: ESM2, emulate: bool = False) -> None:
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
-        raise UserError(f"fp8: torchao is not to be had ({error}); pip install 'esm2-composer[fp8]'") from error
+        raise UserError(f"fp8: torchao cannot be imported ({error}); pip install 'esm2-composer[fp8]'") from error
     if not emulate and torch.cuda.get_device_capability() < (8, 9):
         raise UserError(f"fp8: {torch.cuda.get_device_name()} has no fp8 products; an H100 or newer has")
     if net.config.hidden_size % 16 or net.config.ffn_hidden_size % 16:

@@ -316,9 +316,9 @@ def protein_rows(path: Path) -> tuple[int, int]:
         except sqlite3.OperationalError as error:
             if "no such column" not in str(error):
                 raise
-            raise UserError(f"{path}: rows of table 'protein' cannot be told by number ({error})") from error
+            raise UserError(f"{path}: table 'protein' has no row numbers ({error})") from error
     if any_row and not isinstance(first, int):  # a view has null
-        raise UserError(f"{path}: rows of table 'protein' cannot be told by number; is it a view?")
+        raise UserError(f"{path}: table 'protein' has no row numbers; is it a view?")
     return (first, last) if any_row else (0, -1)
 
 

@@ -62,7 +62,7 @@ class Plan:
     flops: float  # a step, over all GPUs
     state_bytes: float  # a GPU's weights, gradients and optimizer state
     unsharded_bytes: float  # a GPU's gathered or cast copies of weights and gradients
-    activation_bytes: float  # of a full microbatch
+    activation_bytes: float  # of a microbatch, as far as its share of a step fills it
     compute_seconds: float  # a step
     communication_seconds: float  # a step; hidden behind computing as far as that lasts
     step_seconds: float
@@ -93,6 +93,7 @@ def usual_mfu(recipe: Recipe) -> float:
     return MFU.get(architecture(recipe).head_size, MFU_OTHERWISE)
 
 
+@functools.cache  # weights to go on from are read whole
 def architecture(recipe: Recipe) -> ESM2Config:
     m = recipe.model
     if m.init_from is not None:
@@ -142,7 +143,7 @@ def make_plan(
 
 def _memory(fsdp: FSDPSection | None, parameters: int, layer: int, gpus: int) -> tuple[int, float, float]:
     """(GPUs a copy is sharded over, bytes of the shard's state, bytes of what lies there unsharded)."""
-    if fsdp is None or fsdp.sharding_strategy == "NO_SHARD":
+    if fsdp is None:
         # fp32 weights, gradients and two moments; bf16 casts, and DDP's buckets for gradients
         return 1, 16 * parameters, (2 + (4 if gpus > 1 else 0)) * parameters
     replicas = fsdp.data_parallel_replicate_degree
@@ -184,8 +185,8 @@ def _ring(volume: float, members: int, gpu: GPU, across: bool = False) -> float:
 
 
 def useful_gpus(recipe: Recipe, gpu: GPU, mfu: float) -> int:
-    """The number of GPUs from which on twice as many would not make the run half as long again as fast; at least
-    what the recipe's data_parallel degrees make, and no more where they make just so many."""
+    """The most GPUs worth using: twice as many would be less than 1.5 times as fast. At least what the recipe's
+    data_parallel degrees make, and no more where they make just so many."""
     gpus = recipe.fsdp.fewest_ranks if recipe.fsdp else 1
     while _takes_more(recipe) and recipe.global_train_batch_size % (2 * gpus) == 0:
         now, twice = (make_plan(recipe, n, gpu, mfu).step_seconds for n in (gpus, 2 * gpus))
@@ -225,9 +226,7 @@ def remedy(recipe: Recipe, plan: Plan, gpu: GPU) -> str | None:
 def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -> tuple[str, dict]:
     """A plan for people, and the same as plain data."""
     gpu = GPUS[gpu_name]
-    _check_share(recipe, gpus)
-    if recipe.fsdp is not None:
-        recipe.fsdp.check_degrees(gpus)
+    _check_gpus(recipe, gpus)
     mfu = mfu or usual_mfu(recipe)
     plan = make_plan(recipe, gpus, gpu, mfu)
     change, useful = remedy(recipe, plan, gpu), useful_gpus(recipe, gpu, mfu)
@@ -257,11 +256,14 @@ def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -
     return text, data
 
 
-def _check_share(recipe: Recipe, gpus: int) -> None:
+def _check_gpus(recipe: Recipe, gpus: int) -> None:
+    """Raise a UserError if so many cannot share the batch, or are not what the data_parallel degrees make."""
     batch = recipe.global_train_batch_size
     if batch % gpus:
         fewer = next(n for n in range(min(gpus, batch), 0, -1) if batch % n == 0)
         raise UserError(f"{gpus} GPUs cannot share global_train_batch_size {batch} equally; {fewer} can")
+    if recipe.fsdp is not None:
+        recipe.fsdp.check_degrees(gpus)
 
 
 def _memory_text(plan: Plan) -> str:
@@ -278,7 +280,7 @@ def describe(recipe: Recipe, ranks: int) -> str:
     """What `--dry-run` prints: the resolved recipe, its parameters, tokens a step and memory on so many GPUs, or
     on those that its data_parallel degrees make at least."""
     ranks = max(ranks, recipe.fsdp.fewest_ranks if recipe.fsdp else 1)
-    _check_share(recipe, ranks)
+    _check_gpus(recipe, ranks)
     plan = make_plan(recipe, ranks, GPUS["h100"], usual_mfu(recipe))
     sequences = recipe.global_train_batch_size
     return (

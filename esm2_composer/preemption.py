@@ -27,8 +27,8 @@ import sys
 import threading
 import time
 
-EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: run me again
-EXIT_TERMINATED = 128 + signal.SIGTERM
+from esm2_composer.errors import EXIT_PREEMPTED, EXIT_TERMINATED
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 GRACE = 22.0  # Composer's launcher kills its ranks 30 seconds after it told them to leave
 

@@ -8,8 +8,6 @@ import hashlib
 import logging
 import os
 import sys
-import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator, Speed
 from composer.core import Callback
 from composer.loggers import LoggerDestination, WandBLogger
 from composer.utils import dist, get_device
-from streaming.base.storage.download import CloudDownloader
 
 from esm2_composer.attention import select_attention, what_triton_lacks
 from esm2_composer.callbacks import (
@@ -33,6 +30,7 @@ from esm2_composer.callbacks import (
 from esm2_composer.checkpoints import (
     RECIPE,
     Index,
+    ask,
     find_checkpoint,
     naming_damage,
     open_folder,
@@ -40,14 +38,21 @@ from esm2_composer.checkpoints import (
     updates,
 )
 from esm2_composer.config import DataSection, FSDPSection, ModelSection, Recipe, batches, flatten
-from esm2_composer.data import ClusterDraw, canonical_nodes, count_short_clusters, evaluation_loader, train_loader
+from esm2_composer.data import (
+    ClusterDraw,
+    canonical_nodes,
+    check_cache,
+    count_short_clusters,
+    evaluation_loader,
+    make_cache,
+    train_loader,
+)
 from esm2_composer.errors import UserError, naming
 from esm2_composer.fp8 import use_fp8
 from esm2_composer.gradients import DivideByRanks, means_are_sums
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, SIZES, ESM2Config
 from esm2_composer.optim import build_adamw, build_schedule
-from esm2_composer.patience import patiently
 from esm2_composer.plan import GPUS
 from esm2_composer.pool import data_spec
 from esm2_composer.preemption import shelter_worker
@@ -101,7 +106,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     if not dist.is_initialized():
         dist.initialize_dist(device, timeout=1800)  # before any dataset: Streaming asks which rank it is
     on_rank_zero(lambda: take_over(folder, recipe))
-    if not all(dist.all_gather_object(folder.read(RECIPE) is not None)):
+    if not all(dist.all_gather_object(ask(folder, lambda: folder.read(RECIPE)) is not None)):
         raise UserError(
             f"save_folder {folder} is not the same on all nodes; take a shared one, or s3://bucket/prefix"
         )
@@ -182,42 +187,6 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
 def _peak_flops() -> float | None:
     """For MFU: the peak of GPUs that Composer does not know."""
     return GPUS["b200"].flops if "B200" in torch.cuda.get_device_name() else None
-
-
-def make_cache(data: DataSection) -> None:
-    """Raise a UserError if `data.local` cannot be made: Streaming would blame the shards."""
-    if data.local is not None:
-        try:
-            Path(data.local).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"data.local {data.local} cannot be made ({error.strerror})") from error
-
-
-def check_cache(data: DataSection) -> None:
-    """Raise a UserError if `data.local` holds other shards than `data.remote`, or that has none: Streaming takes
-    an index it has.
-
-    A store that does not answer is no mistake of the user, and raises a ConnectionError.
-    """
-    for name in ("train", "valid"):
-        remote, local = data.split(name)
-        cached = Path(local, "index.json")
-        if remote is None or not cached.exists():
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "index.json")
-            source = f"{remote}/{path.name}"
-            try:
-                patiently(partial(CloudDownloader.get(remote).download, source, str(path), 60), source)
-            except ConnectionError:
-                raise
-            except Exception as error:  # each store raises its own types
-                raise UserError(f"{remote}: cannot be opened as MDS shards ({error})") from error
-            if path.read_bytes() != cached.read_bytes():
-                raise UserError(
-                    f"data.local {data.local} holds other {name} shards than data.remote {data.remote}; "
-                    "take another data.local"
-                )
 
 
 def digest_of_all_nodes(data: DataSection) -> str:

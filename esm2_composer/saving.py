@@ -19,9 +19,9 @@ from composer.loggers import Logger
 from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 
-from esm2_composer.checkpoints import Folder, Index, best, superseded, updates
+from esm2_composer.checkpoints import Folder, Index, ask, best, superseded, updates
 from esm2_composer.config import Recipe, batches
-from esm2_composer.errors import UserError
+from esm2_composer.errors import OneLine, UserError
 
 WAITS = (2, 4, 8, 16)  # seconds before trying to save again
 WAITS_LEAVING = (2, 4, 8)  # within preemption.GRACE
@@ -30,16 +30,16 @@ T = TypeVar("T")
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """What `action` gives on rank 0, on every rank; its UserError too."""
+    """Run `action` on rank 0; return its value, or raise its one-line error, on every rank."""
     outcome: list = [None, None]
     if not dist.get_global_rank():
         try:
             outcome[0] = action()
-        except UserError as error:
-            outcome[1] = str(error)
+        except OneLine as error:
+            outcome[1] = error
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise UserError(outcome[1])
+        raise outcome[1]
     return outcome[0]
 
 
@@ -53,7 +53,7 @@ class CheckpointSaver(Callback):
     def __init__(self, folder: Folder, interval: int, keep_newest: int, keep_best: int, resumes: bool) -> None:
         self._folder = folder
         self._interval, self._keep_newest, self._keep_best = interval, keep_newest, keep_best
-        # That of a run that has saved nothing is of another one: it may have had other data and other rates.
+        # Without a checkpoint, an index there belongs to another run, of perhaps other data and rates.
         self._index = on_rank_zero(lambda: Index.read(folder)) if resumes else Index()
         if resumes and self._index == Index():
             _say(f"{folder} has lost its checkpoints.json: what was best so far, and on which data, nobody knows")
@@ -86,7 +86,7 @@ class CheckpointSaver(Callback):
 
     def newest_before(self, update: int) -> str | None:
         """Where the newest checkpoint is that was saved after at most so many updates."""
-        names = [name for name in self._folder.names() if updates(name) <= update]
+        names = [name for name in ask(self._folder, self._folder.names) if updates(name) <= update]
         return self._folder.location(names[-1]) if names else None
 
     def eval_end(self, state: State, logger: Logger) -> None:

@@ -107,7 +107,7 @@ class MappedDataset(StreamingDataset):
                 self.prepare_shard(shard_id)
                 continue
             if shard_id not in self._intact:  # Streaming checks what it unpacks, but not what it finds unpacked
-                if shard.xxh64() != file.hashes.get(HASH, shard.xxh64()):
+                if HASH in file.hashes and shard.xxh64() != file.hashes[HASH]:
                     stream.drop(self.shards[shard_id], path, "its hash is not that of index.json")
                     continue
                 self._intact.add(shard_id)
@@ -117,7 +117,7 @@ class MappedDataset(StreamingDataset):
                 self._mapped[shard_id] = shard
             return shard
         why = "; data.cache_limit is too low" if self.cache_limit else ""
-        raise UserError(f"{path}: gone as soon as it is there{why}")
+        raise UserError(f"{path}: evicted again before it could be read{why}")
 
     def on_exception(self, future: Future) -> None:
         """Streaming's raises where nobody but the terminal hears it, and leaves the iterating thread waiting for

@@ -60,7 +60,7 @@ class Spark:
             self._context = SparkContext(conf=conf.set("spark.ui.showConsoleProgress", "false"))
         except Exception as error:  # Java's own come in several types
             raise UserError(
-                f"--spark {master}: cannot be started ({_first_line(error)}); its lines above say more"
+                f"--spark {master}: cannot be started ({_first_line(error)}); see its output above"
             ) from error
 
     def __enter__(self) -> Spark:
@@ -129,6 +129,7 @@ def _read(where: Slice) -> Iterator[tuple[bytes | None, Any]]:
 
 
 def _by_place(row: tuple[bytes, tuple[int, Any]]) -> tuple[int, tuple[bytes, Any]]:
+    """A sequence with its id, keyed by the place of the part that wants it."""
     member, (place, sequence) = row
     return place, (member, sequence)
 

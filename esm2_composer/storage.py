@@ -6,7 +6,6 @@ An upload counts only when the object has been read back and has the same hash.
 from __future__ import annotations
 
 import logging
-import re
 import tempfile
 from pathlib import Path
 
@@ -19,7 +18,7 @@ DOWNLOAD_SECONDS = 300
 
 
 def is_remote(uri: str) -> bool:
-    return re.match(r"[\w+-]+:/", uri) is not None
+    return "://" in uri
 
 
 class StoreError(UserError):

@@ -48,7 +48,7 @@ class MaskedLanguageModel(ComposerModel):
         return taken
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
-        return {} if is_train else self._metrics  # in training they would cost a second forward pass
+        return {} if is_train else self._metrics  # Composer would compute them over all ranks at every update
 
     def update_metric(self, batch: Microbatch, outputs: torch.Tensor, metric: Metric) -> None:
         metric.update(outputs.float(), batch["targets"])

@@ -128,14 +128,14 @@ def _fill(model: ESM2, state: State, path: Path) -> ESM2:
     if unknown := sorted(state.keys() - expected.keys()):
         raise UserError(f"{path}: not an ESM-2, it has '{unknown[0]}'")
     if not state["rotary_bits"].view(torch.float32).isfinite().all():
-        raise UserError(f"{path}: its rotary frequencies hold what is no finite number")
+        raise UserError(f"{path}: its rotary frequencies hold NaN or infinity")
     tensors = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}
     tensors["rotary_bits"] = state["rotary_bits"].clone()
     for name, tensor in tensors.items():
         if tensor.isfinite().all():
             continue
         if not name.startswith("contact_head."):  # some published models have one of NaN, which is as good as none
-            raise UserError(f"{path}: '{name}' holds what is no finite number")
+            raise UserError(f"{path}: '{name}' holds NaN or infinity")
         tensors[name] = torch.zeros_like(tensor)
     model.load_state_dict(tensors, assign=True)
     model.contact_head.requires_grad_(False)

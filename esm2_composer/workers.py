@@ -30,7 +30,7 @@ class Workers(ProcessPoolExecutor):
 
     def stop(self) -> None:
         """End what is running, and all the rest."""
-        for process in multiprocessing.active_children():
+        for process in list((self._processes or {}).values()):
             process.kill()
         self.shutdown(cancel_futures=True)
 

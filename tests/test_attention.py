@@ -196,7 +196,7 @@ def test_auto_takes_triton_where_its_launchers_can_be_built(missing, monkeypatch
         assert caplog.messages == ["attention on cuda: triton"]
     else:
         assert (found.name, found.rotates) == ("torch", False)
-        told = f"attention: not by Triton, which lacks {what[missing]}"
+        told = f"attention: Triton cannot be used: {what[missing]} is missing"
         assert caplog.messages == [told, "attention on cuda: torch"]
 
 
@@ -241,7 +241,7 @@ def test_a_kernel_that_computes_something_else_here_is_told_and_not_taken(monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(attention, "rotated_error", lambda *_: float("nan"))
     assert select("auto", "cuda", torch.bfloat16).name == "torch"
-    assert caplog.messages == ["attention: not by Triton, whose kernel is off by nan on this GPU"]
+    assert caplog.messages == ["attention: Triton cannot be used: its kernel is off by nan on this GPU"]
     with pytest.raises(
         ValueError, match="'triton' is not available on cuda in bfloat16; available here: auto, cpu, t"
     ):
@@ -258,7 +258,7 @@ def test_a_kernel_that_cannot_be_compiled_is_told_and_hinders_no_other(monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
     monkeypatch.setattr(attention, "rotated_error", fail)
     assert select("auto", "cuda", torch.bfloat16).name == "torch"
-    assert caplog.messages == ["attention: not by Triton: RuntimeError: PassManager::run failed"]
+    assert caplog.messages == ["attention: Triton cannot be used: RuntimeError: PassManager::run failed"]
     caplog.clear()
     assert select("torch", "cuda", torch.bfloat16).name == "torch"
     assert not caplog.messages

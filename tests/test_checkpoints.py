@@ -27,7 +27,7 @@ from esm2_composer.checkpoints import (
 )
 from esm2_composer.config import Recipe, load_recipe
 from esm2_composer.errors import StoreAway, UserError
-from esm2_composer.saving import CheckpointSaver
+from esm2_composer.saving import CheckpointSaver, on_rank_zero
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +207,8 @@ def test_the_newest_checkpoint_is_found_by_a_recipe_that_trains_the_same(folder,
         save(folder, tmp_path, f"ep0-ba{update}-rank0.pt")
     free = (
         *("run_name=x", "max_duration=7000ba", "eval_interval=1ba", "device_microbatch_tokens=2048"),
-        *("save_interval=5ba", "save_num_checkpoints_to_keep=1", "precision=amp_fp16", "compile=true"),
-        *("model.attention=torch", "data.remote=/b", "data.local=/c", "data.cache_limit=9gb"),
+        *("save_interval=5ba", "save_num_checkpoints_to_keep=1", "precision=fp32", "compile=true"),
+        *("model.attention=cpu", "data.remote=/b", "data.local=/c", "data.cache_limit=9gb"),
         *("data.num_workers=0", "tensorboard_folder=null", "loggers.wandb.project=p"),
         "callbacks.best_checkpoints=1",
     )
@@ -243,7 +243,7 @@ def test_another_recipe_is_refused_with_the_difference(folder, recipe, tmp_path,
         ("", "recipe.yaml is damaged; put back the recipe of this run"),
         ("a: [", "recipe.yaml is damaged"),
         ("- 1", "recipe.yaml is damaged"),
-        ("global_train_batch_size: 2048\nseed: 17\n", "model.size was not told, is 8m"),  # cut short
+        ("global_train_batch_size: 2048\nseed: 17\n", "model.size was not set, is 8m"),  # cut short
     ],
 )
 def test_a_recipe_that_is_damaged_is_no_other_recipes(folder, recipe, tmp_path, content, message):
@@ -337,9 +337,29 @@ def test_a_store_that_is_away_is_waited_for_and_is_no_mistake(recipe, monkeypatc
         monkeypatch.setattr(patience.time, "sleep", lambda _: None)
         with pytest.raises(StoreAway, match="s3://bucket/run cannot be reached"):
             find_checkpoint(open_folder("s3://bucket/run"), True, recipe, False)
-    assert capsys.readouterr().err.count("trying again in") == len(patience.WAITS)
+        assert capsys.readouterr().err.count("trying again in") == len(patience.WAITS)
+        with pytest.raises(StoreAway, match="s3://bucket/run cannot be reached"):
+            Index.read(open_folder("s3://bucket/run"))
 
 
 def test_a_bucket_that_is_not_there_is_refused(store, recipe):
     with pytest.raises(UserError, match="s3://nowhere/run cannot be read and written"):
         find_checkpoint(open_folder("s3://nowhere/run"), True, recipe, False)
+
+
+@pytest.mark.parametrize("error", [UserError("mine"), StoreAway("theirs")])
+def test_what_rank_zero_fails_of_every_rank_fails_of(error, monkeypatch):
+    def fail() -> None:
+        raise error
+
+    def receive(outcome: list) -> None:
+        outcome[:] = sent
+
+    sent: list = []
+    monkeypatch.setattr("composer.utils.dist.broadcast_object_list", sent.extend)
+    with pytest.raises(type(error), match=str(error)):
+        on_rank_zero(fail)
+    monkeypatch.setattr("composer.utils.dist.get_global_rank", lambda: 1)
+    monkeypatch.setattr("composer.utils.dist.broadcast_object_list", receive)
+    with pytest.raises(type(error), match=str(error)):
+        on_rank_zero(lambda: pytest.fail("this is rank 1"))

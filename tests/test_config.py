@@ -165,7 +165,6 @@ def test_the_schedule_is_laid_out_for_the_duration_unless_it_is_told() -> None:
 
 def test_fsdp_2_is_given_nothing_it_would_ignore() -> None:
     assert "cannot replicate shards" in mistake("fsdp.version=2", "fsdp.data_parallel_shard_degree=2")
-    assert "always shards" in mistake("fsdp.version=2", "fsdp.sharding_strategy=NO_SHARD")
 
 
 def test_data_need_not_be_there_to_plan(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,22 @@ import pytest
 import torch
 from conftest import cluster
 from streaming import StreamingDataset
+from streaming.base.storage.download import LocalDownloader
 from streaming.base.world import World
 from test_epochs import lay_out_nodes
 from torch.utils.data import DataLoader
 
 from esm2_composer import alphabet
-from esm2_composer.data import ClusterDraw, Sequences, count_short_clusters, evaluation_loader, train_loader
-from esm2_composer.errors import UserError
+from esm2_composer.config import DataSection
+from esm2_composer.data import (
+    ClusterDraw,
+    Sequences,
+    check_cache,
+    count_short_clusters,
+    evaluation_loader,
+    train_loader,
+)
+from esm2_composer.errors import StoreAway, UserError
 from esm2_composer.masking import MaskingRule
 
 NOTHING_MASKED = MaskingRule(fraction=1e-15)
@@ -321,3 +331,36 @@ def test_clusters_that_are_all_short_are_counted(shards: Path, tmp_path: Path) -
         short = sum(length < min_length for length in longest)
         assert count_short_clusters(str(shards / "train"), min_length) == short
     assert count_short_clusters(str(shards), 5) is None
+
+
+def test_a_cache_of_the_remotes_own_shards_is_taken_and_others_are_refused(written: Path, tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        shutil.copytree(written, tmp_path / "remote" / split)
+    data = DataSection(str(tmp_path / "remote"), str(tmp_path / "cache"))
+    check_cache(data)
+    shutil.copytree(tmp_path / "remote", tmp_path / "cache")
+    check_cache(data)
+    index = tmp_path / "cache/valid/index.json"
+    index.write_text(index.read_text() + " ")
+    check_cache(data, ["train"])
+    with pytest.raises(UserError, match=f"data.local {data.local} holds other valid shards than data.remote"):
+        check_cache(data)
+    shutil.rmtree(tmp_path / "remote")
+    with pytest.raises(UserError, match="remote/train: cannot be opened as MDS shards"):
+        check_cache(data)
+
+
+def test_a_store_that_is_away_while_the_cache_is_compared_is_waited_for(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "valid"):
+        shutil.copytree(written, tmp_path / "cache" / split)
+
+    def away(*_: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("esm2_composer.patience.WAITS", (0,))
+    monkeypatch.setattr(LocalDownloader, "_download_file_impl", away)
+    with pytest.raises(StoreAway, match="no route to host"):
+        check_cache(DataSection(str(tmp_path / "remote"), str(tmp_path / "cache")))
+    assert capsys.readouterr().err.endswith("no route to host); trying again in 0 s\n")

@@ -312,6 +312,15 @@ def test_wrong_arguments_are_refused(shards, checkpoints, call, arguments, words
     assert_user_error(*call(tool.main, checkpoints["composer.pt"], *arguments), *words)
 
 
+@pytest.mark.parametrize("options", [(), ("--floors",)])
+def test_a_cache_of_other_shards_is_refused(shards, checkpoints, tmp_path, call, options):
+    split = "train" if options else "valid"  # what the floors alone read
+    (tmp_path / split).mkdir()
+    (tmp_path / split / "index.json").write_text((shards / split / "index.json").read_text() + " ")
+    arguments = ("--data", shards, "--local", tmp_path, *options)
+    assert_user_error(*call(tool.main, checkpoints["composer.pt"], *arguments), f"holds other {split} shards")
+
+
 @pytest.mark.parametrize("checkpoint", [Path("/nowhere"), None])
 def test_a_mistake_on_many_ranks_ends_with_its_code(shards, checkpoints, tmp_path, checkpoint):
     """Told by each rank before they meet (no such weights), or after (no such shards)."""

@@ -325,5 +325,5 @@ def test_a_view_must_look_up_by_index_too(tmp_path: Path, view: str, indexed: bo
         with pytest.raises(UserError, match="no index on 'id'"):
             Sequences(tmp_path / "p.db")
     if indexed:
-        with pytest.raises(UserError, match="rows of table 'protein' cannot be told by number; is it a view"):
+        with pytest.raises(UserError, match="table 'protein' has no row numbers; is it a view"):
             protein_rows(tmp_path / "p.db")

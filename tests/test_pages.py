@@ -25,8 +25,8 @@ from test_spark import needs_java
 from test_storage import Bucket, bucket  # noqa: F401
 from transformers import AutoModelForMaskedLM
 
+from esm2_composer.errors import EXIT_PREEMPTED
 from esm2_composer.fasta import read_fasta
-from esm2_composer.preemption import EXIT_PREEMPTED
 
 SMALL = {
     "--nproc 8": "--nproc 2",

@@ -147,6 +147,16 @@ def test_a_dry_run_on_one_rank_tells_of_those_that_the_degrees_make():
     assert "memory a GPU, of 1:" in describe(recipe("8m"), 1)
     with pytest.raises(UserError, match="3 GPUs cannot share global_train_batch_size 2048 equally; 2 can"):
         describe(recipe("8m"), 3)
+    with pytest.raises(UserError, match="data_parallel_shard_degree 3 does not make the 8 ranks"):
+        describe(recipe("3b", "fsdp.data_parallel_shard_degree=3"), 8)
+
+
+def test_weights_to_go_on_from_are_read_once(tmp_path, monkeypatch):
+    ESM2(ESM2Config(num_layers=2, hidden_size=32, num_heads=2, ffn_hidden_size=64)).save_hf(tmp_path / "mine")
+    read, calls = ESM2.from_pretrained, []
+    monkeypatch.setattr(ESM2, "from_pretrained", lambda path: calls.append(path) or read(path))
+    report(recipe("8m", "model.size=null", f"model.init_from={tmp_path}/mine"), 4, "h100")
+    assert calls == [f"{tmp_path}/mine"]
 
 
 @pytest.mark.parametrize("tell", [describe, lambda recipe, ranks: report(recipe, ranks, "h100")])

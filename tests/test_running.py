@@ -10,9 +10,9 @@ import yaml
 from conftest import ROOT
 
 from esm2_composer.config import load_recipe
+from esm2_composer.errors import EXIT_DIVERGED, EXIT_PREEMPTED
 from esm2_composer.plan import report
-from esm2_composer.preemption import EXIT_PREEMPTED, GRACE
-from train import EXIT_DIVERGED
+from esm2_composer.preemption import GRACE
 
 TEXT = (ROOT / "docs/running.md").read_text()
 SLURM = (ROOT / "docs/jobs/slurm.sh").read_text()

@@ -17,10 +17,10 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from outcomes import assert_same_weights, assert_user_error, final_weights, losses
 from werkzeug.serving import make_server
 
+from esm2_composer.errors import EXIT_FAILURE
 from esm2_composer.model import ESM2
 from esm2_composer.preemption import GRACE
 from esm2_composer.saving import WAITS_LEAVING
-from train import EXIT_NOT_SAVED
 
 
 class Store:
@@ -198,7 +198,7 @@ def test_a_run_told_to_leave_that_cannot_save_does_not_say_it_has(shards, tmp_pa
         run.launcher.rlimit(psutil.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))  # files that grow no further
         run.launcher.terminate()
         code, _ = run.end()
-    assert code == EXIT_NOT_SAVED, "".join(run.lines)
+    assert code == EXIT_FAILURE, "".join(run.lines)
     assert "error: told to leave, and what was trained" in "".join(run.lines)
     assert not list((tmp_path / "runs/demo/checkpoints").glob("ep*"))
 

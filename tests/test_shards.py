@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from esm2_composer import shards
 from esm2_composer.data import ClusterDraw, cache_needed, evaluation_loader, train_loader
-from esm2_composer.errors import UserError
+from esm2_composer.errors import StoreAway, UserError
 from esm2_composer.masking import MaskingRule
 from esm2_composer.records import COLUMNS
 from esm2_composer.shards import SHARED_MEMORY, ShardBounds
@@ -163,7 +163,7 @@ def test_a_store_that_is_away_is_waited_for_and_is_no_mistake(
     with pytest.raises(RuntimeError, match="shards cannot be fetched"):
         contents(loader)
     assert sum(waits) >= 30
-    with pytest.raises(ConnectionError, match=r"index\.json cannot be reached"):
+    with pytest.raises(StoreAway, match=r"index\.json cannot be reached"):
         train_loader(DRAW, bucket, str(tmp_path / "other"), 32, num_workers=0)
 
 
@@ -225,7 +225,7 @@ def test_a_shard_that_does_not_stay_is_an_error_that_names_the_setting(
     loader = train_loader(DRAW, None, fresh(), BATCH, num_workers=0)
     monkeypatch.setattr(loader.dataset, "prepare_shard", lambda shard_id: None)
     loader.dataset.cache_limit = 10_000
-    with pytest.raises(UserError, match=r"gone as soon.*data\.cache_limit is too low"):
+    with pytest.raises(UserError, match=r"evicted again.*data\.cache_limit is too low"):
         loader.dataset[0]
 
 

@@ -118,7 +118,7 @@ def test_rotary_frequencies_that_are_no_numbers_are_refused(model, tmp_path):
     for layer in reference.esm.encoder.layer:
         layer.attention.self.rotary_embeddings.inv_freq.fill_(torch.nan)
     reference.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="rotary frequencies hold what is no finite number"):
+    with pytest.raises(UserError, match="rotary frequencies hold NaN or infinity"):
         ESM2.from_pretrained(tmp_path)
 
 
@@ -256,7 +256,7 @@ def set_config(key, value):
         (change("lm_head.dense.weight", lambda weight: weight[:, :-1]), "has shape"),
         (change(KEY, lambda weight: weight[:, :-1]), "not an ESM-2"),
         (change(KEY, lambda weight: weight[:-1]), "has shape"),
-        (change(KEY, lambda weight: weight / 0), "no finite number"),
+        (change(KEY, lambda weight: weight / 0), "holds NaN or infinity"),
         (change("lm_head.decoder.weight", torch.randn_like), "whose 'lm_head.decoder.weight' is its embedding"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),

@@ -1,5 +1,6 @@
 """workers.py: Ctrl-C does not reach the processes, and an error ends them whatever they do."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -37,6 +38,16 @@ def test_an_error_does_not_wait_for_what_runs():
 
     with pytest.raises(ValueError, match="mine"):
         fail()
+
+
+def test_only_its_own_processes_are_ended():
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(3600,))
+    other.start()
+    with Workers(1) as pool:
+        pool.submit(time.sleep, 3600)
+        pool.stop()
+    assert other.is_alive()
+    other.kill()
 
 
 def test_each_process_is_prepared():

@@ -59,7 +59,7 @@ def main() -> None:
         raise UserError(f"--layer {layer}: {args.model} has layers 0 to {layers}")
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
-            raise UserError(f"{args.model}: '{name}' holds what is no finite number")
+            raise UserError(f"{args.model}: '{name}' holds NaN or infinity")
     found = survey(args.fasta, args.max_length, args.max_reject_fraction)
     print_survey(found, args.max_length)
     if found.over_limit and args.long == "refuse":

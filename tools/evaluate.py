@@ -18,7 +18,8 @@ from typing import Any
 
 from esm2_composer import preemption
 from esm2_composer.config import DataSection
-from esm2_composer.errors import UserError, run_command
+from esm2_composer.errors import OneLine, UserError, run_command
+from esm2_composer.storage import is_remote
 
 SEQUENCES_A_RANK = 64  # taken up at a time
 SHOWN = {"at_mask": "  that show <mask>", "at_residue": "  that show a residue"}
@@ -27,7 +28,7 @@ SHOWN = {"at_mask": "  that show <mask>", "at_residue": "  that show a residue"}
 def main() -> None:
     try:
         evaluate_checkpoint()
-    except UserError:
+    except OneLine:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             preemption.let_rank_zero_leave_first()
         raise
@@ -57,7 +58,7 @@ def evaluate_checkpoint() -> None:
     import torch
     from composer.utils import dist
 
-    from esm2_composer.data import ClusterDraw, evaluation_loader
+    from esm2_composer.data import ClusterDraw, check_cache, evaluation_loader
     from esm2_composer.evaluation import data_floors, evaluate
     from esm2_composer.masking import MaskingRule
     from esm2_composer.model import ESM2
@@ -69,6 +70,7 @@ def evaluate_checkpoint() -> None:
     if ranks > 1:
         dist.initialize_dist("gpu" if on_gpu else "cpu", timeout=1800)
     device = torch.device("cuda", dist.get_local_rank()) if on_gpu else torch.device("cpu")
+    check_cache(data, [args.split])
     rule = MaskingRule(all_tokens=args.replacement == "all_tokens")
     draw = ClusterDraw(args.seed, args.max_length, data.min_length, rule)
     loader = evaluation_loader(draw, *data.split(args.split), SEQUENCES_A_RANK * ranks, num_workers=0)
@@ -96,7 +98,7 @@ def check(args: argparse.Namespace, data: DataSection) -> None:
         raise UserError(f"--microbatch-tokens {args.microbatch_tokens} must hold a sequence of {args.max_length}")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} must be at least 0")
-    if "://" in data.remote:
+    if is_remote(data.remote):
         if not data.local:
             raise UserError(f"--data {args.data} needs --local, a folder for its cache")
         return

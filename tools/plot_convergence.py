@@ -25,6 +25,7 @@ from typing import Any
 
 from esm2_composer.config import DataSection
 from esm2_composer.errors import UserError, refuse_existing, run_command
+from esm2_composer.storage import is_remote
 
 PERPLEXITY = "metrics/valid/perplexity"
 
@@ -87,7 +88,7 @@ def main() -> None:
         raise UserError(f"--out {args.out} must end in .png, .pdf or .svg")
     if args.out:
         refuse_existing(args.out)
-    if args.data and "://" in args.data and not args.local:
+    if args.data and is_remote(args.data) and not args.local:
         raise UserError(f"--data {args.data} needs --local, a folder for its cache")
 
     runs = name_apart([read_run(folder) for folder in args.runs], args.runs)
@@ -190,7 +191,7 @@ def name_apart(runs: list[Run], folders: list[Path]) -> list[Run]:
 
 
 def same_place(a: str, b: str) -> bool:
-    return a.rstrip("/") == b.rstrip("/") if "://" in a + b else os.path.realpath(a) == os.path.realpath(b)
+    return a.rstrip("/") == b.rstrip("/") if is_remote(a + b) else os.path.realpath(a) == os.path.realpath(b)
 
 
 def read_data(data: str, local: str | None, runs: list[Run]) -> tuple[dict[str, float], int]:
@@ -199,7 +200,7 @@ def read_data(data: str, local: str | None, runs: list[Run]) -> tuple[dict[str, 
     from esm2_composer.masking import MaskingRule
 
     section = DataSection(remote=data, local=local)
-    for split in () if "://" in data else ("train", "valid"):
+    for split in () if is_remote(data) else ("train", "valid"):
         if not (Path(data) / split / "index.json").is_file():
             raise UserError(f"{data} holds no {split} shards ({split}/index.json)")
     rules = [  # how many are selected does not matter
