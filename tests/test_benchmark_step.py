@@ -306,6 +306,8 @@ def test_what_is_best_adds_up_to_the_models_operations_and_bytes():
     assert (best["attention"] + best["matrix products"]) * 780e12 == pytest.approx(flops)
     assert best["attention"] * 780e12 == pytest.approx(12 * 33 * 1280 * (300**2 + 700**2))
     assert best[profile.OTHER] * 4.3e12 == pytest.approx(120 * 33 * 1280 * 1000)
+    sharded = profile.at_best(work, H200, sharded=True)
+    assert sharded[profile.OTHER] * 4.3e12 == pytest.approx(96 * 33 * 1280 * 1000), "its residual stream is bf16"
     assert best["optimizer"] * 4.3e12 == pytest.approx(40 * 651e6, rel=1e-3)
 
 

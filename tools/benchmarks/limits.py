@@ -43,15 +43,17 @@ def compute_type(device: str) -> torch.dtype:
 
 
 def seconds_of(work: Callable[[], object], device: str) -> float:
-    """The median of several times, after some that warm up."""
-    times = []
+    """The median of several times, after some that warm up; of a GPU's, each the mean of many in a row: launching
+    takes time too, and a GPU that has rested is faster than one that works."""
+    times, row = [], 20 if device == "cuda" else 1
     for turn in range(13):
         synchronize(device)
         start = time.perf_counter()
-        work()
+        for _ in range(row):
+            work()
         synchronize(device)
         if turn >= 3:
-            times.append(time.perf_counter() - start)
+            times.append((time.perf_counter() - start) / row)
     return statistics.median(times)
 
 

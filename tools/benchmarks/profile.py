@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "steps": work.steps,
         "real_tokens_per_step": _mean(sum(lengths) for lengths in _profiled(work)),
         **found,
-        "at_best": at_best(work, limits),
+        "at_best": at_best(work, limits, args.sharded),
     }
 
 
@@ -138,7 +138,7 @@ def kernels(profiler: Any) -> dict[str, float]:
     return parts
 
 
-def at_best(work: Work, limits: Limits) -> dict[str, float]:
+def at_best(work: Work, limits: Limits, sharded: bool = False) -> dict[str, float]:
     """Seconds of a step that each part takes at the limits measured: its operations at the speed of a large
     product, or its bytes at that of a large copy, whichever limits it."""
     c = SIZES[work.size]
@@ -147,13 +147,14 @@ def at_best(work: Work, limits: Limits) -> dict[str, float]:
     tokens = _mean(map(sum, batches))
     attention = _mean(model.flops(lengths, 0) for lengths in batches) - _products(c) * tokens
     head = model.flops([], round(0.15 * tokens))
+    itemsize = compute_type(work.device).itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "attention": attention / limits.product_flops,
         # AdamW reads weight, gradient and two moments and writes three; clipping reads and scales gradients.
         "optimizer": (28 + 12) * trained / limits.copy_bytes,
         "matrix products": (_products(c) * tokens + head) / limits.product_flops,
-        OTHER: _pointwise_bytes(c, compute_type(work.device).itemsize) * tokens / limits.copy_bytes,
+        OTHER: _pointwise_bytes(c, itemsize, itemsize if sharded else 4) * tokens / limits.copy_bytes,
         REST: 0.0,
     }
 
@@ -163,15 +164,16 @@ def _products(c: Any) -> int:
     return 6 * c.num_layers * (4 * c.hidden_size**2 + 2 * c.hidden_size * c.ffn_hidden_size)
 
 
-def _pointwise_bytes(c: Any, itemsize: int) -> float:
+def _pointwise_bytes(c: Any, itemsize: int, residual: int) -> float:
     """Bytes a token that the layers' norms, sums, rotations and GELUs move, forward and backward, if what lies
-    between two products is one pass that reads its inputs and writes its outputs once, without FSDP.
+    between two products is one pass that reads its inputs and writes its outputs once.
 
-    In hidden sizes: 12 times the fp32 residual stream or its gradient; 16 times numbers of `itemsize`; and 5 times
-    the width of the feed-forward in such (GELU reads and writes once, its gradient reads twice and writes once).
+    In hidden sizes: 12 times the residual stream or its gradient, `residual` bytes a number; 16 times numbers of
+    `itemsize`; and 5 times the width of the feed-forward in such (GELU reads and writes once, its gradient reads
+    twice and writes once).
     """
     wide = c.ffn_hidden_size / c.hidden_size
-    return c.num_layers * c.hidden_size * (4 * 12 + itemsize * (16 + 5 * wide))
+    return c.num_layers * c.hidden_size * (12 * residual + itemsize * (16 + 5 * wide))
 
 
 def table(result: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ from esm2_composer.plan import GPU, fitting_microbatch, make_plan, skeleton
 LONGEST = 1024
 ON_CPU = 16 * LONGEST  # tokens of a microbatch: one of transformers' batches of 16
 NAME = 58  # letters of a contender's name
-ON_GPU = 64 * LONGEST  # at most: from half of that on, more hardly speed a GPU up
+ON_GPU = 64 * LONGEST  # from half of that on, more hardly speed a GPU up
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,9 @@ def add_work_arguments(parser: argparse.ArgumentParser) -> None:
         "--sequences", type=int, help="a batch; by default 16 on a CPU, on a GPU a full microbatch"
     )
     parser.add_argument(
-        "--microbatch-tokens", type=int, help="by default what `plan` finds room for, at most 65,536"
+        "--microbatch-tokens",
+        type=int,
+        help="by default what `plan` finds room for, at most 65,536 or the recipe's",
     )
     parser.add_argument("--steps", type=int, help="that count, a round; by default 2 on a CPU, 20 on a GPU")
 
@@ -135,7 +137,7 @@ def _by_plan(size: str, limits: Limits) -> int:
     fitting = fitting_microbatch(recipe, make_plan(recipe, 1, gpu, mfu=0.4), gpu)
     if fitting < LONGEST:
         raise UserError(f"--size {size}: weights and optimizer leave no room on {limits.device}")
-    return min(ON_GPU, fitting)
+    return min(max(ON_GPU, recipe.device_microbatch_tokens), fitting)
 
 
 def _batch(sequences: int | None, microbatch: int, seed: int) -> list[int]:
