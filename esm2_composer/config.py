@@ -163,10 +163,26 @@ class Recipe:
 
 # What may differ between a checkpoint and the run that resumes it; all else decides what is trained.
 FREE = (
-    *("run_name", "max_duration", "eval_interval", "device_microbatch_tokens", "precision", "compile", "fp8"),
-    *("save_folder", "save_interval", "save_num_checkpoints_to_keep", "autoresume", "tensorboard_folder"),
-    *("model.attention", "data.remote", "data.local", "data.cache_limit", "data.num_workers"),
-    *("fsdp", "loggers", "callbacks"),
+    "run_name",
+    "max_duration",
+    "eval_interval",
+    "device_microbatch_tokens",
+    "precision",
+    "compile",
+    "fp8",
+    "save_folder",
+    "save_interval",
+    "save_num_checkpoints_to_keep",
+    "autoresume",
+    "tensorboard_folder",
+    "model.attention",
+    "data.remote",
+    "data.local",
+    "data.cache_limit",
+    "data.num_workers",
+    "fsdp",
+    "loggers",
+    "callbacks",
 )
 
 

@@ -129,8 +129,11 @@ def _write_plan(
             parts, clusters, members = parts + 1, clusters + starts, members + named
     rows, empty = _count_rows(database) if layout.rows_are_clusters else (0, 0)
     return {
-        **{"parts": parts, "clusters": clusters, "members": members},
-        **{"rows": rows, "rows_without_members": empty},
+        "parts": parts,
+        "clusters": clusters,
+        "members": members,
+        "rows": rows,
+        "rows_without_members": empty,
     }
 
 

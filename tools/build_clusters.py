@@ -41,7 +41,12 @@ def main() -> None:
     from esm2_composer.clustering import build_clusters
 
     report = build_clusters(
-        *(args.fasta, args.out, args.valid_fraction, args.seed, args.threads, args.max_reject_fraction),
+        args.fasta,
+        args.out,
+        valid_fraction=args.valid_fraction,
+        seed=args.seed,
+        threads=args.threads,
+        max_reject_fraction=args.max_reject_fraction,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     for name, count in report["counts"].items():

@@ -50,7 +50,14 @@ def main() -> None:
     options = Options(args.split, args.max_members_per_cluster, args.seed or 0)
     with open_spark(args.spark) as spark, contextlib.closing(show):
         conversion = convert(
-            *(layout, args.out, options, args.max_reject_fraction, args.workers, args.scratch, show), engine=spark
+            layout,
+            args.out,
+            options,
+            max_reject_fraction=args.max_reject_fraction,
+            workers=args.workers,
+            scratch=args.scratch,
+            progress=show,
+            engine=spark,
         )
     print_summary(args.split, conversion)
 

@@ -317,7 +317,9 @@ def draw(runs: list[Run], published: dict[str, dict[int, float]], levels: dict[s
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(color=faint, labelcolor=ink, labelsize=9)
     figure.text(
-        *(0.07, 0.10 / height, caption),
+        0.07,
+        0.10 / height,
+        caption,
         fontsize=7,
         color="0.3",
         va="bottom",
