@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -20,6 +21,8 @@ from benchmarks.contenders import (
     Outcome,
     Work,
     contenders,
+    esm_efficient,
+    flat_microbatches,
     knows_sdpa,
     make_trainer,
     ours,
@@ -66,6 +69,53 @@ def test_padded_batches_hold_the_same_sequences_and_masks_within_their_slots(wid
         labels += [each[: len(row[row != PAD])] for row, each in zip(inputs, targets, strict=True)]
     assert torch.equal(torch.cat(tokens), share["tokens"].long())
     assert torch.equal(torch.cat(labels), share["labels"].long())
+
+
+@pytest.mark.parametrize("slots", [60, 10**6])
+def test_flat_batches_hold_the_same_sequences_and_masks_within_their_slots(slots):
+    lengths = [30, 7, 31, 29, 5]
+    share = share_of(lengths)
+    tokens, cu_seqlens, labels = zip(*flat_microbatches(lengths, slots), strict=True)
+    assert max(map(len, tokens)) <= slots
+    assert len(tokens) == (1 if slots > 102 else 3)
+    assert torch.cat([each.diff() for each in cu_seqlens]).tolist() == lengths
+    assert torch.equal(torch.cat(tokens), share["tokens"].long())
+    assert torch.equal(torch.cat(labels), share["labels"].long())
+
+
+class LikeEsmEfficient(torch.nn.Module):
+    """Called as esm-efficient's model is, and calling flash-attn as it does."""
+
+    def __init__(self, num_layers, embed_dim, attention_heads, dtype):
+        super().__init__()
+        self.shape = (attention_heads, embed_dim // attention_heads)
+        self.embed_tokens = torch.nn.Embedding(33, embed_dim, dtype=dtype)
+
+    def forward(self, tokens, pad_args):
+        from flash_attn import flash_attn_varlen_func
+
+        x = self.embed_tokens(tokens)
+        q = x.view(-1, *self.shape)
+        lengths = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), pad_args[0])
+        lengths |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), pad_args[1])
+        mixed = flash_attn_varlen_func(q, q, q, **lengths, dropout_p=0.0, causal=False)
+        return (x + mixed.flatten(1)) @ self.embed_tokens.weight.T
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_esm_efficient_trains_without_padding(real, monkeypatch):
+    for name in ("flash_attn", "flash_attn.bert_padding"):
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *of: None if "flash" in name else find(name, *of))
+    if real and find("esme") is None:
+        pytest.skip("esm-efficient is not installed")
+    if not real:
+        monkeypatch.setitem(sys.modules, "esme", SimpleNamespace(ESM2=LikeEsmEfficient))
+    found = esm_efficient(TINY)
+    assert found.attention == "cpu"
+    assert len(found.seconds) == TINY.steps
 
 
 def test_a_gpu_gets_batches_that_fill_a_microbatch_of_the_size_that_plan_finds():
@@ -205,7 +255,7 @@ def test_transformers_without_sdpa_takes_part_with_it_too(knows, monkeypatch):
     on_cpu = [f"{peer}, padded to {width}" for peer in peers for width in ("1024", "longest")]
     ours = ["esm2_composer", "esm2_composer, compiled"]
     assert [name for name in contenders("cpu", "650m") if "faesm" not in name] == ours + on_cpu
-    optional = ("faesm", "flash-attn", "fp8")
+    optional = ("faesm", "esm-efficient", "flash-attn", "fp8")
     everywhere = {*ours, *on_cpu, *(f"{name}, compiled" for name in on_cpu)}
     everywhere |= {"esm2_composer, compiled, torch's attention"}
     for size, more in (("8m", set()), ("650m", {"esm2_composer, compiled, FSDP"})):  # as the recipes have it

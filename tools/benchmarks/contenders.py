@@ -12,13 +12,16 @@ import dataclasses
 import importlib.util
 import itertools
 import resource
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,6 +37,7 @@ from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, SIZES
 from esm2_composer.weights import hugging_face_config
 
+LONGEST = 1024  # tokens of a sequence
 YAMLS = Path(__file__).parents[2] / "yamls"
 
 
@@ -74,7 +78,7 @@ def contenders(device: str, size: str) -> dict[str, Callable[[Work], Outcome]]:
         for compiled in (False, True) if device == "cuda" else (False,):
             end = ", compiled" if compiled else ""
             plain = partial(padded, compiled=compiled, attention=chosen)
-            found |= {f"{model}, padded to 1024{end}": partial(plain, width=1024)}
+            found |= {f"{model}, padded to 1024{end}": partial(plain, width=LONGEST)}
             found |= {f"{model}, padded to longest{end}": plain}
     if device == "cuda" and recipe_of(size, sharded=True).fsdp is not None:
         found["esm2_composer, compiled, FSDP"] = partial(ours, compiled=True, sharded=True)
@@ -87,6 +91,8 @@ def contenders(device: str, size: str) -> dict[str, Callable[[Work], Outcome]]:
         found["transformers, flash-attn"] = partial(padded, attention="flash_attention_2")
     if importlib.util.find_spec("faesm"):
         found["faesm, padded to longest"] = partial(padded, make=faesm)
+    if device == "cuda" and importlib.util.find_spec("esme"):
+        found["esm-efficient, no padding"] = esm_efficient
     return found
 
 
@@ -195,7 +201,7 @@ def ours(
     return outcome(ends, before, work, used.name)
 
 
-# Models on padded batches
+# Peers
 
 
 def knows_sdpa() -> bool:
@@ -250,10 +256,63 @@ def padded(
     attention: str | None = None,
     make: Callable[[str, str | None], tuple[torch.nn.Module, str]] = transformers_esm,
 ) -> Outcome:
-    """A plain training loop on batches padded to `width` tokens, or to the longest of a microbatch."""
-    o = recipe_of(work.size).optimizer
+    """On batches padded to `width` tokens, or to the longest of a microbatch."""
     with torch.device(work.device):
         model, used = make(work.size, attention)
+    # transformers 4.53 keeps the last length, and is compiled anew for each: beyond torch's limit, not at all.
+    torch._dynamo.config.recompile_limit = 64
+    forward = torch.compile(model, dynamic=width is None) if compiled else model
+    batches = [padded_microbatches(lengths, width, work.microbatch_tokens) for lengths in work.batches]
+
+    def logits(inputs: torch.Tensor) -> torch.Tensor:
+        return forward(input_ids=inputs, attention_mask=(inputs != PAD).long())["logits"]
+
+    return train_plainly(work, model, logits, batches, used)
+
+
+def esm_efficient(work: Work) -> Outcome:
+    """On batches without padding, as ours; where flash-attn is not installed, on the kernel of it in torch."""
+    used = "flash-attn" if importlib.util.find_spec("flash_attn") else stand_in_for_flash_attn(work)
+    from esme import ESM2 as EsmEfficient
+
+    c = SIZES[work.size]
+    with torch.device(work.device):
+        model = EsmEfficient(c.num_layers, c.hidden_size, c.num_heads, dtype=torch.float32)
+    batches = [flat_microbatches(lengths, work.microbatch_tokens) for lengths in work.batches]
+
+    def logits(tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        return model(tokens, pad_args=(cu_seqlens, LONGEST))
+
+    return train_plainly(work, model, logits, batches, used)
+
+
+def stand_in_for_flash_attn(work: Work) -> str:
+    """Let `import flash_attn` find torch's kernel. Returns its name."""
+    c, dtype = SIZES[work.size], torch.bfloat16 if work.device == "cuda" else torch.float32
+    chosen = "torch" if work.device == "cuda" else "cpu"
+    attention = select_attention(chosen, work.device, dtype, c.num_heads, c.head_size)
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, max_seqlen_q, **_):
+        return attention.kernel(q, k, v, cu_seqlens_q, max_seqlen_q)
+
+    package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
+    package.flash_attn_varlen_func = flash_attn_varlen_func
+    padding.pad_input = padding.unpad_input = None  # nothing is padded
+    for module in (package, padding):
+        module.__spec__ = ModuleSpec(module.__name__, None)  # others ask whether there is one
+        sys.modules[module.__name__] = module
+    return attention.name
+
+
+def train_plainly(
+    work: Work,
+    model: torch.nn.Module,
+    logits: Callable[..., torch.Tensor],
+    batches: list[list[tuple[torch.Tensor, ...]]],
+    attention: str,
+) -> Outcome:
+    """A training loop in plain PyTorch on microbatches (*inputs, labels); `logits` makes those of all places."""
+    o = recipe_of(work.size).optimizer
     model = model.to(work.device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -261,32 +320,46 @@ def padded(
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, o.lr, o.betas, o.eps, o.weight_decay, fused=True)
-    # transformers 4.53 keeps the last length, and is compiled anew for each: beyond torch's limit, not at all.
-    torch._dynamo.config.recompile_limit = 64
-    forward = torch.compile(model, dynamic=width is None) if compiled else model
-    batches = [padded_microbatches(lengths, width, work.microbatch_tokens) for lengths in work.batches]
-    counts = [sum(int((labels != PAD).sum()) for _, labels in microbatches) for microbatches in batches]
+    counts = [sum(int((labels != PAD).sum()) for *_, labels in microbatches) for microbatches in batches]
     ends: list[float] = []
     before = resident_bytes()
     for step in range(work.warmup + work.steps):
         microbatches, masked = batches[step % len(batches)], counts[step % len(batches)]
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=work.device)
-        for inputs, labels in microbatches:
-            inputs, labels = (x.to(work.device, non_blocking=True) for x in (inputs, labels))
+        for microbatch in microbatches:
+            *inputs, labels = (x.to(work.device, non_blocking=True) for x in microbatch)
             with torch.autocast(work.device, torch.bfloat16, enabled=work.device == "cuda"):
-                logits = forward(input_ids=inputs, attention_mask=(inputs != PAD).long())["logits"]
+                found = logits(*inputs).flatten(0, -2)
             labels = labels.flatten()
-            loss = (
-                F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=PAD, reduction="sum") / masked
-            )
+            loss = F.cross_entropy(found.float(), labels, ignore_index=PAD, reduction="sum") / masked
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(parameters, o.clip_norm)
         optimizer.step()
         assert total.isfinite()
         ends.append(time.perf_counter())
-    return outcome(ends, before, work, used)
+    return outcome(ends, before, work, attention)
+
+
+def flat_microbatches(lengths: list[int], slots: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(tokens int64 (T,), cu_seqlens int32 (B+1,), labels int64 (T,)) of as many sequences in their order as
+    `slots` hold."""
+    share = share_of(lengths)
+    tokens, labels = (share[key].long().split(lengths) for key in ("tokens", "labels"))
+    piles: list[list[int]] = [[]]
+    for i, length in enumerate(lengths):
+        if sum(lengths[j] for j in piles[-1]) + length > slots:
+            piles.append([])
+        piles[-1].append(i)
+    return [
+        (
+            torch.cat([tokens[i] for i in pile]),
+            torch.tensor([0, *(lengths[i] for i in pile)]).cumsum(0).int(),
+            torch.cat([labels[i] for i in pile]),
+        )
+        for pile in piles
+    ]
 
 
 def padded_microbatches(

@@ -1,10 +1,10 @@
 """Training steps (forward, backward, clip, AdamW) of one model on the same sequences of UniRef-like lengths, by
 this project through Composer's Trainer and by transformers' EsmForMaskedLM in plain PyTorch, padded to 1,024 and
 to the longest of a microbatch (a transformers without sdpa for ESM takes part as it is, and with sdpa patched in);
-on a GPU compiled too, and ours under FSDP as its recipe has it, on torch's attention, in fp8, with flash-attn, and
-faesm, as far as torchao and these are installed: real
-tokens a second, the model's operations as a share of the peak and of a matrix product measured in the same run
-(operations on real tokens only, the same number for all), and peak memory.
+on a GPU compiled too, ours under FSDP as its recipe has it, on torch's attention, in fp8, with flash-attn, and
+faesm and esm-efficient, as far as torchao and these are installed: real tokens a second, the model's operations as
+a share of the peak and of a matrix product measured in the same run (operations on real tokens only, the same
+number for all), and peak memory.
 
 Every contender runs in a process of its own, the contenders in turns, so that none profits from another's memory
 or from a quiet moment of the machine. On a CPU peak memory is what the steps added to the process; on a GPU it is
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.contenders import Failure, Outcome, Work, contenders, piles_of, recipe_of, run_contender
+from benchmarks.contenders import LONGEST, Failure, Outcome, Work, contenders, piles_of, recipe_of, run_contender
 from benchmarks.lengths import uniref_like_lengths
 from benchmarks.limits import Limits, measure_limits
 
@@ -35,7 +35,6 @@ from esm2_composer.errors import UserError
 from esm2_composer.model import SIZES
 from esm2_composer.plan import GPU, fitting_microbatch, make_plan, skeleton
 
-LONGEST = 1024
 ON_CPU = 16 * LONGEST  # tokens of a microbatch: one of transformers' batches of 16
 NAME = 58  # letters of a contender's name
 ON_GPU = 64 * LONGEST  # from half of that on, more hardly speed a GPU up
