@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from esm2_composer import preemption
 from esm2_composer.config import Recipe
+from esm2_composer.ranks import cpu_group
 from esm2_composer.task import MaskedLanguageModel
 
 LOSS = "loss/train/total"
@@ -39,7 +40,7 @@ class Preemption(Callback):
 
     def __init__(self) -> None:
         # Not the default group: on GPUs that is NCCL's, and asking it would make the GPU wait.
-        self._group = torch.distributed.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self._group = cpu_group()
         self._fitting = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -154,7 +155,7 @@ class TokenMonitor(Callback):
 
     def __init__(self, model: MaskedLanguageModel, microbatch_tokens: int) -> None:
         self._model, self._microbatch_tokens = model, microbatch_tokens
-        self._group = torch.distributed.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self._group = cpu_group()
         self._counts = (0, 0)
 
     def batch_start(self, state: State, logger: Logger) -> None:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from esm2_composer import alphabet
 from esm2_composer.data import Sequences
+from esm2_composer.ranks import cpu_group
 
 Microbatch = dict[str, Any]  # see `pack`
 
@@ -141,7 +142,7 @@ class Pool:
     def __init__(self, microbatch_tokens: int) -> None:
         self._microbatch_tokens = microbatch_tokens
         # The default group may be NCCL's, which has no CPU tensors.
-        self._group = torch.distributed.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self._group = cpu_group()
 
     def __call__(self, share: Sequences) -> dict[str, Any]:
         """The rank's new share, cut into microbatches (see `pack`), with its own counts."""

@@ -7,9 +7,7 @@ import dataclasses
 import hashlib
 import logging
 import os
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from composer import Evaluator, Trainer
@@ -37,7 +35,7 @@ from esm2_composer.checkpoints import (
     take_over,
     updates,
 )
-from esm2_composer.config import DataSection, FSDPSection, ModelSection, Recipe, batches, flatten
+from esm2_composer.config import DataSection, ModelSection, Recipe, batches, flatten
 from esm2_composer.data import (
     ClusterDraw,
     canonical_nodes,
@@ -49,14 +47,15 @@ from esm2_composer.data import (
 )
 from esm2_composer.errors import UserError, naming
 from esm2_composer.fp8 import use_fp8
-from esm2_composer.gradients import DivideByRanks, means_are_sums
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, SIZES, ESM2Config
 from esm2_composer.optim import build_adamw, build_schedule
 from esm2_composer.plan import GPUS
 from esm2_composer.pool import data_spec
 from esm2_composer.preemption import shelter_worker
-from esm2_composer.saving import CheckpointSaver, on_rank_zero
+from esm2_composer.ranks import on_rank_zero, say
+from esm2_composer.saving import CheckpointSaver
+from esm2_composer.sharding import DivideByRanks, means_are_sums, parallelism_of
 from esm2_composer.task import MaskedLanguageModel
 
 
@@ -98,7 +97,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     if recipe.fp8 and on_gpu:
         use_fp8(net)
     elif recipe.fp8:
-        _say("no GPU here: training without fp8")
+        say("no GPU here: training without fp8")
     make_cache(recipe.data)
     if recipe.loggers.wandb is not None:
         check_wandb()
@@ -134,7 +133,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     saver.pin_data(digest_of_all_nodes(recipe.data))
 
     if recipe.data.min_length > 1 and not dist.get_global_rank():
-        _say(_short_clusters(recipe.data))
+        say(_short_clusters(recipe.data))
 
     sharded_on_cpu = recipe.fsdp is not None and recipe.fsdp.version == 2 and not on_gpu
     correction = [DivideByRanks()] if sharded_on_cpu and means_are_sums() else []
@@ -233,36 +232,13 @@ def cluster_draw(recipe: Recipe) -> ClusterDraw:
 def _precision(precision: str, on_gpu: bool) -> str:
     if on_gpu or precision == "fp32":
         return precision
-    _say(f"no GPU here: training in fp32 instead of {precision}")
+    say(f"no GPU here: training in fp32 instead of {precision}")
     return "fp32"
 
 
 def compiles(setting: bool | str, on_gpu: bool) -> bool:
     """What the recipe's `compile` comes to here. `auto` never fails a run for want of a C compiler."""
     return (on_gpu and what_triton_lacks() is None) if setting == "auto" else setting
-
-
-def parallelism_of(fsdp: FSDPSection | None, on_gpu: bool) -> dict[str, Any] | None:
-    if fsdp is None:
-        return None
-    if fsdp.version == 1 and not on_gpu:
-        _say("no GPU here: training unsharded, since FSDP version 1 needs GPUs (fsdp.version=2 does not)")
-        return None
-    fsdp.check_degrees(dist.get_world_size())
-    os.environ["FSDP_VERSION"] = str(fsdp.version)  # Composer's only switch
-    return {"fsdp": fsdp_options(fsdp)}
-
-
-def fsdp_options(fsdp: FSDPSection) -> dict[str, Any]:
-    """The section in the terms of Composer's configuration of that version."""
-    options = {key: value for key, value in dataclasses.asdict(fsdp).items() if key != "version"}
-    if fsdp.version == 1:
-        options["activation_checkpointing_reentrant"] = False  # the reentrant form is torch's old one
-        return options
-    options["reshard_after_forward"] = options.pop("sharding_strategy") == "FULL_SHARD"
-    for key in ("data_parallel_shard_degree", "data_parallel_replicate_degree", "sync_module_states"):
-        del options[key]  # found out by itself, or not to be had
-    return options
 
 
 def check_wandb() -> None:
@@ -292,8 +268,3 @@ def _show_log() -> None:
     if not dist.get_global_rank() and not log.handlers:
         log.setLevel(logging.INFO)
         log.addHandler(logging.StreamHandler())
-
-
-def _say(line: str) -> None:
-    if not dist.get_global_rank():
-        print(line, file=sys.stderr, flush=True)

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from composer.core import Callback, State
 from composer.loggers import Logger
@@ -21,26 +19,11 @@ from composer.utils.checkpoint import save_checkpoint
 
 from esm2_composer.checkpoints import Folder, Index, ask, best, superseded, updates
 from esm2_composer.config import Recipe, batches
-from esm2_composer.errors import OneLine, UserError
+from esm2_composer.errors import UserError
+from esm2_composer.ranks import on_rank_zero, say
 
 WAITS = (2, 4, 8, 16)  # seconds before trying to save again
 WAITS_LEAVING = (2, 4, 8)  # within preemption.GRACE
-
-T = TypeVar("T")
-
-
-def on_rank_zero(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0; return its value, or raise its one-line error, on every rank."""
-    outcome: list = [None, None]
-    if not dist.get_global_rank():
-        try:
-            outcome[0] = action()
-        except OneLine as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 class CheckpointSaver(Callback):
@@ -56,7 +39,7 @@ class CheckpointSaver(Callback):
         # Without a checkpoint, an index there belongs to another run, of perhaps other data and rates.
         self._index = on_rank_zero(lambda: Index.read(folder)) if resumes else Index()
         if resumes and self._index == Index():
-            _say(f"{folder} has lost its checkpoints.json: what was best so far, and on which data, nobody knows")
+            say(f"{folder} has lost its checkpoints.json: what was best so far, and on which data, nobody knows")
         self._saved: int | None = None
         self._staging = folder.staging()
         self._clear_staging()  # of what a killed run left
@@ -127,7 +110,7 @@ class CheckpointSaver(Callback):
             if failure is None:
                 break
             then = "leaving it to the next one" if wait is None else f"trying again in {wait} s"
-            _say(f"checkpoint of update {update} not saved: {failure}; {then}")
+            say(f"checkpoint of update {update} not saved: {failure}; {then}")
             if wait is None:
                 return False
             time.sleep(wait)
@@ -173,9 +156,4 @@ class CheckpointSaver(Callback):
                 names.remove(name)
             self._index.write(self._folder, best(names, self._index.losses, self._keep_best))
         except Exception as error:  # none of that is worth a run; the next save does it
-            _say(f"save_folder not tidied: {type(error).__name__}: {error}")
-
-
-def _say(line: str) -> None:
-    if not dist.get_global_rank():
-        print(line, file=sys.stderr, flush=True)
+            say(f"save_folder not tidied: {type(error).__name__}: {error}")

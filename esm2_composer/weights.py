@@ -1,7 +1,7 @@
 """Weights in and out: Hugging Face, fair-esm, and Composer checkpoints.
 
 One table holds the three namings. Files are read without running code from them: safetensors, or
-`torch.load(weights_only=True)`.
+`torch.load(weights_only=True)`, or `sharded_checkpoint`.
 """
 
 from __future__ import annotations
@@ -9,22 +9,18 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import pickle
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from esm2_composer import alphabet
 from esm2_composer.errors import UserError
 from esm2_composer.model import ESM2, LAYER_NORM_EPS, ESM2Config, rotary_frequencies
+from esm2_composer.sharded_checkpoint import read_sharded
 
 State = Mapping[str, torch.Tensor]
 
@@ -103,7 +99,7 @@ def load_pretrained(path: str | Path, attention: str = "auto") -> ESM2:
 def _read(path: Path) -> tuple[dict, State]:
     """The dimensions and the tensors, under our names, of what is at `path`."""
     if path.is_dir() and (path / ".metadata").exists():
-        return _from_composer(_read_sharded(path), path)
+        return _from_composer(read_sharded(path), path)
     if path.is_dir():
         return _from_hugging_face(path)
     if path.is_file():
@@ -317,60 +313,6 @@ def _from_composer(stored: State, path: Path) -> tuple[dict, State]:
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: a Composer checkpoint, but not of an ESM-2 ({error})") from error
     return config, state
-
-
-def _read_sharded(folder: Path) -> State:
-    """The model's tensors from a `torch.distributed.checkpoint` folder; optimizer state is not read."""
-    prefix = "state.model."
-    try:
-        reader = _SafeReader(folder)
-        tensors = {
-            key.removeprefix(prefix): torch.empty(stored.size, dtype=stored.properties.dtype)
-            for key, stored in reader.read_metadata().state_dict_metadata.items()
-            if key.startswith(prefix) and type(stored) is TensorStorageMetadata  # others would be unpickled
-        }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it says that there is a single process: so it shall be
-            dcp.load({"state": {"model": tensors}}, storage_reader=reader, no_dist=True)
-    except (Exception, dcp.CheckpointException) as error:  # the second is no Exception
-        reason = (str(error).splitlines() or [type(error).__name__])[-1]
-        raise UserError(f"{folder}: cannot be read as a sharded checkpoint ({reason})") from error
-    return tensors
-
-
-class _SafeReader(dcp.FileSystemReader):
-    """Reads a checkpoint's `.metadata`, a pickle, without running code from it: torch itself would."""
-
-    def read_metadata(self) -> Metadata:
-        with open(self.path / ".metadata", "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-_METADATA_TYPES = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("collections", "OrderedDict"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
-            *("BytesStorageMetadata", "ChunkStorageMetadata", "TensorStorageMetadata"),
-        )
-    ),
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and (module, name) not in _METADATA_TYPES:
-            raise pickle.UnpicklingError(f"it would run code: {module}.{name}")
-        return super().find_class(module, name)
 
 
 def save_hugging_face(model: ESM2, path: str | Path) -> None:

@@ -27,7 +27,7 @@ from esm2_composer.checkpoints import (
 )
 from esm2_composer.config import Recipe, load_recipe
 from esm2_composer.errors import StoreAway, UserError
-from esm2_composer.saving import CheckpointSaver, on_rank_zero
+from esm2_composer.saving import CheckpointSaver
 
 
 @pytest.fixture(scope="module")
@@ -345,21 +345,3 @@ def test_a_store_that_is_away_is_waited_for_and_is_no_mistake(recipe, monkeypatc
 def test_a_bucket_that_is_not_there_is_refused(store, recipe):
     with pytest.raises(UserError, match="s3://nowhere/run cannot be read and written"):
         find_checkpoint(open_folder("s3://nowhere/run"), True, recipe, False)
-
-
-@pytest.mark.parametrize("error", [UserError("mine"), StoreAway("theirs")])
-def test_what_rank_zero_fails_of_every_rank_fails_of(error, monkeypatch):
-    def fail() -> None:
-        raise error
-
-    def receive(outcome: list) -> None:
-        outcome[:] = sent
-
-    sent: list = []
-    monkeypatch.setattr("composer.utils.dist.broadcast_object_list", sent.extend)
-    with pytest.raises(type(error), match=str(error)):
-        on_rank_zero(fail)
-    monkeypatch.setattr("composer.utils.dist.get_global_rank", lambda: 1)
-    monkeypatch.setattr("composer.utils.dist.broadcast_object_list", receive)
-    with pytest.raises(type(error), match=str(error)):
-        on_rank_zero(lambda: pytest.fail("this is rank 1"))

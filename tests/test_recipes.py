@@ -19,7 +19,8 @@ from esm2_composer.data import ClusterDraw, canonical_nodes
 from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import SIZES
-from esm2_composer.runner import build_model, cluster_draw, compiles, fsdp_options
+from esm2_composer.runner import build_model, cluster_draw, compiles
+from esm2_composer.sharding import fsdp_options
 
 RECIPES = sorted(path.stem for path in (ROOT / "yamls").glob("*.yaml"))
 

@@ -23,8 +23,8 @@ from transformers import AutoModelForMaskedLM
 from esm2_composer import runner
 from esm2_composer.config import DataSection, load_recipe
 from esm2_composer.errors import UserError
-from esm2_composer.gradients import DivideByRanks
 from esm2_composer.runner import Done, build_trainer, check_wandb, digest_of_all_nodes
+from esm2_composer.sharding import DivideByRanks
 
 PERPLEXITY = "metrics/valid/perplexity"
 DIMENSIONS = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")
@@ -217,7 +217,7 @@ def test_the_launcher_passes_the_line_and_the_exit_code_on(shards, tmp_path):
 def test_sharded_gradients_that_come_as_sums_are_divided(
     shards, tmp_path, monkeypatch, sharding, sums, corrections
 ):
-    """Whether the trainer is told to: what comes of it is in test_gradients.py and test_global_batch.py."""
+    """Whether the trainer is told to: what comes of it is in test_sharding.py and test_global_batch.py."""
 
     class Told(Exception):
         pass

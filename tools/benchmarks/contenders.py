@@ -144,7 +144,7 @@ def make_trainer(
     from esm2_composer.fp8 import use_fp8
     from esm2_composer.optim import build_adamw, build_schedule
     from esm2_composer.pool import data_spec
-    from esm2_composer.runner import parallelism_of
+    from esm2_composer.sharding import parallelism_of
     from esm2_composer.task import MaskedLanguageModel
 
     recipe = recipe_of(work.size, sharded)

@@ -1,0 +1,39 @@
+"""What one rank does for all."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed
+from composer.utils import dist
+
+from esm2_composer.errors import OneLine
+
+T = TypeVar("T")
+
+
+def say(line: str) -> None:
+    """Tell people a line: the first rank does."""
+    if not dist.get_global_rank():
+        print(line, file=sys.stderr, flush=True)
+
+
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0; return its value, or raise its one-line error, on every rank."""
+    outcome: list = [None, None]
+    if not dist.get_global_rank():
+        try:
+            outcome[0] = action()
+        except OneLine as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def cpu_group() -> torch.distributed.ProcessGroup | None:
+    """A new group of all ranks for tensors of the CPU, which no GPU has to wait for; None for a single rank."""
+    return torch.distributed.new_group(backend="gloo") if dist.get_world_size() > 1 else None

@@ -1,0 +1,74 @@
+"""A model's tensors from a folder of `torch.distributed.checkpoint`, without running code from it.
+
+Its `.metadata` is a pickle, which torch would load as it is. Here only the types that such a file needs are made.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from esm2_composer.errors import UserError
+
+
+def read_sharded(folder: Path) -> dict[str, torch.Tensor]:
+    """The model's tensors by name; optimizer state is not read.
+
+    Raises:
+        UserError: damaged, incomplete, or of something else.
+    """
+    prefix = "state.model."
+    try:
+        reader = _SafeReader(folder)
+        tensors = {
+            key.removeprefix(prefix): torch.empty(stored.size, dtype=stored.properties.dtype)
+            for key, stored in reader.read_metadata().state_dict_metadata.items()
+            if key.startswith(prefix) and type(stored) is TensorStorageMetadata  # others would be unpickled
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that there is a single process: so it shall be
+            dcp.load({"state": {"model": tensors}}, storage_reader=reader, no_dist=True)
+    except (Exception, dcp.CheckpointException) as error:  # the second is no Exception
+        reason = (str(error).splitlines() or [type(error).__name__])[-1]
+        raise UserError(f"{folder}: cannot be read as a sharded checkpoint ({reason})") from error
+    return tensors
+
+
+class _SafeReader(dcp.FileSystemReader):
+    def read_metadata(self) -> Metadata:
+        with open(self.path / ".metadata", "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+_METADATA_TYPES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("collections", "OrderedDict"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.metadata", "Metadata"),
+    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in _METADATA_TYPES:
+            raise pickle.UnpicklingError(f"it would run code: {module}.{name}")
+        return super().find_class(module, name)

@@ -1,0 +1,69 @@
+"""How FSDP shards a model over ranks; and on CPU ranks the mean of its gradients, where torch gives their sum."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from esm2_composer.config import FSDPSection
+from esm2_composer.ranks import say
+
+
+def parallelism_of(fsdp: FSDPSection | None, on_gpu: bool) -> dict[str, Any] | None:
+    """The section as the Trainer's `parallelism_config`; None for DDP.
+
+    Raises:
+        UserError: the data_parallel degrees do not make the ranks.
+    """
+    if fsdp is None:
+        return None
+    if fsdp.version == 1 and not on_gpu:
+        say("no GPU here: training unsharded, since FSDP version 1 needs GPUs (fsdp.version=2 does not)")
+        return None
+    fsdp.check_degrees(dist.get_world_size())
+    os.environ["FSDP_VERSION"] = str(fsdp.version)  # Composer's only switch
+    return {"fsdp": fsdp_options(fsdp)}
+
+
+def fsdp_options(fsdp: FSDPSection) -> dict[str, Any]:
+    """The section in the terms of Composer's configuration of that version."""
+    options = {key: value for key, value in dataclasses.asdict(fsdp).items() if key != "version"}
+    if fsdp.version == 1:
+        options["activation_checkpointing_reentrant"] = False  # the reentrant form is torch's old one
+        return options
+    options["reshard_after_forward"] = options.pop("sharding_strategy") == "FULL_SHARD"
+    for key in ("data_parallel_shard_degree", "data_parallel_replicate_degree", "sync_module_states"):
+        del options[key]  # found out by itself, or not to be had
+    return options
+
+
+def means_are_sums() -> bool:
+    """Whether the default process group adds up where a mean over ranks is asked for.
+
+    gloo does so in torch 2.7, without an error, when FSDP2 reduces gradients. All ranks must call this.
+    """
+    ranks = dist.get_world_size()
+    mean = torch.empty(1)
+    torch.distributed.reduce_scatter_tensor(mean, torch.ones(ranks), op=torch.distributed.ReduceOp.AVG)
+    return mean.item() != 1.0
+
+
+class DivideByRanks(Algorithm):
+    """Divides the gradients by the number of ranks, once they are complete.
+
+    As an algorithm, since those come before callbacks, of which clipping is one.
+    """
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.AFTER_TRAIN_BATCH
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        for parameter in state.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(dist.get_world_size())

@@ -1,0 +1,24 @@
+"""ranks.py: what rank zero does, and fails of, is the same on every rank."""
+
+import pytest
+
+from esm2_composer.errors import StoreAway, UserError
+from esm2_composer.ranks import on_rank_zero
+
+
+@pytest.mark.parametrize("error", [UserError("mine"), StoreAway("theirs")])
+def test_what_rank_zero_fails_of_every_rank_fails_of(error, monkeypatch):
+    def fail() -> None:
+        raise error
+
+    def receive(outcome: list) -> None:
+        outcome[:] = sent
+
+    sent: list = []
+    monkeypatch.setattr("composer.utils.dist.broadcast_object_list", sent.extend)
+    with pytest.raises(type(error), match=str(error)):
+        on_rank_zero(fail)
+    monkeypatch.setattr("composer.utils.dist.get_global_rank", lambda: 1)
+    monkeypatch.setattr("composer.utils.dist.broadcast_object_list", receive)
+    with pytest.raises(type(error), match=str(error)):
+        on_rank_zero(lambda: pytest.fail("this is rank 1"))
