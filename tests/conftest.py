@@ -36,22 +36,13 @@ torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
 # Modules that open no StreamingDataset, nor start what does. Datasets of several processes race for names in
 # shared memory, so all others' tests run in one of pytest's workers, one after the other.
 WITHOUT_STREAMING = {
-    *("test_alphabet", "test_attention", "test_benchmark_convert", "test_benchmark_step", "test_build_clusters"),
-    *("test_callbacks", "test_checkpoints", "test_config", "test_conversion_plan", "test_convert", "test_docs"),
-    *("test_embed", "test_epochs", "test_export_hf", "test_parts", "test_verification"),
-    *(
-        "test_errors",
-        "test_fasta",
-        "test_ranks",
-        "test_sharded_checkpoint",
-        "test_sharding",
-        "test_layouts",
-        "test_masking",
-        "test_mds",
-        "test_model",
-    ),
-    *("test_optim", "test_patience", "test_plan", "test_pool", "test_precision", "test_records", "test_running"),
-    *("test_sample_data", "test_strict", "test_triton_attention", "test_weights", "test_workers"),
+    *("test_alphabet", "test_attention", "test_benchmark", "test_benchmark_convert", "test_benchmark_step"),
+    *("test_build_clusters", "test_callbacks", "test_checkpoints", "test_config", "test_conversion_plan"),
+    *("test_convert", "test_docs", "test_embed", "test_epochs", "test_errors", "test_export_hf", "test_fasta"),
+    *("test_layouts", "test_masking", "test_mds", "test_model", "test_optim", "test_parts", "test_patience"),
+    *("test_plan", "test_pool", "test_precision", "test_ranks", "test_records", "test_running"),
+    *("test_sample_data", "test_sharded_checkpoint", "test_sharding", "test_spark", "test_strict"),
+    *("test_triton_attention", "test_verification", "test_weights", "test_workers"),
 }
 
 
