@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from esm2_composer.conversion import Interrupted
 from esm2_composer.errors import StoreAway, UserError, run_command
 
 
@@ -62,18 +63,28 @@ def test_other_failures_of_the_system_are_told_in_full(error):
         run_command(main)
 
 
-def test_a_store_that_is_away_is_one_line_and_no_mistake(capsys):
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            StoreAway(
+                "in a worker\nesm2_composer.errors.StoreAway: s3://bucket/run cannot be reached (no\nroute)"
+            ),
+            "s3://bucket/run cannot be reached (no route)",
+        ),
+        (
+            Interrupted(OSError(errno.ENOSPC, "No space left on device")),
+            "[Errno 28] No space left on device; the work is kept: run the same command again to go on",
+        ),
+    ],
+)
+def test_what_another_start_may_mend_is_one_line_and_no_mistake(error, line, capsys):
     def main() -> None:
-        raise StoreAway(
-            "in a worker\nesm2_composer.errors.StoreAway: s3://bucket/run cannot be reached (no\nroute)"
-        )
+        raise error
 
     with pytest.raises(SystemExit) as ended:
         run_command(main)
-    assert (ended.value.code, capsys.readouterr().err) == (
-        1,
-        "error: s3://bucket/run cannot be reached (no route)\n",
-    )
+    assert (ended.value.code, capsys.readouterr().err) == (1, f"error: {line}\n")
 
 
 def test_a_message_is_one_line_of_text_whatever_is_quoted_in_it():
