@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed
@@ -96,8 +94,7 @@ class GradientClipping(Callback):
 class Divergence(Callback):
     """Raises `Diverged` when the loss is no number, or has risen for good.
 
-    "For good": the mean of the last `WINDOW` losses exceeds the lowest such mean of the run, checkpoints and
-    restarts included, by `max_rise`.
+    "For good": the mean of the last `WINDOW` losses exceeds the lowest such mean of this start by `max_rise`.
     """
 
     WINDOW = 20
@@ -106,13 +103,6 @@ class Divergence(Callback):
         self._max_rise = math.inf if max_rise is None else max_rise
         self._losses: deque[float] = deque(maxlen=self.WINDOW)
         self._lowest = math.inf
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"losses": list(self._losses), "lowest": self._lowest}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._losses.extend(state["losses"])
-        self._lowest = state["lowest"]
 
     def batch_end(self, state: State, logger: Logger) -> None:
         loss = state.total_loss_dict[LOSS]  # on the host already, and the same on all ranks
@@ -132,8 +122,8 @@ class Divergence(Callback):
 def advice(recipe: Recipe, checkpoint: str | None) -> str:
     """How to go on after a divergence, from the last checkpoint before it, if there is one."""
     folder, name = recipe.save_folder.rstrip("/"), f"{recipe.run_name}_2"
-    new_folder, found = re.subn(rf"(?<![^/]){re.escape(recipe.run_name)}(?![^/])", name, folder)
-    new_folder = new_folder if found else f"{folder}_2"
+    before, named, after = f"{folder}/".rpartition(f"/{recipe.run_name}/")
+    new_folder = f"{before}/{name}/{after}".rstrip("/") if named and not before.endswith("/") else f"{folder}_2"
     new_run = f"run_name={name} save_folder={new_folder} optimizer.lr={recipe.optimizer.lr / 2:g}"
     told = f"The state is kept in {folder} as diverged-*, not to be resumed from. "
     if checkpoint is None:

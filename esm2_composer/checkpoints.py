@@ -287,7 +287,10 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
         folder.make()
         return folder.names(), folder.diverged(), folder.read(RECIPE)
 
-    names, diverged, before = ask(folder, look)
+    try:
+        names, diverged, before = ask(folder, look)
+    except UnicodeDecodeError as error:
+        raise _damaged(folder, RECIPE, "put back the recipe of this run") from error
     newest = updates(names[-1]) if names else 0
     for name in diverged:
         if (update := updates(name.removeprefix(DIVERGED))) >= newest:
@@ -365,8 +368,6 @@ def ask(folder: Folder, action: Callable[[], Result]) -> Result:
         return patiently(action, str(folder)) if isinstance(folder, S3Folder) else action()
     except StoreAway:
         raise
-    except UnicodeDecodeError as error:
-        raise _damaged(folder, RECIPE, "put back the recipe of this run") from error
     except OSError as error:
         raise UserError(f"save_folder {folder} cannot be written ({error.strerror})") from error
     except (BotoCoreError, ClientError) as error:

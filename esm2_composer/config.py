@@ -242,7 +242,7 @@ def load_recipe(path: str, overrides: Sequence[str] = (), data_is_here: bool = T
 
 
 def _with_home(recipe: Recipe) -> Recipe:
-    """The recipe, `~` in its folders expanded, which no shell does in a file or in key=value."""
+    """The recipe, `~` in its folders expanded: no shell does that in a file, nor reliably in key=value."""
 
     def expand(section: T, *keys: str) -> T:
         given = {key: getattr(section, key) for key in keys}

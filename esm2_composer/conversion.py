@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from esm2_composer import layouts
 from esm2_composer.conversion_plan import Plan, make_plan
 from esm2_composer.destinations import LocalSplit, RemoteSplit, open_destination
-from esm2_composer.errors import Passing, UserError
+from esm2_composer.errors import Passing, StoreAway, UserError
 from esm2_composer.fasta import ReadError
 from esm2_composer.layouts import Layout
 from esm2_composer.mds import write_durably
@@ -48,7 +48,7 @@ UPLOADS = 8  # at a time
 
 # What neither the input nor the options are to blame for.
 PASSING = (ReadError, OSError, MemoryError, sqlite3.OperationalError, duckdb.IOException)
-PASSING += (duckdb.OutOfMemoryException, StoreError, EngineError)
+PASSING += (duckdb.OutOfMemoryException, StoreError, StoreAway, EngineError)
 
 # Told a stage ("sequences read", "clusters"), how much is done, and the total (0: not known).
 Progress = Callable[[str, int, int], None]
@@ -69,9 +69,6 @@ KEPT = "the work is kept: run the same command again to go on"
 
 class Interrupted(Passing):
     """The work is kept, and the same command goes on."""
-
-    def __init__(self, cause: object) -> None:
-        super().__init__(f"{cause}; {KEPT}")
 
 
 def convert(
@@ -145,7 +142,7 @@ def convert(
         except KeyboardInterrupt:
             raise KeyboardInterrupt(KEPT) from None
         except PASSING as error:
-            raise Interrupted(error) from error
+            raise Interrupted(f"{error}; {KEPT}") from error
         except UserError as error:
             uploaded = is_remote(out) and any((work / "parts").glob("*.json"))
             shutil.rmtree(work)

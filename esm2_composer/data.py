@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -198,8 +198,8 @@ def train_loader(
     With a `cache_limit`, such as "200gb", shards that were not read for longest leave `local` to make room. If
     they would soon be read again, a line says so.
 
-    An epoch is a whole number of global batches: what is over, less than one batch and other clusters each
-    epoch, is not shown in it.
+    An epoch is a whole number of global batches: the clusters left over, fewer than one batch and different ones
+    each epoch, are not shown in it.
 
     Raises:
         UserError: the ranks cannot share the batch equally, or there are fewer clusters than one batch.
@@ -263,7 +263,7 @@ def make_cache(data: DataSection) -> None:
             raise UserError(f"data.local {data.local} cannot be made ({error.strerror})") from error
 
 
-def check_cache(data: DataSection, splits: Sequence[str] = ("train", "valid")) -> None:
+def check_cache(data: DataSection, splits: Collection[str] = ("train", "valid")) -> None:
     """See that `data.local` holds no other shards than `data.remote`: Streaming takes an index that it finds.
 
     Raises:

@@ -1,7 +1,7 @@
 """What a user's mistake looks like: one line on stderr and exit code 2, never a traceback. Ctrl-C likewise, 130.
 
-So does what another start may mend, such as a store that is away, with code 1. Everything else is a defect of this
-package and keeps its traceback.
+What another start may mend, such as a store that is away, is one line too, with code 1. Everything else is a
+defect of this package and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -53,8 +53,9 @@ class MaskingRule:
     """BERT's masked-language-model corruption, as ESM-2 uses it (Lin et al. 2023; Devlin et al. 2019).
 
     A token is selected with probability `fraction`, independently of all others: a short sequence may have
-    none. Of the selected, the shares `split` become `<mask>`, become another residue (or, `all_tokens`, any
-    id), stay as they are. `<cls>`, `<eos>`, `<pad>`, `<unk>` and `<mask>` are never selected.
+    none. Of the selected, the shares `split` become `<mask>`, become a random one of the 20 amino acids (or,
+    `all_tokens`, of the 33 ids), stay as they are. `<cls>`, `<eos>`, `<pad>`, `<unk>` and `<mask>` are never
+    selected.
     """
 
     fraction: float = 0.15

@@ -32,7 +32,7 @@ def patiently(ask: Callable[[], Result], source: str) -> Result:
         try:
             return ask()
         except Exception as error:  # each store raises its own types
-            if isinstance(error, FileNotFoundError | PermissionError | ValueError) or _is_refusal(error):
+            if is_refusal(error):
                 raise
             told = f"{source} cannot be reached ({type(error).__name__}: {error})"
             if wait is None:
@@ -42,9 +42,11 @@ def patiently(ask: Callable[[], Result], source: str) -> Result:
     raise AssertionError
 
 
-def _is_refusal(error: Exception) -> bool:
+def is_refusal(error: Exception) -> bool:
     """Whether it would be the same again: the system's about a path, boto's about what it is to ask, or a store's
     answer, but that of too many requests."""
+    if isinstance(error, FileNotFoundError | PermissionError | ValueError | ImportError):
+        return True
     if isinstance(error, OSError) and error.errno in REFUSED:
         return True
     if isinstance(error, boto.BotoCoreError):

@@ -8,7 +8,8 @@ One signal to any rank, or a SIGTERM to the launcher, makes the whole run leave 
 - in training the ranks agree, after an update or a batch of an evaluation, to stop, save and leave together;
 - whatever hangs then, a rank leaves `GRACE` seconds after a SIGTERM. The launcher would kill it soon after, and
   checkpoints are there whole or not at all. After the others it does so only if it still waits for training data:
-  a step, an evaluation and a save may take their time.
+  a step, an evaluation and a save may take their time. (The end of a terminal ends the launcher, too, and with it
+  comes a SIGTERM.)
 
 Python calls a signal's handler between two instructions of its main thread, which may be waiting in a collective
 for another rank. So a thread of our own waits for signals; the interpreter writes their numbers to its pipe.

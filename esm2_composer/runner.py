@@ -92,7 +92,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         net = build_model(recipe.model)
     with naming("model.attention"):
         c, precision = net.config, recipe.precision if on_gpu else "fp32"
-        computed = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16, "fp32": torch.float32}[precision]
+        computed = {"amp_bf16": torch.bfloat16, "fp32": torch.float32}[precision]
         select_attention(c.attention, "cuda" if on_gpu else "cpu", computed, c.num_heads, c.head_size)
     if recipe.fp8 and on_gpu:
         use_fp8(net)

@@ -19,7 +19,7 @@ from composer.utils.checkpoint import save_checkpoint
 
 from esm2_composer.checkpoints import Folder, Index, ask, best, superseded, updates
 from esm2_composer.config import Recipe, batches
-from esm2_composer.errors import UserError
+from esm2_composer.errors import OneLine, UserError
 from esm2_composer.ranks import on_rank_zero, say
 
 WAITS = (2, 4, 8, 16)  # seconds before trying to save again
@@ -68,8 +68,12 @@ class CheckpointSaver(Callback):
         return due and update not in self._index.losses
 
     def newest_before(self, update: int) -> str | None:
-        """Where the newest checkpoint is that was saved after at most so many updates."""
-        names = [name for name in ask(self._folder, self._folder.names) if updates(name) <= update]
+        """Where the newest checkpoint is that was saved after at most so many updates; None if there is none."""
+        try:
+            names = ask(self._folder, self._folder.names)
+        except OneLine:  # what this is asked for must be told all the same
+            return None
+        names = [name for name in names if updates(name) <= update]
         return self._folder.location(names[-1]) if names else None
 
     def eval_end(self, state: State, logger: Logger) -> None:

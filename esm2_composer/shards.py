@@ -116,8 +116,8 @@ class MappedDataset(StreamingDataset):
             else:
                 self._mapped[shard_id] = shard
             return shard
-        why = "; data.cache_limit is too low" if self.cache_limit else ""
-        raise UserError(f"{path}: evicted again before it could be read{why}")
+        why = "evicted again; data.cache_limit is too low" if self.cache_limit else "removed again"
+        raise UserError(f"{path}: before it could be read, it was {why}")
 
     def on_exception(self, future: Future) -> None:
         """Streaming's raises where nobody but the terminal hears it, and leaves the iterating thread waiting for

@@ -6,30 +6,38 @@ An upload counts only when the object has been read back and has the same hash.
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from pathlib import Path
 
 import xxhash
 
-from esm2_composer.errors import UserError
+from esm2_composer.errors import StoreAway, UserError
+from esm2_composer.patience import is_refusal
 
 ATTEMPTS = 5  # with 1, 2, 4 and 8 seconds between them
 DOWNLOAD_SECONDS = 300
 
 
 def is_remote(uri: str) -> bool:
-    return "://" in uri
+    """Whether it is the address of a store: s3://bucket/prefix, or dbfs:/Volumes/..."""
+    return re.match(r"[\w+-]+:/", uri) is not None
 
 
 class StoreError(UserError):
-    """A store does not answer, or an object cannot be stored as it was sent, or fetched."""
+    """A store refuses what it is asked."""
+
+
+def failure(message: str, error: Exception) -> StoreError | StoreAway:
+    """StoreAway where the same may do later."""
+    return (StoreError if is_refusal(error) else StoreAway)(f"{message} ({error})")
 
 
 class Store:
     """The objects below a URI, and a local folder whose files go there."""
 
     def __init__(self, uri: str, folder: Path) -> None:
-        """Raises StoreError if there is no such store, or no access to it."""
+        """Raises StoreError if there is no such store, or no access to it, StoreAway if it does not answer."""
         from streaming.base.storage.download import CloudDownloader
         from streaming.base.storage.upload import CloudUploader
 
@@ -40,10 +48,10 @@ class Store:
             self._uploader = CloudUploader.get((str(folder), self._uri), keep_local=True, retry=1, exist_ok=True)
             self._downloader = CloudDownloader.get(self._uri)
         except Exception as error:  # each store raises its own types
-            raise StoreError(f"{uri}: cannot be opened ({error})") from error
+            raise failure(f"{uri}: cannot be opened", error) from error
 
     def upload(self, name: str) -> None:
-        """Store `name` of the folder. Raises StoreError if that fails however often it is tried."""
+        """Store `name` of the folder. Raises StoreError or StoreAway if that fails however often it is tried."""
         from streaming.base.util import retry
 
         expected = xxh64(self._folder / name)
@@ -53,29 +61,29 @@ class Store:
             self._uploader.upload_file(name)
             with tempfile.TemporaryDirectory(dir=self._folder) as scratch:
                 if xxh64(self._fetch(name, Path(scratch))) != expected:
-                    raise StoreError(f"{self._uri}/{name} differs from what was sent")
+                    raise OSError("it differs from what was sent")
 
         try:
             upload()
         except Exception as error:
-            raise StoreError(f"{self._uri}/{name}: {error}") from error
+            raise failure(f"{self._uri}/{name}: cannot be stored", error) from error
 
     def names(self, start: str = "") -> set[str]:
-        """What is there under names that begin so. Raises StoreError if the store does not say."""
+        """What is there under names that begin so. Raises StoreError or StoreAway if the store does not say."""
         try:
             found = self._uploader.list_objects(start) or []
         except Exception as error:
-            raise StoreError(f"{self._uri}: cannot be listed ({error})") from error
+            raise failure(f"{self._uri}: cannot be listed", error) from error
         return {key.rpartition("/")[2] for key in found}
 
     def download(self, name: str, folder: Path) -> Path:
-        """Fetch an object into `folder`; its path there. Raises StoreError if that fails, however often tried."""
+        """Fetch an object into `folder`; its path there. Raises StoreError or StoreAway if that fails."""
         from streaming.base.util import retry
 
         try:
             return retry(num_attempts=ATTEMPTS)(self._fetch)(name, folder)
         except Exception as error:
-            raise StoreError(f"{self._uri}/{name}: cannot be read ({error})") from error
+            raise failure(f"{self._uri}/{name}: cannot be read", error) from error
 
     def _fetch(self, name: str, folder: Path) -> Path:
         self._downloader.download(f"{self._uri}/{name}", str(folder / name), DOWNLOAD_SECONDS)

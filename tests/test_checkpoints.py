@@ -153,6 +153,20 @@ def test_what_a_killed_run_staged_is_cleared_at_the_next_start(folder):
     assert not left.parent.exists()
 
 
+def test_the_newest_before_an_update_is_told_or_none_if_the_store_is_away(folder, tmp_path, monkeypatch):
+    for update in (10, 20, 30):
+        save(folder, tmp_path, f"ep0-ba{update}-rank0.pt")
+    saver = CheckpointSaver(folder, interval=10, keep_newest=1, keep_best=0, resumes=False)
+    assert saver.newest_before(29) == folder.location("ep0-ba20-rank0.pt")
+    assert saver.newest_before(9) is None
+
+    def away() -> None:
+        raise StoreAway("no route to host")
+
+    monkeypatch.setattr(folder, "names", away)
+    assert saver.newest_before(29) is None
+
+
 def test_small_files_are_read_back(folder):
     assert folder.read("a.json") is None
     folder.write("a.json", "ä")
@@ -270,6 +284,12 @@ def test_an_index_that_is_damaged_is_named(folder, content):
     folder.write("checkpoints.json", content)
     with pytest.raises(UserError, match=r"checkpoints\.json is damaged; remove it"):
         Index.read(folder)
+
+
+def test_an_index_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "checkpoints.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"checkpoints\.json is damaged; remove it"):
+        Index.read(LocalFolder(str(tmp_path)))
 
 
 def test_a_checkpoint_that_is_damaged_inside_is_named_when_it_cannot_be_loaded(tmp_path):

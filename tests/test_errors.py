@@ -73,8 +73,8 @@ def test_other_failures_of_the_system_are_told_in_full(error):
             "s3://bucket/run cannot be reached (no route)",
         ),
         (
-            Interrupted(OSError(errno.ENOSPC, "No space left on device")),
-            "[Errno 28] No space left on device; the work is kept: run the same command again to go on",
+            Interrupted("No space left on device; the work is kept"),
+            "No space left on device; the work is kept",
         ),
     ],
 )

@@ -7,6 +7,7 @@ ranks left in time.
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -294,8 +295,9 @@ def test_a_terminal_that_is_closed_makes_ranks_save_and_leave(shards, tmp_path, 
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), inside)
     started = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL, *launcher], **streams, cwd=tmp_path)
     os.close(inside)
-    shown = b""
+    shown, deadline = b"", time.monotonic() + 300
     while not re.search(rb"[1-9]\d*/5000 ", shown):  # the bar
+        assert select.select([terminal], [], [], deadline - time.monotonic())[0], shown
         shown += os.read(terminal, 4096)
     family = psutil.Process(started.pid).children(recursive=True)
     os.close(terminal)

@@ -225,7 +225,7 @@ def test_a_shard_that_does_not_stay_is_an_error_that_names_the_setting(
     loader = train_loader(DRAW, None, fresh(), BATCH, num_workers=0)
     monkeypatch.setattr(loader.dataset, "prepare_shard", lambda shard_id: None)
     loader.dataset.cache_limit = 10_000
-    with pytest.raises(UserError, match=r"evicted again.*data\.cache_limit is too low"):
+    with pytest.raises(UserError, match=r"evicted again; data\.cache_limit is too low"):
         loader.dataset[0]
 
 

@@ -41,13 +41,12 @@ def test_an_error_does_not_wait_for_what_runs():
 
 
 def test_only_its_own_processes_are_ended():
-    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(3600,))
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(3600,), daemon=True)
     other.start()
     with Workers(1) as pool:
         pool.submit(time.sleep, 3600)
         pool.stop()
     assert other.is_alive()
-    other.kill()
 
 
 def test_each_process_is_prepared():

@@ -120,8 +120,9 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         raise UserError("--cluster-tsv goes with --fasta")
     if not args.verify and not args.out:
         raise UserError("--out is missing")
-    if re.match(r"\w+:(?!//)", args.out or ""):  # libraries take that for an address
-        raise UserError(f"--out {args.out}: write a folder, or a store as s3://bucket/prefix")
+    for place in filter(None, (args.out, args.verify)):
+        if re.match(r"\w+:(?!/)", place):  # libraries take that for an address
+            raise UserError(f"{place}: write a folder (as ./{place}), or a store as s3://bucket/prefix")
     if args.seed is not None and not args.max_members_per_cluster:
         raise UserError("--seed goes with --max-members-per-cluster")
     if args.scratch and not is_remote(args.out):

@@ -70,7 +70,7 @@ def evaluate_checkpoint() -> None:
     if ranks > 1:
         dist.initialize_dist("gpu" if on_gpu else "cpu", timeout=1800)
     device = torch.device("cuda", dist.get_local_rank()) if on_gpu else torch.device("cpu")
-    check_cache(data, [args.split])
+    check_cache(data, {args.split, "train", "valid"} if args.floors else {args.split})
     rule = MaskingRule(all_tokens=args.replacement == "all_tokens")
     draw = ClusterDraw(args.seed, args.max_length, data.min_length, rule)
     loader = evaluation_loader(draw, *data.split(args.split), SEQUENCES_A_RANK * ranks, num_workers=0)

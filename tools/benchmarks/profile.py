@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from benchmarks.contenders import Work, make_trainer
+from benchmarks.contenders import Work, make_trainer, recipe_of
 from benchmarks.limits import Limits, compute_type, measure_limits
 from benchmarks.step import add_work_arguments, check, in_own_process, make_work
 
@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "steps": work.steps,
         "real_tokens_per_step": _mean(sum(lengths) for lengths in _profiled(work)),
         **found,
-        "at_best": at_best(work, limits, args.sharded),
+        "at_best": at_best(work, limits, args.sharded and recipe_of(args.size, sharded=True).fsdp is not None),
     }
 
 

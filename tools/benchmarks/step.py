@@ -58,7 +58,7 @@ def add_work_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--microbatch-tokens",
         type=int,
-        help="by default what `plan` finds room for, at most 65,536 or the recipe's",
+        help="by default what `plan` finds room for, at most 65,536 or the recipe's, whichever is more",
     )
     parser.add_argument("--steps", type=int, help="that count, a round; by default 2 on a CPU, 20 on a GPU")
 
