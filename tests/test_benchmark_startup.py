@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+import pytest
 from benchmarks import startup
 
 
+@pytest.mark.slow
 def test_loader_processes_share_their_imports_as_those_of_a_run_do() -> None:
     parser = argparse.ArgumentParser()
     startup.add_arguments(parser)
