@@ -13,7 +13,6 @@ from pathlib import Path
 import xxhash
 
 from esm2_composer.errors import StoreAway, UserError
-from esm2_composer.patience import is_refusal
 
 ATTEMPTS = 5  # with 1, 2, 4 and 8 seconds between them
 DOWNLOAD_SECONDS = 300
@@ -30,6 +29,8 @@ class StoreError(UserError):
 
 def failure(message: str, error: Exception) -> StoreError | StoreAway:
     """StoreAway where the same may do later."""
+    from esm2_composer.patience import is_refusal  # imports boto, which a recipe need not
+
     return (StoreError if is_refusal(error) else StoreAway)(f"{message} ({error})")
 
 
