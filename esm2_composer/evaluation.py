@@ -28,10 +28,6 @@ LENGTH_BINS = (*(f"{low}-{high - 1}" for low, high in pairwise(LENGTH_EDGES)), f
 MAX_LOSS = 709  # nats: e to a higher one is no float
 FLOOR_CLUSTERS = 2**20  # of a split with more, so many are read for the floors: their error is then below 0.01
 
-# What ranks have added up stays until the process ends. Else gloo's thread may be the one to free it, which takes
-# Python's lock, while the end of the process group holds that and waits for the thread: for ever.
-_added_up: list[torch.Tensor] = []
-
 
 @torch.no_grad()
 def evaluate(net: ESM2, microbatches: Iterable[dict[str, Any]], device: torch.device) -> dict[str, Any]:
@@ -68,9 +64,8 @@ def evaluate(net: ESM2, microbatches: Iterable[dict[str, Any]], device: torch.de
         sums.view(3, -1).index_add_(1, cell, values)
         sequences += batch["num_sequences"]
     if dist.is_initialized():
-        for values in (sums, sequences):
-            dist.all_reduce(values)
-            _added_up.append(values)
+        dist.all_reduce(sums)
+        dist.all_reduce(sequences)
     sums = sums.cpu()
     if not sums[2].any():
         raise UserError(f"none of {int(sequences):,} sequences has a selected position")

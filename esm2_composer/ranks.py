@@ -1,4 +1,4 @@
-"""What one rank does for all."""
+"""What one rank does for all, and how ranks part."""
 
 from __future__ import annotations
 
@@ -37,3 +37,15 @@ def on_rank_zero(action: Callable[[], T]) -> T:
 def cpu_group() -> torch.distributed.ProcessGroup | None:
     """A new group of all ranks for tensors of the CPU, which no GPU has to wait for; None for a single rank."""
     return torch.distributed.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+
+
+def end_process_group() -> None:
+    """torch's `destroy_process_group`, which may never return after a collective of gloo.
+
+    A thread of gloo frees what a collective was given, which takes Python's lock. The end of the group holds that
+    lock and waits for the thread (torch 2.7). The end of a backend lets go of it, so here the backends go last.
+    """
+    group = torch.distributed.group.WORLD
+    backends = [group._get_backend(device) for device in group._device_types]
+    torch.distributed.destroy_process_group()
+    del group, backends

@@ -1,6 +1,7 @@
 """What several test files need: real data where it is, small shards, and the project's commands."""
 
 import contextlib
+import faulthandler
 import gc
 import itertools
 import os
@@ -33,6 +34,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # its workers to end; then torch waits so many seconds for each.
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
 
+TERMINAL = pytest.StashKey[int]()
+
 # Modules that open no StreamingDataset, nor start what does. Datasets of several processes race for names in
 # shared memory, so all others' tests run in one of pytest's workers, one after the other.
 WITHOUT_STREAMING = {
@@ -51,6 +54,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem not in WITHOUT_STREAMING:
             item.add_marker(pytest.mark.xdist_group("streaming"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TERMINAL] = os.dup(2)  # before pytest takes it for what a test prints
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test that never ends is told, with what each thread does, and ends the run.
+
+    A thread of C's own does it, since one of Python's would need the lock that such a test may hold.
+    """
+    seconds = 3600 if item.get_closest_marker("slow") else 900
+    faulthandler.dump_traceback_later(seconds, exit=True, file=item.config.stash[TERMINAL])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="module", autouse=True)

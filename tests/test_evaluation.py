@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-import time
 from pathlib import Path
 
 import evaluate as tool
@@ -69,27 +68,6 @@ def test_scores_are_means_over_all_selected_tokens_whatever_the_microbatches():
         assert score["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-6)
         assert score["accuracy"] == pytest.approx(np.mean(hits))
     assert scores["sequences"] == 5
-
-
-def evaluate_and_leave(rank: int, folder: Path) -> None:
-    net = ESM2(ESM2Config(1, 32, 2, 64))
-    for i in range(20):
-        torch.distributed.init_process_group("gloo", f"file://{folder}/{i}", rank=rank, world_size=2)
-        evaluate(net, [microbatch([20], rank)], torch.device("cpu"))
-        torch.distributed.destroy_process_group()
-
-
-def test_ranks_can_leave_as_soon_as_they_are_done(tmp_path):
-    ranks = torch.multiprocessing.start_processes(
-        evaluate_and_leave, (tmp_path,), 2, join=False, start_method="fork"
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not ranks.join(timeout=1):
-            assert time.monotonic() < deadline, "a rank waits for ever"
-    finally:
-        for process in ranks.processes:
-            process.kill()
 
 
 def test_length_bins_join_without_a_gap():

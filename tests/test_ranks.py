@@ -1,12 +1,15 @@
-"""ranks.py: what rank zero does, and fails of, is the same on every rank."""
+"""ranks.py: what rank zero does, and fails of, is the same on every rank; ranks part without waiting."""
 
 import pickle
+import time
+from pathlib import Path
 
 import pytest
+import torch
 
 from esm2_composer.conversion import Interrupted
 from esm2_composer.errors import StoreAway, UserError
-from esm2_composer.ranks import on_rank_zero
+from esm2_composer.ranks import end_process_group, on_rank_zero
 
 
 @pytest.mark.parametrize("error", [UserError("mine"), StoreAway("theirs"), Interrupted("full; kept")])
@@ -28,3 +31,22 @@ def test_what_rank_zero_fails_of_every_rank_fails_of(error, monkeypatch):
     monkeypatch.setattr("composer.utils.dist.broadcast_object_list", receive)
     with pytest.raises(type(error), match=str(error)):
         on_rank_zero(lambda: pytest.fail("this is rank 1"))
+
+
+def meet_and_part(rank: int, folder: Path) -> None:
+    for i in range(100):
+        torch.distributed.init_process_group("gloo", f"file://{folder}/{i}", rank=rank, world_size=2)
+        torch.distributed.broadcast_object_list([i])
+        torch.distributed.all_reduce(torch.ones(3))
+        end_process_group()
+
+
+def test_ranks_part_as_soon_as_they_are_done(tmp_path):
+    ranks = torch.multiprocessing.start_processes(meet_and_part, (tmp_path,), 2, join=False, start_method="fork")
+    try:
+        deadline = time.monotonic() + 60
+        while not ranks.join(timeout=1):
+            assert time.monotonic() < deadline, "a rank waits for ever"
+    finally:
+        for process in ranks.processes:
+            process.kill()

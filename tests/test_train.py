@@ -23,6 +23,7 @@ from transformers import AutoModelForMaskedLM
 from esm2_composer import runner
 from esm2_composer.config import DataSection, load_recipe
 from esm2_composer.errors import UserError
+from esm2_composer.ranks import end_process_group
 from esm2_composer.runner import Done, build_trainer, check_wandb, digest_of_all_nodes
 from esm2_composer.sharding import DivideByRanks
 
@@ -235,7 +236,7 @@ def test_sharded_gradients_that_come_as_sums_are_divided(
         with pytest.raises(Told) as told:
             build_trainer(load_recipe(recipe, overrides))
     finally:
-        torch.distributed.destroy_process_group()
+        end_process_group()
     assert told.value.args == (corrections,)
 
 

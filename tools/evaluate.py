@@ -63,6 +63,7 @@ def evaluate_checkpoint() -> None:
     from esm2_composer.masking import MaskingRule
     from esm2_composer.model import ESM2
     from esm2_composer.pool import Pool
+    from esm2_composer.ranks import end_process_group
 
     net = ESM2.from_pretrained(args.checkpoint)  # each rank for itself, before they meet
     on_gpu = torch.cuda.is_available()
@@ -87,7 +88,7 @@ def evaluate_checkpoint() -> None:
         if args.json:
             print(json.dumps(result))
     if ranks > 1:
-        torch.distributed.destroy_process_group()
+        end_process_group()
 
 
 def check(args: argparse.Namespace, data: DataSection) -> None:
