@@ -42,8 +42,9 @@ def cpu_group() -> torch.distributed.ProcessGroup | None:
 def end_process_group() -> None:
     """torch's `destroy_process_group`, which may never return after a collective of gloo.
 
-    A thread of gloo frees what a collective was given, which takes Python's lock. The end of the group holds that
-    lock and waits for the thread (torch 2.7). The end of a backend lets go of it, so here the backends go last.
+    A thread of gloo frees what a collective was given, which takes Python's lock. The end of a group holds that
+    lock and waits for the thread (until torch 2.8, pytorch#154976). The end of a backend lets go of it, so here
+    the backends go last.
     """
     group = torch.distributed.group.WORLD
     backends = [group._get_backend(device) for device in group._device_types]
