@@ -45,7 +45,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 -m "not slow and not gpu"
 
 test-slow: lint
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 1 --max-worker-restart 0 -m slow
 
 lock:  # pins for Python 3.10 to 3.12, without the address of any package index
 	$(UV) pip compile --quiet --universal --python-version 3.10 --extra dev --no-header --no-annotate \

@@ -43,8 +43,8 @@ def end_process_group() -> None:
     """torch's `destroy_process_group`, which may never return after a collective of gloo.
 
     A thread of gloo frees what a collective was given, which takes Python's lock. The end of a group holds that
-    lock and waits for the thread (until torch 2.8, pytorch#154976). The end of a backend lets go of it, so here
-    the backends go last.
+    lock and waits for the thread (before torch 2.8, pytorch#154976). The end of a backend lets go of it, so here
+    the backends go last: those of the default group, if nothing else holds it. Other groups are idle by then.
     """
     group = torch.distributed.group.WORLD
     backends = [group._get_backend(device) for device in group._device_types]

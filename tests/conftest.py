@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,21 +57,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[TERMINAL] = os.dup(2)  # before pytest takes it for what a test prints
+    config.stash[TERMINAL] = os.dup(2)  # nothing is captured here
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """A test that never ends is told, with what each thread does, and ends the run.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+    """A test that never ends is reported, with what each thread was doing, and ends its process.
 
-    A thread of C's own does it, since one of Python's would need the lock that such a test may hold.
+    The thread that does so needs no lock of Python's, which such a test may hold. It is set for each phase anew,
+    since pytest stops it when a phase fails.
     """
-    seconds = 3600 if item.get_closest_marker("slow") else 900
+    seconds = 3600 if item.get_closest_marker("slow") else 1800
     faulthandler.dump_traceback_later(seconds, exit=True, file=item.config.stash[TERMINAL])
     try:
         return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+pytest_runtest_call = pytest_runtest_teardown = pytest_runtest_setup
 
 
 @pytest.fixture(scope="module", autouse=True)

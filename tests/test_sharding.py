@@ -42,9 +42,13 @@ def test_a_sharded_gradient_is_the_mean_over_ranks(ranks: int, tmp_path: Path) -
     processes = [fork.Process(target=be_rank, args=(rank, ranks, tmp_path)) for rank in range(ranks)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0] * ranks
+    try:
+        for process in processes:
+            process.join(120)
+        assert [process.exitcode for process in processes] == [0] * ranks
+    finally:
+        for process in processes:
+            process.kill()
     mean = (1 + ranks) / 2
     for rank in range(ranks):
         seen = torch.load(tmp_path / f"{rank}.pt")
