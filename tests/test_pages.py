@@ -44,7 +44,8 @@ SMALL = {
     "--sizes 8m 35m 150m 650m": "--sizes 8m --layers 1",
     "--sizes 3b 15b --layers 2": "--sizes 35m 150m --layers 1",
     "--size 650m --device cuda": "--size 8m --device cpu",
-    "--clusters 10000 100000 1000000 10000000": "--clusters 300",
+    "--clusters 10000 100000 1000000": "--clusters 300",
+    "--clusters 1000000 10000000": "--clusters 300",
     "tensorboard --logdir": "tensorboard --inspect --logdir",  # rather than serve until it is stopped
     "pytest ": "pytest --collect-only ",  # they run where they are
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,17 +37,7 @@ def be_rank(rank: int, ranks: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_sharded_gradient_is_the_mean_over_ranks(ranks: int, tmp_path: Path) -> None:
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=be_rank, args=(rank, ranks, tmp_path)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(120)
-        assert [process.exitcode for process in processes] == [0] * ranks
-    finally:
-        for process in processes:
-            process.kill()
+    torch.multiprocessing.start_processes(be_rank, (ranks, tmp_path), ranks, start_method="fork")
     mean = (1 + ranks) / 2
     for rank in range(ranks):
         seen = torch.load(tmp_path / f"{rank}.pt")
