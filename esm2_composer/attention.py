@@ -4,7 +4,8 @@ A flat batch holds T tokens of B sequences; sequence b is the tokens cu_seqlens[
 kernel here computes padding, and no token sees another sequence.
 
     cpu     a loop over sequences around torch's CPU flash attention; any device, any dtype: the reference
-    triton  ours (see `triton_attention`), which rotates too; CUDA, fp16 or bf16, and a C compiler
+    triton  ours (see `triton_attention`), which rotates too, and with it a layer's norms and GELU
+            (`triton_elementwise`); CUDA, fp16 or bf16, and a C compiler
     torch   FlashAttention-2's variable-length kernel inside torch: its public function where there is one
             (from 2.11), the operator behind it before; CUDA, fp16 or bf16
     flash   the flash-attn package, version 3 (`flash_attn_interface`) or else 2; CUDA, fp16 or bf16
@@ -38,12 +39,12 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int],
 
 @dataclass(frozen=True)
 class Attention:
-    """A kernel. One that rotates takes q, k and v together, (T, 3, heads, head_dim), and the rotary tables,
-    instead of rotated q and k, and v."""
+    """A kernel. Triton's takes q, k and v together, (T, 3, heads, head_dim), and the rotary tables, instead of
+    rotated q and k, and v; where it is chosen, the operators of `triton_elementwise` are there, too."""
 
     name: str
     kernel: Callable[..., torch.Tensor]
-    rotates: bool = False
+    triton: bool = False
 
 
 @functools.cache
@@ -62,7 +63,7 @@ def select_attention(backend: str, device_type: str, dtype: torch.dtype, heads: 
         spills = capability < (9, 0) and head_size > 64  # Triton's; it would have too few registers
         wanted = backend == "triton" or (backend == "auto" and not spills)
         if wanted and (function := _triton_kernel(dtype, heads, head_size)) is not None:
-            found.append(Attention("triton", function, rotates=True))
+            found.append(Attention("triton", function, triton=True))
     chosen = [attention for attention in found if backend in ("auto", attention.name)]
     if not chosen:
         kind = f"{device_type} in {dtype}".replace("torch.", "")
@@ -144,9 +145,13 @@ def _triton_kernel(dtype: torch.dtype, heads: int, head_size: int) -> Callable[.
         log.warning("attention: Triton cannot be used: %s is missing", lack)
         return None
     attend = importlib.import_module("esm2_composer.triton_attention").attend
+    elementwise = importlib.import_module("esm2_composer.triton_elementwise")
     if torch.cuda.is_available():
         try:
-            error = rotated_error(attend, dtype, heads, head_size, "cuda")
+            error = worst(
+                rotated_error(attend, dtype, heads, head_size, "cuda"),
+                elementwise.elementwise_error(dtype, heads * head_size, "cuda"),
+            )
         except Exception as failure:  # compilers fail in many ways
             log.warning(
                 "attention: Triton cannot be used: %s",
@@ -154,7 +159,7 @@ def _triton_kernel(dtype: torch.dtype, heads: int, head_size: int) -> Callable[.
             )
             return None
         if not error < TOLERANCE:
-            log.warning("attention: Triton cannot be used: its kernel is off by %.1e on this GPU", error)
+            log.warning("attention: Triton cannot be used: a kernel of it is off by %.1e on this GPU", error)
             return None
     return attend
 
@@ -188,8 +193,12 @@ def rotated_error(
         (got,) = torch.autograd.grad((out.float() * weights).sum(), ours)
         (want,) = torch.autograd.grad((exact * weights).sum(), theirs)
     pairs = [(out, exact), *zip(got.unbind(1), want.unbind(1), strict=True)]
-    errors = [((a.float() - b).norm() / b.norm()).item() for a, b in pairs]
-    return max(errors, key=lambda error: (error != error, error))  # NaN is the worst
+    return worst(*(((a.float() - b).norm() / b.norm()).item() for a, b in pairs))
+
+
+def worst(*errors: float) -> float:
+    """The largest; NaN if any is."""
+    return max(errors, key=lambda error: (error != error, error))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -87,6 +87,21 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
+def add(x: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor:
+    """The sum (T, D); x if there is no update, as before the first layer."""
+    return x if update is None else x + update
+
+
+def add_norm(
+    x: torch.Tensor, update: torch.Tensor | None, norm: nn.LayerNorm, triton: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and update (T, D) -> their sum (T, D), and its norm (T, D); by `triton_elementwise`, if `triton`."""
+    if triton and update is not None:
+        return torch.ops.esm2_composer.add_norm(x, update, norm.weight, norm.bias, norm.eps)[:2]
+    x = add(x, update)
+    return x, norm(x)
+
+
 class Layer(nn.Module):
     """One pre-norm transformer block: attention, then a GELU feed-forward."""
 
@@ -101,18 +116,25 @@ class Layer(nn.Module):
         self.fc1 = nn.Linear(d, config.ffn_hidden_size)
         self.fc2 = nn.Linear(config.ffn_hidden_size, d)
 
-    def forward(self, x, tables, attention, cu_seqlens, max_seqlen) -> torch.Tensor:
-        """x (T, D), the bits of `rotary_tables` and an `Attention` -> (T, D)."""
-        qkv = self.project(x)
-        if attention.rotates:
+    def forward(self, x, update, tables, attention, cu_seqlens, max_seqlen) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream x (T, D) and what is to be added to it, update (T, D) or None, the bits of
+        `rotary_tables`, and an `Attention` -> x and update for the next layer.
+
+        Which adds them up, since it norms the sum: one pass over memory instead of two, and backward of three.
+        """
+        x, qkv = self.project(x, update, attention.triton)
+        if attention.triton:
             mixed = attention.kernel(qkv, tables.view(torch.float32), cu_seqlens, max_seqlen)
         else:
             mixed = attention.kernel(*self.rotate_qkv(qkv, tables), cu_seqlens, max_seqlen)
-        return self.after_attention(x, mixed)
+        return self.after_attention(x, mixed, attention.triton)
 
-    def project(self, x: torch.Tensor) -> torch.Tensor:
-        """x (T, D) -> q, k and v, (T, 3, H, K)."""
-        return self.qkv(self.attention_norm(x)).view(-1, 3, self.num_heads, self.head_size)
+    def project(
+        self, x: torch.Tensor, update: torch.Tensor | None, triton: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and update (T, D) -> their sum (T, D), and its q, k and v, (T, 3, H, K)."""
+        x, normed = add_norm(x, update, self.attention_norm, triton)
+        return x, self.qkv(normed).view(-1, 3, self.num_heads, self.head_size)
 
     def rotate_qkv(self, qkv: torch.Tensor, tables: torch.Tensor) -> tuple:
         """qkv (T, 3, H, K) -> q, k, v (T, H, K), q and k rotated."""
@@ -121,10 +143,15 @@ class Layer(nn.Module):
         # ESM-2 scales q by K^-0.5 before the rotation; rotation is linear, so the kernel may scale instead.
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def after_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        """x (T, D) and the attention's output (T, H, K) -> (T, D)."""
-        x = x + self.out(mixed.flatten(1))
-        return x + self.fc2(F.gelu(self.fc1(self.ffn_norm(x))))
+    def after_attention(
+        self, x: torch.Tensor, mixed: torch.Tensor, triton: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (T, D) and the attention's output (T, H, K) -> x (T, D), and what is to be added to it (T, D)."""
+        x, normed = add_norm(x, self.out(mixed.flatten(1)), self.ffn_norm, triton)
+        if triton and type(self.fc1) is nn.Linear:  # in fp8 it is another
+            hidden = F.linear(normed, self.fc1.weight, self.fc1.bias.detach())
+            return x, self.fc2(torch.ops.esm2_composer.gelu(hidden, self.fc1.bias))
+        return x, self.fc2(F.gelu(self.fc1(normed)))
 
 
 class Head(nn.Module):
@@ -178,10 +205,10 @@ class ESM2(nn.Module):
         Raises:
             ValueError: tokens and cu_seqlens do not make a flat batch. Values are checked on a CPU only.
         """
-        x = self._hidden(tokens, cu_seqlens, max_seqlen, len(self.layers))
+        x, update = self._hidden(tokens, cu_seqlens, max_seqlen, len(self.layers))
         if positions is not None:
-            x = x[positions]
-        return self.head(self.norm(x), self.embed.weight)
+            x, update = x[positions], update[positions]
+        return self.head(self.norm(add(x, update)), self.embed.weight)
 
     def represent(
         self,
@@ -198,13 +225,13 @@ class ESM2(nn.Module):
         layer = len(self.layers) if layer is None else layer
         if not 0 <= layer <= len(self.layers):
             raise ValueError(f"layer {layer} is not one of 0 to {len(self.layers)}")
-        x = self._hidden(tokens, cu_seqlens, max_seqlen, layer)
+        x = add(*self._hidden(tokens, cu_seqlens, max_seqlen, layer))
         return self.norm(x) if layer == len(self.layers) else x
 
     def _hidden(
         self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int | None, layer: int
-    ) -> torch.Tensor:
-        """The residual stream (T, D) after `layer` layers."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The residual stream (T, D) after `layer` layers, and what is to be added to it (see `Layer`)."""
         _check_batch(tokens, cu_seqlens)
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max())
@@ -219,9 +246,10 @@ class ESM2(nn.Module):
         x = self._embed(tokens, sequence, lengths)
         c = self.config
         attention = select_attention(c.attention, x.device.type, compute_dtype(x), c.num_heads, c.head_size)
+        update = None
         for block in self.layers[:layer]:
-            x = block(x, tables, attention, cu_seqlens, max_seqlen)
-        return x
+            x, update = block(x, update, tables, attention, cu_seqlens, max_seqlen)
+        return x, update
 
     def _embed(self, tokens: torch.Tensor, sequence: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Embeddings (T, D) with token dropout: `<mask>` embeds to zero, and the rest of its sequence is

@@ -47,7 +47,7 @@ def select(backend: str, device: str, dtype: torch.dtype, heads: int = 4, head_s
 def kernel(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
     """The kernel of a backend, taking rotated q, k and v."""
     found = select(backend, device, dtype)
-    if not found.rotates:
+    if not found.triton:
         return found.kernel
 
     def without_rotation(q, k, v, cu_seqlens, max_seqlen):
@@ -192,10 +192,10 @@ def test_auto_takes_triton_where_its_launchers_can_be_built(missing, monkeypatch
     found = select("auto", "cuda", torch.bfloat16)
     what = {"compiler": "a C compiler", "headers": f"{tmp_path}/Python.h", "package": "the package triton"}
     if missing is None:
-        assert (found.name, found.rotates) == ("triton", True)
+        assert (found.name, found.triton) == ("triton", True)
         assert caplog.messages == ["attention on cuda: triton"]
     else:
-        assert (found.name, found.rotates) == ("torch", False)
+        assert (found.name, found.triton) == ("torch", False)
         told = f"attention: Triton cannot be used: {what[missing]} is missing"
         assert caplog.messages == [told, "attention on cuda: torch"]
 
@@ -236,26 +236,34 @@ def test_the_check_of_a_kernel_sees_what_is_wrong(change):
     assert not rotated_error(rotating(change), torch.bfloat16, 2, 16, "cpu") < TOLERANCE
 
 
-def test_a_kernel_that_computes_something_else_here_is_told_and_not_taken(monkeypatch, caplog):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(attention, "rotated_error", lambda *_: float("nan"))
+@pytest.mark.parametrize(("rotated", "elementwise"), [(float("nan"), 0.0), (0.0, float("nan"))])
+def test_a_kernel_that_computes_something_else_here_is_told_and_not_taken(
+    rotated, elementwise, monkeypatch, caplog
+):
+    pretend_a_gpu(monkeypatch, (9, 0), rotated, elementwise)
     assert select("auto", "cuda", torch.bfloat16).name == "torch"
-    assert caplog.messages == ["attention: Triton cannot be used: its kernel is off by nan on this GPU"]
+    assert caplog.messages == ["attention: Triton cannot be used: a kernel of it is off by nan on this GPU"]
     with pytest.raises(
         ValueError, match="'triton' is not available on cuda in bfloat16; available here: auto, cpu, t"
     ):
         select("triton", "cuda", torch.bfloat16)
-    monkeypatch.setattr(attention, "rotated_error", lambda *_: 3e-3)
+    pretend_a_gpu(monkeypatch, (9, 0), 3e-3, 3e-3)
     assert select("auto", "cuda", torch.bfloat16).name == "triton"
+
+
+def pretend_a_gpu(monkeypatch, capability, rotated=0.0, elementwise=0.0):
+    """On which Triton's kernels are off by so much."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(attention, "rotated_error", lambda *_: rotated)
+    monkeypatch.setattr("esm2_composer.triton_elementwise.elementwise_error", lambda *_: elementwise)
 
 
 def test_a_kernel_that_cannot_be_compiled_is_told_and_hinders_no_other(monkeypatch, caplog):
     def fail(*_):
         raise RuntimeError("PassManager::run failed")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    pretend_a_gpu(monkeypatch, (12, 0))
     monkeypatch.setattr(attention, "rotated_error", fail)
     assert select("auto", "cuda", torch.bfloat16).name == "torch"
     assert caplog.messages == ["attention: Triton cannot be used: RuntimeError: PassManager::run failed"]
@@ -269,9 +277,7 @@ def test_a_kernel_that_cannot_be_compiled_is_told_and_hinders_no_other(monkeypat
     [((8, 0), 64, "triton"), ((8, 9), 128, "torch"), ((9, 0), 128, "triton")],
 )
 def test_auto_takes_triton_where_it_does_not_spill(capability, head_size, chosen, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(attention, "rotated_error", lambda *_: 0.0)
+    pretend_a_gpu(monkeypatch, capability)
     assert select("auto", "cuda", torch.bfloat16, 40, head_size).name == chosen
     assert select("triton", "cuda", torch.bfloat16, 40, head_size).name == "triton"
 
@@ -283,7 +289,6 @@ def test_auto_takes_the_reference_where_gpus_have_no_kernel(dtype, monkeypatch):
     assert select("auto", "cuda", dtype).name == "cpu"
     with pytest.raises(ValueError, match=r"'torch' is not available on cuda in .*; available here: auto, cpu"):
         select("torch", "cuda", dtype)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    monkeypatch.setattr(attention, "rotated_error", lambda *_: 0.0)
+    pretend_a_gpu(monkeypatch, (8, 0))
     expected = "cpu" if dtype == torch.float32 else "triton"
     assert select("auto", "cuda", dtype).name == expected

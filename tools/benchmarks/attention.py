@@ -91,11 +91,11 @@ def once(
 ) -> tuple[float, float]:
     """Seconds of the forward and the backward pass."""
     leaf = qkv.clone().requires_grad_()
-    given = leaf.clone()  # kernels that rotate write over it
+    given = leaf.clone()  # Triton's writes over it
     if device == "cuda":
         torch.cuda._sleep(10_000_000)  # cycles, in which all that follows is queued
     moments = [moment(device)]
-    if attention.rotates:
+    if attention.triton:
         out = attention.kernel(given, tables, cu_seqlens, longest)
     else:
         out = attention.kernel(*rotation(device)(given, tables), cu_seqlens, longest)

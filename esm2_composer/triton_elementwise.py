@@ -1,0 +1,290 @@
+"""What a layer computes between its matrix products, in Triton: sums with layer norm, and GELU.
+
+Forward and backward are one pass over memory each, at its speed, and the backward pass also adds up what the
+gradients of weights and biases need. torch's compiler takes twice as long and more (docs/performance.md); since
+these are operators of torch, it compiles what is around them.
+
+T tokens, D columns of the residual stream, F of the feed-forward. A program adds up SUMMED rows, in their order,
+and writes one row of sums: results are the same to the last bit every time.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from esm2_composer.attention import worst
+
+# The best of a few dozen on an H200, for D of 320, 1,280 and 2,560, and four times these.
+NORM_ROWS = 32  # a program adds up
+GELU_ROWS, GELU_COLUMNS, GELU_SUMMED = 16, 128, 128  # a tile, and the rows that a program adds up
+NUMBERS = 4096  # of a program of GELU's forward pass
+WARPS = 4
+
+
+@triton.jit
+def _add_norm(
+    x, update, weight, bias, total, normed, mean, rstd, eps, D: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """A row: total = x + update, and its layer norm."""
+    row, columns = tl.program_id(0), tl.arange(0, WIDE)
+    places, inside = row.to(tl.int64) * D + columns, columns < D
+    numbers = tl.load(x + places, inside, 0.0).to(tl.float32)
+    numbers += tl.load(update + places, inside, 0.0).to(tl.float32)
+    numbers = numbers.to(total.dtype.element_ty)
+    tl.store(total + places, numbers, inside)
+    numbers = numbers.to(tl.float32)
+    level = tl.sum(numbers) / D
+    numbers = tl.where(inside, numbers - level, 0.0)
+    scale = 1 / tl.sqrt(tl.sum(numbers * numbers) / D + eps)
+    weights = tl.load(weight + columns, inside, 0.0).to(tl.float32)
+    biases = tl.load(bias + columns, inside, 0.0).to(tl.float32)
+    tl.store(normed + places, (numbers * scale * weights + biases).to(normed.dtype.element_ty), inside)
+    tl.store(mean + row, level)
+    tl.store(rstd + row, scale)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _add_norm_backward(
+    grad_total, grad_normed, total, weight, mean, rstd, grad_x, grad_update, sums_weight, sums_bias, tokens,
+    D: tl.constexpr, WIDE: tl.constexpr, SUMMED: tl.constexpr, BOTH: tl.constexpr,
+):  # fmt: skip
+    """BOTH: the update's gradient, which is x's, is wanted in another type, too."""
+    program, columns = tl.program_id(0), tl.arange(0, WIDE)
+    inside = columns < D
+    weights = tl.load(weight + columns, inside, 0.0).to(tl.float32)
+    sum_weight, sum_bias = tl.zeros((WIDE,), tl.float32), tl.zeros((WIDE,), tl.float32)
+    for step in range(SUMMED):
+        row = program * SUMMED + step
+        places, there = row.to(tl.int64) * D + columns, inside & (row < tokens)
+        scale = tl.load(rstd + row, row < tokens, 0.0)
+        numbers = tl.load(total + places, there, 0.0).to(tl.float32)
+        numbers = tl.where(there, (numbers - tl.load(mean + row, row < tokens, 0.0)) * scale, 0.0)
+        grads = tl.load(grad_normed + places, there, 0.0).to(tl.float32)
+        sum_weight += grads * numbers
+        sum_bias += grads
+        grads *= weights
+        along, level = tl.sum(grads * numbers) / D, tl.sum(grads) / D
+        grads = (grads - numbers * along - level) * scale + tl.load(grad_total + places, there, 0.0).to(tl.float32)
+        tl.store(grad_x + places, grads.to(grad_x.dtype.element_ty), there)
+        if BOTH:
+            tl.store(grad_update + places, grads.to(grad_update.dtype.element_ty), there)
+    tl.store(sums_weight + program * D + columns, sum_weight, inside)
+    tl.store(sums_bias + program * D + columns, sum_bias, inside)
+
+
+@triton.jit
+def _normal(x):
+    """exp(-x^2 / 2), and the share of the standard normal distribution that lies below x.
+
+    The share by Abramowitz and Stegun, 7.1.26, to 7.5e-8: a third fewer instructions than erf, which limit these
+    kernels, and the exponential is one for both.
+    """
+    density = tl.exp2(x * x * -0.7213475204444817)
+    t = 1 / (1 + 0.23164188 * tl.abs(x))
+    tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
+    tail *= density
+    return density, tl.where(x < 0, tail, 1 - tail)
+
+
+@triton.jit
+def _gelu(hidden, out, numbers, NUMBERS: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
+    x = tl.load(hidden + places, places < numbers, 0.0).to(tl.float32)
+    _, share = _normal(x)
+    tl.store(out + places, (x * share).to(out.dtype.element_ty), places < numbers)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _gelu_backward(
+    hidden, grad, grad_hidden, sums, tokens,
+    F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    columns, program = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for step in range(0, SUMMED, ROWS):
+        rows = program * SUMMED + step + tl.arange(0, ROWS)
+        places = rows.to(tl.int64)[:, None] * F + columns[None, :]
+        there = (rows < tokens)[:, None] & (columns < F)[None, :]
+        x = tl.load(hidden + places, there, 0.0).to(tl.float32)
+        density, share = _normal(x)
+        slope = share + x * density * 0.3989422804014327  # 1 / sqrt(2 pi)
+        grads = tl.load(grad + places, there, 0.0).to(tl.float32) * slope
+        tl.store(grad_hidden + places, grads.to(grad_hidden.dtype.element_ty), there)
+        total += grads
+    tl.store(sums + program * F + columns, tl.sum(total, 0), columns < F)
+
+
+def _programs(tokens: int, summed: int) -> int:
+    return (tokens + summed - 1) // summed
+
+
+def _width(columns: int) -> dict[str, int]:
+    wide = triton.next_power_of_2(columns)
+    return {"WIDE": wide, "num_warps": min(max(wide // 1024, 1), 16)}
+
+
+@torch.library.custom_op("esm2_composer::add_norm", mutates_args=())
+def add_norm(
+    x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A sum and its layer norm (Ba, Kiros and Hinton, 2016).
+
+    Args:
+        x: (T, D), contiguous.
+        update: (T, D), contiguous, of another type perhaps.
+        weight, bias: (D,).
+        eps: added to the variance.
+
+    Returns:
+        x + update, (T, D) in the type of x; its norm, (T, D) in the type of update; and, for the backward pass,
+        each row's mean and 1 / deviation, fp32 (T,).
+    """
+    tokens, d = x.shape
+    total, normed = torch.empty_like(x), torch.empty_like(update)
+    mean, rstd = (torch.empty(tokens, dtype=torch.float32, device=x.device) for _ in range(2))
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        _add_norm[(tokens,)](x, update, weight, bias, total, normed, mean, rstd, eps, D=d, **_width(d))
+    return total, normed, mean, rstd
+
+
+@add_norm.register_fake
+def _(x, update, weight, bias, eps):
+    mean, rstd = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(x), torch.empty_like(update), mean, rstd
+
+
+@torch.library.custom_op("esm2_composer::add_norm_backward", mutates_args=())
+def add_norm_backward(
+    grad_total: torch.Tensor, grad_normed: torch.Tensor, total: torch.Tensor, weight: torch.Tensor,
+    mean: torch.Tensor, rstd: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The gradients of x and of the update, the second empty if their types are the same, and partial sums for
+    those of weight and bias, (2, programs, D)."""
+    tokens, d = total.shape
+    grad_total, grad_normed = grad_total.contiguous(), grad_normed.contiguous()
+    both, programs = grad_normed.dtype != total.dtype, _programs(tokens, NORM_ROWS)
+    grad_x = torch.empty_like(total)
+    grad_update = torch.empty_like(grad_normed) if both else grad_normed.new_empty(0)
+    sums = total.new_empty(2, programs, d, dtype=torch.float32)
+    with torch.cuda.device_of(total):
+        _add_norm_backward[(programs,)](
+            grad_total, grad_normed, total, weight, mean, rstd, grad_x, grad_update, sums[0], sums[1], tokens,
+            D=d, SUMMED=NORM_ROWS, BOTH=both, **_width(d),
+        )  # fmt: skip
+    return grad_x, grad_update, sums
+
+
+@add_norm_backward.register_fake
+def _(grad_total, grad_normed, total, weight, mean, rstd):
+    both, programs = grad_normed.dtype != total.dtype, _programs(total.shape[0], NORM_ROWS)
+    grad_update = torch.empty_like(total, dtype=grad_normed.dtype) if both else grad_normed.new_empty(0)
+    return torch.empty_like(total), grad_update, total.new_empty(2, programs, total.shape[1], dtype=torch.float32)
+
+
+def _keep_for_norm(ctx, inputs: tuple, output: tuple) -> None:
+    _, _, weight, bias, _ = inputs
+    total, _, mean, rstd = output
+    ctx.save_for_backward(total, weight, mean, rstd)
+    ctx.bias_type = bias.dtype
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _norm_gradients(ctx, grad_total, grad_normed, _mean, _rstd) -> tuple:
+    total, weight, mean, rstd = ctx.saved_tensors
+    grad_x, grad_update, sums = add_norm_backward(grad_total, grad_normed, total, weight, mean, rstd)
+    grad_weight, grad_bias = sums.sum(1)
+    if grad_normed.dtype == total.dtype:
+        grad_update = grad_x
+    return grad_x, grad_update, grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_type), None
+
+
+add_norm.register_autograd(_norm_gradients, setup_context=_keep_for_norm)
+
+
+@torch.library.custom_op("esm2_composer::gelu", mutates_args=())
+def gelu(hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """GELU (Hendrycks and Gimpel, 2016), not its approximation by tanh, of hidden (T, F), contiguous, which is the
+    sum of a product and a bias (F,).
+
+    The bias has its gradient from here, where hidden's is made: the sum must have hidden it from autograd.
+    """
+    out, numbers = torch.empty_like(hidden), hidden.numel()
+    with torch.cuda.device_of(hidden):
+        _gelu[(triton.cdiv(numbers, NUMBERS),)](hidden, out, numbers, NUMBERS=NUMBERS, num_warps=WARPS)
+    return out
+
+
+@gelu.register_fake
+def _(hidden, bias):
+    return torch.empty_like(hidden)
+
+
+@torch.library.custom_op("esm2_composer::gelu_backward", mutates_args=())
+def gelu_backward(hidden: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient, (T, F), and its partial sums over tokens, (programs, F)."""
+    tokens, f = hidden.shape
+    grad_hidden, programs = torch.empty_like(hidden), _programs(tokens, GELU_SUMMED)
+    sums = hidden.new_empty(programs, f, dtype=torch.float32)
+    with torch.cuda.device_of(hidden):
+        _gelu_backward[(triton.cdiv(f, GELU_COLUMNS), programs)](
+            hidden, grad.contiguous(), grad_hidden, sums, tokens,
+            F=f, ROWS=GELU_ROWS, COLUMNS=GELU_COLUMNS, SUMMED=GELU_SUMMED, num_warps=WARPS,
+        )  # fmt: skip
+    return grad_hidden, sums
+
+
+@gelu_backward.register_fake
+def _(hidden, grad):
+    sums = hidden.new_empty(_programs(hidden.shape[0], GELU_SUMMED), hidden.shape[1], dtype=torch.float32)
+    return torch.empty_like(hidden), sums
+
+
+def _keep_for_gelu(ctx, inputs: tuple, output: torch.Tensor) -> None:
+    hidden, bias = inputs
+    ctx.save_for_backward(hidden)
+    ctx.bias_type = bias.dtype
+
+
+def _gelu_gradients(ctx, grad: torch.Tensor) -> tuple:
+    grad_hidden, sums = gelu_backward(*ctx.saved_tensors, grad)
+    return grad_hidden, sums.sum(0).to(ctx.bias_type)
+
+
+gelu.register_autograd(_gelu_gradients, setup_context=_keep_for_gelu)
+
+
+def elementwise_error(dtype: torch.dtype, columns: int, device: str) -> float:
+    """The largest relative error of sums with norm, of GELU, and of their gradients on this device, beside torch's
+    in fp32; NaN if any is."""
+    errors = []
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(device, kind).requires_grad_()
+
+        for stream in {torch.float32, dtype}:  # as under autocast, and as under FSDP
+            ours = draw(100, columns, kind=stream), draw(100, columns, kind=dtype), draw(columns), draw(columns)
+            theirs = [x.detach().float().requires_grad_() for x in ours]
+            total = theirs[0] + theirs[1]
+            exact = total, F.layer_norm(total, (columns,), *theirs[2:])
+            errors += _errors(add_norm(*ours, 1e-5)[:2], exact, ours, theirs)
+        hidden, bias = draw(300, columns, kind=dtype), draw(columns)
+        ours = hidden, bias
+        theirs = [hidden.detach().float().requires_grad_(), torch.zeros_like(bias, requires_grad=True)]
+        errors += _errors((gelu(*ours),), (F.gelu(theirs[0] + theirs[1]),), ours, theirs)
+    return worst(*errors)
+
+
+def _errors(out: tuple, exact: tuple, ours: tuple, theirs: list) -> list[float]:
+    """Relative, of outputs and of the gradients of a sum of them."""
+    weights = [torch.linspace(-1, 1, x.numel(), device=x.device).view_as(x) for x in exact]
+    got, want = (
+        torch.autograd.grad(sum((x.float() * w).sum() for x, w in zip(outputs, weights, strict=True)), inputs)
+        for outputs, inputs in ((out, ours), (exact, theirs))
+    )
+    pairs = zip((*out, *got), (*exact, *want), strict=True)
+    return [((a.float() - b).norm() / b.norm()).item() for a, b in pairs]
