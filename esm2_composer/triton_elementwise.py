@@ -50,13 +50,14 @@ def _add_norm(
 def _add_norm_backward(
     grad_total, grad_normed, total, weight, mean, rstd, grad_x, grad_update, sums_weight, sums_bias, tokens,
     D: tl.constexpr, WIDE: tl.constexpr, SUMMED: tl.constexpr, BOTH: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """BOTH: the update's gradient, which is x's, is wanted in another type, too."""
     program, columns = tl.program_id(0), tl.arange(0, WIDE)
     inside = columns < D
     weights = tl.load(weight + columns, inside, 0.0).to(tl.float32)
     sum_weight, sum_bias = tl.zeros((WIDE,), tl.float32), tl.zeros((WIDE,), tl.float32)
-    for step in range(SUMMED):
+    for step in tl.range(0, SUMMED, num_stages=STAGES):
         row = program * SUMMED + step
         places, there = row.to(tl.int64) * D + columns, inside & (row < tokens)
         scale = tl.load(rstd + row, row < tokens, 0.0)
@@ -126,6 +127,12 @@ def _width(columns: int) -> dict[str, int]:
     return {"WIDE": wide, "num_warps": min(max(wide // 1024, 1), 16)}
 
 
+def _stages(columns: int, itemsize: int) -> int:
+    """Rows on their way to a program, of a residual stream of so many bytes a number: in up to 98 KB of shared
+    memory, which all GPUs have."""
+    return 3 if triton.next_power_of_2(columns) * itemsize <= 16384 else 2
+
+
 @torch.library.custom_op("esm2_composer::add_norm", mutates_args=())
 def add_norm(
     x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
@@ -172,7 +179,7 @@ def add_norm_backward(
     with torch.cuda.device_of(total):
         _add_norm_backward[(programs,)](
             grad_total, grad_normed, total, weight, mean, rstd, grad_x, grad_update, sums[0], sums[1], tokens,
-            D=d, SUMMED=NORM_ROWS, BOTH=both, **_width(d),
+            D=d, SUMMED=NORM_ROWS, BOTH=both, STAGES=_stages(d, total.element_size()), **_width(d),
         )  # fmt: skip
     return grad_x, grad_update, sums
 

@@ -170,7 +170,7 @@ def test_on_a_gpu_the_loss_of_200_compiled_steps_follows_fp32(fp8: bool) -> None
     # At 1e-3 the mutants are soon known by heart, and then a small step to the side is a large share of the loss.
     exact = train(config, made, "cuda", bf16=False, rate=1e-4)
     compiled = train(config, made, "cuda", fp8=fp8, rate=1e-4, backend="inductor")
-    check(compiled, exact, *((0.05, 0.01) if fp8 else (0.02, 0.005)))
+    check(compiled, exact, *((0.1, 0.02) if fp8 else (0.02, 0.005)))
 
 
 def test_fp8_is_for_the_layers_products_and_leaves_names_and_compiling_as_they_are() -> None:

@@ -279,7 +279,8 @@ def test_ranks_do_not_outlive_their_launcher(shards, tmp_path):
 
 
 ON_A_TERMINAL = """
-import fcntl, os, struct, sys, termios
+import fcntl, os, signal, struct, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup leaves it ignored
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
