@@ -47,10 +47,10 @@ RESERVED = 4e9  # bytes a GPU holds besides: context, communication buffers, fra
 # UniRef50, cropped to 1,024 tokens: the mean, and the mean length that a token sees (of 10,000 sequences).
 MEAN_TOKENS, ATTENDED = 319, 456
 
-# Bytes that the backward pass keeps of a token and layer, in units of the hidden size, as peaks on an H100 tell
-# (docs/performance.md): under bf16 autocast, and with FSDP's bf16 between layers. On a CPU, where attention does
-# not rotate in place, autograd keeps 44. With activation checkpointing only the layer's input, and all of one
-# layer at a time.
+# Bytes that the backward pass keeps of a token and layer, in units of the hidden size, as peaks on an H100 and an
+# H200 tell (docs/performance.md): under bf16 autocast, and with FSDP's bf16 between layers. On a CPU, where
+# attention does not rotate in place, autograd keeps 44. With activation checkpointing only the layer's input, and
+# all of one layer at a time.
 ACTIVATION, SHARDED_ACTIVATION, CHECKPOINT = 36, 31, 4
 
 

@@ -149,12 +149,16 @@ def at_best(work: Work, limits: Limits, sharded: bool = False) -> dict[str, floa
     head = model.flops([], round(0.15 * tokens))
     itemsize = compute_type(work.device).itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    a_column = c.num_layers * c.hidden_size * tokens  # of numbers as wide as the residual stream
+    # Rotation reads and writes q and k. On a GPU attention does, forward, and backward has them in registers.
+    rotation = itemsize * a_column * (8 if work.device == "cpu" else 4) / limits.copy_bytes
+    pointwise = _pointwise_bytes(c, itemsize, itemsize if sharded else 4) * a_column / limits.copy_bytes
     return {
-        "attention": attention / limits.product_flops,
+        "attention": attention / limits.product_flops + (0 if work.device == "cpu" else rotation),
         # AdamW reads weight, gradient and two moments and writes three; clipping reads and scales gradients.
         "optimizer": (28 + 12) * trained / limits.copy_bytes,
         "matrix products": (_products(c) * tokens + head) / limits.product_flops,
-        OTHER: _pointwise_bytes(c, itemsize, itemsize if sharded else 4) * tokens / limits.copy_bytes,
+        OTHER: pointwise + (rotation if work.device == "cpu" else 0),
         REST: 0.0,
     }
 
@@ -165,15 +169,15 @@ def _products(c: Any) -> int:
 
 
 def _pointwise_bytes(c: Any, itemsize: int, residual: int) -> float:
-    """Bytes a token that the layers' norms, sums, rotations and GELUs move, forward and backward, if what lies
-    between two products is one pass that reads its inputs and writes its outputs once.
+    """Bytes that a layer's norms, sums and GELU move for a number of the residual stream, forward and backward, if
+    what lies between two products is one pass that reads its inputs and writes its outputs once.
 
-    In hidden sizes: 12 times the residual stream or its gradient, `residual` bytes a number; 16 times numbers of
-    `itemsize`; and 5 times the width of the feed-forward in such (GELU reads and writes once, its gradient reads
-    twice and writes once).
+    Either norm reads and writes the stream, of `residual` bytes a number; backward it reads the stream and its
+    gradient, and writes that: 5 times. In numbers of `itemsize` it reads what is to be added and writes what is
+    normed, and backward the other way round: 4 times. GELU, over the width of the feed-forward, reads and writes
+    once, its gradient reads twice and writes once.
     """
-    wide = c.ffn_hidden_size / c.hidden_size
-    return c.num_layers * c.hidden_size * (12 * residual + itemsize * (16 + 5 * wide))
+    return 2 * (5 * residual + 4 * itemsize) + 5 * itemsize * c.ffn_hidden_size / c.hidden_size
 
 
 def table(result: dict[str, Any]) -> str:
