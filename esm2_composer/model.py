@@ -120,7 +120,8 @@ class Layer(nn.Module):
         """The residual stream x (T, D) and what is to be added to it, update (T, D) or None, the bits of
         `rotary_tables`, and an `Attention` -> x and update for the next layer.
 
-        Which adds them up, since it norms the sum: one pass over memory instead of two, and backward of three.
+        The next layer adds them up, since it norms the sum: that takes one pass over memory, where a sum here and
+        a norm there would take two, and their gradients three.
         """
         x, qkv = self.project(x, update, attention.triton)
         if attention.triton:
@@ -266,6 +267,8 @@ class ESM2(nn.Module):
         The parts around attention are compiled, the same code for all layers. Attention's kernels are no matter
         for a compiler, and some cannot be traced.
         """
+        # The first layer's `project` is another; so is each for training, evaluation, inference and another type.
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         for layer in self.layers:
             for part in ("project", "rotate_qkv", "after_attention"):
                 compiled = torch.compile(getattr(layer, part), dynamic=True, fullgraph=True, **options)

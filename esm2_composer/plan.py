@@ -47,11 +47,13 @@ RESERVED = 4e9  # bytes a GPU holds besides: context, communication buffers, fra
 # UniRef50, cropped to 1,024 tokens: the mean, and the mean length that a token sees (of 10,000 sequences).
 MEAN_TOKENS, ATTENDED = 319, 456
 
-# Bytes that the backward pass keeps of a token and layer, in units of the hidden size, as peaks on an H100 and an
-# H200 tell (docs/performance.md): under bf16 autocast, and with FSDP's bf16 between layers. On a CPU, where
-# attention does not rotate in place, autograd keeps 44. With activation checkpointing only the layer's input, and
-# all of one layer at a time.
-ACTIVATION, SHARDED_ACTIVATION, CHECKPOINT = 36, 31, 4
+# Bytes that the backward pass keeps of a token and layer, in units of the hidden size, where attention rotates in
+# place (elsewhere 8 more), and what activation checkpointing keeps, a layer's inputs: with an fp32 residual
+# stream, and with FSDP's bf16 one; and bytes of a token outside the layers. Counted (test_plan.py), and met by
+# peaks on an H200 (docs/performance.md).
+ACTIVATION, CHECKPOINT = 36.5, 6
+ACTIVATION_BF16, CHECKPOINT_BF16 = 32.5, 4
+OUTSIDE = 18
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,10 @@ def make_plan(
     checkpointing = recipe.fsdp is not None and recipe.fsdp.activation_checkpointing
     repeated = 4 / 3 if checkpointing else 1  # the forward pass twice, which MFU does not count
 
-    of_layer = ACTIVATION if recipe.fsdp is None else SHARDED_ACTIVATION
-    held = config.num_layers * CHECKPOINT + of_layer if checkpointing else config.num_layers * of_layer
-    activations = recipe.device_microbatch_tokens * config.hidden_size * held
+    bf16_stream = recipe.fsdp is not None and recipe.fsdp.mixed_precision == "DEFAULT"
+    of_layer, of_inputs = (ACTIVATION_BF16, CHECKPOINT_BF16) if bf16_stream else (ACTIVATION, CHECKPOINT)
+    held = config.num_layers * of_inputs + of_layer if checkpointing else config.num_layers * of_layer
+    activations = recipe.device_microbatch_tokens * config.hidden_size * (held + OUTSIDE)
     share = min(1.0, tokens / gpus / recipe.device_microbatch_tokens)  # of a microbatch that a GPU's tokens fill
     rounds = max(1, math.ceil(tokens / gpus / recipe.device_microbatch_tokens))
     compute = repeated * flops / gpus / (mfu * gpu.flops)
@@ -151,7 +154,8 @@ def _memory(fsdp: FSDPSection | None, parameters: int, layer: int, gpus: int) ->
     if shards == -1:
         shards = gpus // (replicas or 1)
     two_layers = 2 * layer * (2 + 4)  # the next one is gathered in bf16 while one computes; fp32 gradients
-    whole = 2 * parameters if fsdp.sharding_strategy == "SHARD_GRAD_OP" else 0  # bf16, kept for the backward pass
+    # bf16, kept for the backward pass; a GPU by itself casts its weights again
+    whole = 2 * parameters if fsdp.sharding_strategy == "SHARD_GRAD_OP" and shards > 1 else 0
     return shards, 16 * parameters / shards, whole + two_layers
 
 
