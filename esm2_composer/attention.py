@@ -44,7 +44,10 @@ class Attention:
 
     name: str
     kernel: Callable[..., torch.Tensor]
-    triton: bool = False
+
+    @property
+    def triton(self) -> bool:
+        return self.name == "triton"
 
 
 @functools.cache
@@ -63,7 +66,7 @@ def select_attention(backend: str, device_type: str, dtype: torch.dtype, heads: 
         spills = capability < (9, 0) and head_size > 64  # Triton's; it would have too few registers
         wanted = backend == "triton" or (backend == "auto" and not spills)
         if wanted and (function := _triton_kernel(dtype, heads, head_size)) is not None:
-            found.append(Attention("triton", function, triton=True))
+            found.append(Attention("triton", function))
     chosen = [attention for attention in found if backend in ("auto", attention.name)]
     if not chosen:
         kind = f"{device_type} in {dtype}".replace("torch.", "")

@@ -48,9 +48,9 @@ RESERVED = 4e9  # bytes a GPU holds besides: context, communication buffers, fra
 MEAN_TOKENS, ATTENDED = 319, 456
 
 # Bytes that the backward pass keeps of a token and layer, in units of the hidden size, where attention rotates in
-# place (elsewhere 8 more), and what activation checkpointing keeps, a layer's inputs: with an fp32 residual
-# stream, and with FSDP's bf16 one; and bytes of a token outside the layers. Counted (test_plan.py), and met by
-# peaks on an H200 (docs/performance.md).
+# place (elsewhere 8 more), and what activation checkpointing keeps, a layer's two inputs: with an fp32 residual
+# stream, and with FSDP's bf16 one; and bytes of a token outside the layers. Peaks on an H200 meet them
+# (docs/performance.md), but for checkpointing's.
 ACTIVATION, CHECKPOINT = 36.5, 6
 ACTIVATION_BF16, CHECKPOINT_BF16 = 32.5, 4
 OUTSIDE = 18

@@ -118,10 +118,6 @@ def _gelu_backward(
     tl.store(sums + program * F + columns, tl.sum(total, 0), columns < F)
 
 
-def _programs(tokens: int, summed: int) -> int:
-    return (tokens + summed - 1) // summed
-
-
 def _width(columns: int) -> dict[str, int]:
     wide = triton.next_power_of_2(columns)
     return {"WIDE": wide, "num_warps": min(max(wide // 1024, 1), 16)}
@@ -174,7 +170,7 @@ def add_norm_backward(
     those of weight and bias, (2, programs, D)."""
     tokens, d = total.shape
     grad_total, grad_normed = grad_total.contiguous(), grad_normed.contiguous()
-    both, programs = grad_normed.dtype != total.dtype, _programs(tokens, NORM_ROWS)
+    both, programs = grad_normed.dtype != total.dtype, triton.cdiv(tokens, NORM_ROWS)
     grad_x, grad_update = total.new_empty(total.shape), grad_normed.new_empty(total.shape if both else 0)
     sums = total.new_empty(2, programs, d, dtype=torch.float32)
     with torch.cuda.device_of(total):
@@ -187,7 +183,7 @@ def add_norm_backward(
 
 @add_norm_backward.register_fake
 def _(grad_total, grad_normed, total, weight, mean, rstd):
-    both, programs = grad_normed.dtype != total.dtype, _programs(total.shape[0], NORM_ROWS)
+    both, programs = grad_normed.dtype != total.dtype, triton.cdiv(total.shape[0], NORM_ROWS)
     sums = total.new_empty(2, programs, total.shape[1], dtype=torch.float32)
     return total.new_empty(total.shape), grad_normed.new_empty(total.shape if both else 0), sums
 
@@ -236,7 +232,7 @@ def gelu_backward(hidden: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tenso
     """The gradient, (T, F), and its partial sums over tokens, (programs, F)."""
     tokens, f = hidden.shape
     hidden, grad = hidden.contiguous(), grad.contiguous()
-    grad_hidden, programs = hidden.new_empty(hidden.shape), _programs(tokens, GELU_SUMMED)
+    grad_hidden, programs = hidden.new_empty(hidden.shape), triton.cdiv(tokens, GELU_SUMMED)
     sums = hidden.new_empty(programs, f, dtype=torch.float32)
     with torch.cuda.device_of(hidden):
         _gelu_backward[(triton.cdiv(f, GELU_COLUMNS), programs)](
@@ -248,7 +244,7 @@ def gelu_backward(hidden: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tenso
 
 @gelu_backward.register_fake
 def _(hidden, grad):
-    sums = hidden.new_empty(_programs(hidden.shape[0], GELU_SUMMED), hidden.shape[1], dtype=torch.float32)
+    sums = hidden.new_empty(triton.cdiv(hidden.shape[0], GELU_SUMMED), hidden.shape[1], dtype=torch.float32)
     return hidden.new_empty(hidden.shape), sums
 
 

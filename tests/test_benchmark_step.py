@@ -168,10 +168,10 @@ def test_impossible_measurements_are_refused(given, complaint, monkeypatch):
 
 @pytest.mark.parametrize("contender", [ours, padded])
 def test_a_contender_times_the_steps_that_count(contender):
-    found = contender(TINY)
+    found = step.in_own_process(contender, TINY)  # the peak of this one may lie behind it
     assert len(found.seconds) == TINY.steps
     assert min(found.seconds) > 0
-    assert found.peak_bytes > 0  # how much, only a process of its own can tell
+    assert found.peak_bytes > 12 * 7_500_000  # gradients and two moments at least
 
 
 def test_the_fp8_contender_computes_in_fp8(monkeypatch):

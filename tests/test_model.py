@@ -1,5 +1,7 @@
 """ESM2 is ESM-2: logits and gradients equal those of transformers and fair-esm; sizes, init, FLOPs."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -255,6 +257,18 @@ def check_compiled_layers(bf16=False, **options):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_layers_compile_once_for_all_batches_without_a_graph_break(bf16):
     check_compiled_layers(bf16, backend="aot_eager")
+
+
+def test_compiled_layers_run_in_all_modes_one_after_the_other():
+    """More graphs of a part than torch's limit, beyond which it refuses."""
+    torch._dynamo.reset()
+    compiled = random_model(CONFIGS[16])
+    compiled.compile_layers(backend="aot_eager")
+    for mode in (contextlib.nullcontext, torch.no_grad, torch.inference_mode):
+        for tokens in (9, 1):  # one is a graph of its own
+            with mode():
+                logits = compiled(torch.full((tokens,), 5), torch.tensor([0, tokens]).int())
+            assert logits.isfinite().all()
 
 
 @pytest.mark.slow

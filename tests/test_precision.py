@@ -171,7 +171,7 @@ def test_on_a_gpu_the_loss_of_200_compiled_steps_follows_fp32(fp8: bool) -> None
     exact = train(config, made, "cuda", bf16=False, rate=1e-4)
     compiled = train(config, made, "cuda", fp8=fp8, rate=1e-4, backend="inductor")
     # fp8's on an H200 was at most 0.049 off, and 0.010 on average: it learns by heart a little later.
-    check(compiled, exact, *((0.1, 0.02) if fp8 else (0.02, 0.005)))
+    check(compiled, exact, *((0.06, 0.012) if fp8 else (0.02, 0.005)))
 
 
 def test_fp8_is_for_the_layers_products_and_leaves_names_and_compiling_as_they_are() -> None:

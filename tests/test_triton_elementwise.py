@@ -103,7 +103,7 @@ def compare_models() -> None:
 
     assert torch.ops.esm2_composer.gelu.default == triton_elementwise.gelu._opoverload
     logits, grads = train(net())
-    module.select_attention = lambda *_: Attention("triton", triton_attention.attend, triton=True)
+    module.select_attention = lambda *_: Attention("triton", triton_attention.attend)
     for name, one in (("eager", net()), ("compiled", net(backend="aot_eager"))):
         got, ours = train(one)
         error = max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, grads, strict=True))

@@ -149,18 +149,19 @@ def at_best(work: Work, limits: Limits, sharded: bool = False) -> dict[str, floa
     head = model.flops([], round(0.15 * tokens))
     itemsize = compute_type(work.device).itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    a_column = c.num_layers * c.hidden_size * tokens  # of numbers as wide as the residual stream
-    # Rotation reads and writes q and k. On a GPU attention does, forward, and backward has them in registers.
-    rotation = itemsize * a_column * (8 if work.device == "cpu" else 4) / limits.copy_bytes
-    pointwise = _pointwise_bytes(c, itemsize, itemsize if sharded else 4) * a_column / limits.copy_bytes
-    return {
-        "attention": attention / limits.product_flops + (0 if work.device == "cpu" else rotation),
+    numbers = c.num_layers * c.hidden_size * tokens  # of the residual stream, in all layers
+    best = {
+        "attention": attention / limits.product_flops,
         # AdamW reads weight, gradient and two moments and writes three; clipping reads and scales gradients.
         "optimizer": (28 + 12) * trained / limits.copy_bytes,
         "matrix products": (_products(c) * tokens + head) / limits.product_flops,
-        OTHER: pointwise + (rotation if work.device == "cpu" else 0),
+        OTHER: _pointwise_bytes(c, itemsize, itemsize if sharded else 4) * numbers / limits.copy_bytes,
         REST: 0.0,
     }
+    # Rotation reads and writes q and k; on a GPU attention does it, and has them in registers backward.
+    part, times = (OTHER, 8) if work.device == "cpu" else ("attention", 4)
+    best[part] += times * itemsize * numbers / limits.copy_bytes
+    return best
 
 
 def _products(c: Any) -> int:
