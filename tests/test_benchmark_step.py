@@ -243,6 +243,27 @@ def test_a_contender_that_fails_becomes_a_row_that_says_why(names, monkeypatch, 
     assert err.count("raise ImportError") == 1  # it is not tried again
 
 
+@pytest.mark.parametrize("turns", [1, 4])
+def test_ctrl_c_ends_with_what_was_measured_by_then(turns, monkeypatch, call):
+    left = iter(range(turns))
+
+    def contender(work: Work) -> Outcome:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return Outcome([1.0, 1.0], 2**20, "sdpa")
+
+    found = dict.fromkeys(("esm2_composer", "peer", "another"), contender)
+    monkeypatch.setattr("benchmarks.contenders.contenders", lambda *_: found)
+    monkeypatch.setattr(step, "contenders", lambda *_: found)
+    monkeypatch.setattr(step, "in_own_process", lambda function, *given: function(*given))
+    monkeypatch.setattr(step, "measure_limits", lambda device: CPU)
+    code, out, _ = call(benchmark.main, "step", "--device", "cpu", "--json")
+    rows = json.loads(out)["contenders"]
+    assert code == 0  # ours was measured
+    assert [row.get("steps") for row in rows] == ([2, None, None] if turns == 1 else [4, 2, 2])
+    assert [row["failure"] for row in rows] == ([None, *["interrupted"] * 2] if turns == 1 else [None] * 3)
+
+
 def test_a_contender_whose_process_is_killed_has_failed(monkeypatch):
     start = step.in_own_process
     monkeypatch.setattr(step, "in_own_process", lambda *_: start(os._exit, 9))

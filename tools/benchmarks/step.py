@@ -64,7 +64,7 @@ def add_work_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Run every contender in turns, `rounds` times."""
+    """Run every contender in turns, `rounds` times, or until Ctrl-C, which ends with what was measured by then."""
     if args.rounds < 1:
         raise UserError("--rounds must be at least 1")
     check(args)
@@ -77,23 +77,31 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
     failures: dict[str, Failure] = {}
     budgets = dict.fromkeys(names, work.microbatch_tokens)
-    for turn in range(args.rounds):
-        for name in names:
-            if name in failures:
-                continue
-            print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
-            found = attempt(name, dataclasses.replace(work, microbatch_tokens=budgets[name]))
-            while isinstance(found, Failure) and found.out_of_memory and budgets[name] >= 2 * LONGEST:
-                print(found.reason, file=sys.stderr, flush=True)
-                budgets[name] //= 2
-                found = attempt(name, dataclasses.replace(work, microbatch_tokens=budgets[name]))
-            if isinstance(found, Failure):
-                print(f"{name}: {found.reason}", file=sys.stderr, flush=True)
-                failures[name] = found
-            else:
-                outcomes[name].append(found)
-        limits.append(in_own_process(measure_limits, args.device))
+    try:
+        for turn in range(args.rounds):
+            for name in [name for name in names if name not in failures]:
+                print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
+                found, budgets[name] = attempt_in_halves(name, work, budgets[name])
+                if isinstance(found, Failure):
+                    print(f"{name}: {found.reason}", file=sys.stderr, flush=True)
+                    failures[name] = found
+                else:
+                    outcomes[name].append(found)
+            limits.append(in_own_process(measure_limits, args.device))
+    except KeyboardInterrupt:
+        pending = [name for name in names if name not in failures and not outcomes[name]]
+        failures |= dict.fromkeys(pending, Failure("interrupted"))
     return summary(work, limits, outcomes, budgets, failures)
+
+
+def attempt_in_halves(name: str, work: Work, budget: int) -> tuple[Outcome | Failure, int]:
+    """One contender's turn, with half the microbatch for as long as memory does not do; and what did."""
+    found = attempt(name, dataclasses.replace(work, microbatch_tokens=budget))
+    while isinstance(found, Failure) and found.out_of_memory and budget >= 2 * LONGEST:
+        print(found.reason, file=sys.stderr, flush=True)
+        budget //= 2
+        found = attempt(name, dataclasses.replace(work, microbatch_tokens=budget))
+    return found, budget
 
 
 def attempt(name: str, work: Work) -> Outcome | Failure:
