@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from esm2_composer.config import FSDPSection, Recipe, to_yaml
+from esm2_composer.config import FSDPSection, Recipe, batches, to_yaml
 from esm2_composer.errors import UserError, naming
 from esm2_composer.model import ESM2, SIZES, ESM2Config, count_parameters
 
@@ -73,6 +73,11 @@ class Plan:
     @property
     def memory(self) -> float:
         return self.state_bytes + self.unsharded_bytes + self.activation_bytes + RESERVED
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        """fp32 weights and AdamW's two moments; divided among the ranks where checkpoints are sharded."""
+        return 12 * self.parameters
 
     @property
     def days(self) -> float:
@@ -236,6 +241,8 @@ def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -
     change, useful = remedy(recipe, plan, gpu), useful_gpus(recipe, gpu, mfu)
     fitting = fitting_microbatch(recipe, plan, gpu)
     hours = plan.days * 24 * gpus
+    kept = recipe.save_num_checkpoints_to_keep + recipe.callbacks.best_checkpoints
+    between = batches(recipe.save_interval)
     waits = " (it waits for the network)" if plan.communication_seconds > plan.compute_seconds else ""
     rows = {
         "assuming": f"{mfu:.0%} MFU, {MEAN_TOKENS} tokens a protein; a GPU sends {gpu.node_link / 1e9:.0f} GB/s "
@@ -249,6 +256,9 @@ def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -
         f"{plan.communication_seconds:.3f}{waits}, besides {STEP_OVERHEAD}",
         "speed": f"{plan.real_tokens / plan.step_seconds / gpus:,.0f} real tokens a second and GPU",
         "whole recipe": f"{plan.days:.2f} days, {hours:,.0f} GPU-hours for {plan.updates:,} updates",
+        "checkpoints": f"{_gigabytes(plan.checkpoint_bytes)} each, every {between:,} updates "
+        f"({between * plan.step_seconds / 60:.1f} minutes); {kept} kept, "
+        f"{_gigabytes(kept * plan.checkpoint_bytes)}",
         "more GPUs": f"help up to about {useful}: twice as many would be less than 1.5 times as fast"
         if _takes_more(recipe)
         else f"are not taken: the recipe's fsdp.data_parallel degrees make {gpus}",
@@ -256,7 +266,7 @@ def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -
     text = "\n".join([f"{recipe.run_name} on {gpus} x {gpu_name}", *(f"  {k:<15}{v}" for k, v in rows.items())])
     data = {**asdict(plan), "gpu": gpu_name, "mfu": mfu, "memory_bytes": plan.memory, "days": plan.days}
     data |= {"gpu_hours": hours, "fits": change is None, "change": change, "useful_gpus": useful}
-    data["fitting_microbatch"] = fitting
+    data |= {"fitting_microbatch": fitting, "checkpoint_bytes": plan.checkpoint_bytes, "checkpoints_kept": kept}
     return text, data
 
 
@@ -268,6 +278,10 @@ def _check_gpus(recipe: Recipe, gpus: int) -> None:
         raise UserError(f"{gpus} GPUs cannot share global_train_batch_size {batch} equally; {fewer} can")
     if recipe.fsdp is not None:
         recipe.fsdp.check_degrees(gpus)
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.{0 if size > 1e11 else 1 if size > 1e9 else 2}f} GB"
 
 
 def _memory_text(plan: Plan) -> str:

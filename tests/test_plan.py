@@ -8,7 +8,7 @@ from conftest import ROOT, python
 
 from esm2_composer.config import load_recipe
 from esm2_composer.errors import UserError
-from esm2_composer.model import ESM2, ESM2Config
+from esm2_composer.model import ESM2, ESM2Config, count_parameters
 from esm2_composer.plan import (
     GPUS,
     RESERVED,
@@ -166,6 +166,17 @@ def test_weights_to_go_on_from_are_read_once(tmp_path, monkeypatch):
 def test_weights_that_are_not_there_are_told_with_their_key(tell):
     with pytest.raises(UserError, match=r"^model\.init_from: nowhere\.pt: no such file"):
         tell(recipe("8m", "model.size=null", "model.init_from=nowhere.pt"), 1)
+
+
+def test_checkpoints_are_as_large_as_planned(finished):
+    (path,) = finished.glob("**/checkpoints/latest-rank0.pt")
+    parameters = count_parameters(ESM2.from_pretrained(path))
+    at_most = recipe("3b", "save_num_checkpoints_to_keep=2", "callbacks.best_checkpoints=4", "save_interval=100ba")
+    text, plan = report(at_most, 64, "h100")
+    assert plan["checkpoints_kept"] == 6
+    assert "34.1 GB each, every 100 updates (0.8 minutes); 6 kept, 204 GB" in text
+    written = plan["checkpoint_bytes"] / plan["parameters"] * parameters
+    assert 0 <= path.stat().st_size - written < 200_000  # what else a run keeps
 
 
 @pytest.mark.parametrize("gpu", GPUS)

@@ -1,4 +1,4 @@
-"""Memory, time and cost of a recipe on GPUs, before paying: python tools/plan.py RECIPE --gpus N [--gpu h100]
+"""Memory, time, cost and disk of a run on GPUs, before paying: python tools/plan.py RECIPE --gpus N [--gpu h100]
 
 By arithmetic on stated assumptions (see esm2_composer/plan.py); measure MFU on one node and give it as --mfu.
 Needs neither GPUs nor the recipe's data. Any key can be overridden as key.subkey=value.
@@ -18,9 +18,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a YAML file, see yamls/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
-    parser.add_argument("--gpus", type=int, required=True)
-    parser.add_argument("--gpu", choices=GPU_NAMES, default="h100")
-    parser.add_argument("--mfu", type=float, help="share of the GPUs' peak that computing reaches")
+    parser.add_argument("--gpus", type=int, required=True, help="of the whole run")
+    parser.add_argument("--gpu", choices=GPU_NAMES, default="h100", help="default: h100")
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        help="share of the GPUs' peak that computing reaches; default: a cautious one for the size of the heads",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_intermixed_args()
     if args.gpus < 1:
