@@ -1,22 +1,24 @@
 # setup: virtual environment in .venv; demo: the whole path on synthetic data; test: lint, format, tests.
-# Needs Python 3.10 to 3.12 and make; uv is installed into the environment if it is not on PATH.
+# Needs Linux, Python 3.10 to 3.12 and make; uv is installed into the environment if it is not on PATH.
+# LOCK=requirements-torch2.11.lock: the stack for GPUs of docs/running.md (after make clean, where there is another).
 
 SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 UV := $(or $(shell command -v uv),$(BIN)/uv)
+LOCK ?= requirements.lock
 DEMO := data/demo
 
 .PHONY: setup demo test test-slow lint lock clean
 
 setup: .venv/.installed
 
-.venv/.installed: requirements.lock pyproject.toml
+.venv/.installed: $(LOCK) pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10, 3.11 or 3.12 on PATH; set PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	test -x $(UV) || $(BIN)/python -m pip install --quiet uv
-	$(UV) pip install --quiet --python $(BIN)/python --compile-bytecode -r requirements.lock
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode -r $(LOCK)
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
 
@@ -47,9 +49,15 @@ test: lint
 test-slow: lint
 	$(BIN)/python -m pytest -n 1 --max-worker-restart 0 -m slow
 
-lock:  # pins for Python 3.10 to 3.12, without the address of any package index
-	$(UV) pip compile --quiet --universal --python-version 3.10 --extra dev --no-header --no-annotate \
-		--no-emit-index-url pyproject.toml --output-file requirements.lock
+# Pins for Python 3.10 to 3.12, without the address of any package index. Composer 0.32.1 asks for a torch below 2.7.1
+# and runs with 2.11 as well.
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.10 --extra dev --no-header --no-annotate \
+	--no-emit-index-url pyproject.toml
+
+lock:
+	$(COMPILE) --output-file requirements.lock
+	$(COMPILE) --output-file requirements-torch2.11.lock \
+		--override <(printf '%s\n' torch==2.11.0 torchvision==0.26.0 torchao==0.18.0)
 
 clean:
 	rm -rf .venv $(DEMO) runs/demo

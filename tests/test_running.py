@@ -1,9 +1,14 @@
 """Every command, script and manifest in docs/running.md is what it says."""
 
+import contextlib
 import os
 import re
 import shlex
+import signal
 import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,6 +21,7 @@ from esm2_composer.preemption import GRACE
 
 TEXT = (ROOT / "docs/running.md").read_text()
 SLURM = (ROOT / "docs/jobs/slurm.sh").read_text()
+(WARNING,) = re.findall(r"^pkill .*", TEXT, re.MULTILINE)
 KUBERNETES = list(yaml.safe_load_all((ROOT / "docs/jobs/kubernetes.yaml").read_text()))
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
 
@@ -51,24 +57,48 @@ def test_shell_is_shell(script):
 def test_the_slurm_job_requeues_itself_when_told_to_leave_and_a_few_times_when_it_failed(
     code, restarts, requeued, tmp_path
 ):
-    """The script itself, where SLURM's commands write down what they are told."""
-    for name, then in (("srun", f"exit {code}"), ("scontrol", "")):
-        (tmp_path / name).write_text(f'#!/bin/bash\necho {name} "$1 $2" >> told\n{then}\n')
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    (tmp_path / ".venv/bin/activate").write_text(f"PATH={tmp_path}:$PATH\n")
-    slurm = {"JOB_ID": "17", "JOB_NUM_NODES": "8", "JOB_NODELIST": "n[1-8]", "CPUS_PER_TASK": "96"}
-    slurm["RESTART_COUNT"] = str(restarts)
-    environment = {**os.environ, **{f"SLURM_{name}": value for name, value in slurm.items()}}
-    done = subprocess.run(["bash", ROOT / "docs/jobs/slurm.sh"], cwd=tmp_path, env=environment, timeout=20)
-    assert done.returncode == code
+    with slurm_job(tmp_path, f"exit {code}", restarts) as job:
+        assert job.wait(20) == code
     told = (tmp_path / "told").read_text().splitlines()
-    assert "srun --kill-on-bad-exit=0 --cpus-per-task=96" in told
+    assert told[1].startswith("srun --kill-on-bad-exit=0 --cpus-per-task=96 ")
     assert ("scontrol requeue 17" in told) == requeued
 
 
-def test_the_slurm_job_is_told_to_leave_in_time():
-    assert int(re.search(r"--signal=TERM@(\d+)", SLURM)[1]) > GRACE
+def test_the_slurm_job_passes_its_early_warning_on_and_waits_for_the_save(tmp_path):
+    told = tmp_path / "told"
+    with slurm_job(
+        tmp_path, f"until grep pkill told; do sleep 0.1; done; sleep 1; exit {EXIT_PREEMPTED}", 0
+    ) as job:
+        while job.poll() is None and "--kill-on-bad-exit" not in (told.read_text() if told.exists() else ""):
+            time.sleep(0.1)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(20) == EXIT_PREEMPTED
+    *_, warned, requeue = told.read_text().splitlines()
+    warning = WARNING.replace("'", "")
+    assert (warned, requeue) == (f"srun --overlap --nodes=1 --ntasks=1 {warning}", "scontrol requeue 17")
+
+
+@contextlib.contextmanager
+def slurm_job(folder: Path, then: str, restarts: int) -> Iterator[subprocess.Popen]:
+    """The script itself, where SLURM's commands write down what they are told, and srun of the run does `then`."""
+    srun = f'case "$1" in --kill*) {then} ;; esac'
+    for name, words, last in (("srun", "$*", srun), ("scontrol", "$1 $2", "")):
+        (folder / name).write_text(f'#!/bin/bash\necho {name} "{words}" | head -n 1 >> told\n{last}\n')
+        (folder / name).chmod(0o755)
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / ".venv/bin/activate").write_text(f"PATH={folder}:$PATH\n")
+    slurm = {"JOB_ID": "17", "JOB_NUM_NODES": "8", "JOB_NODELIST": "n[1-8]", "CPUS_PER_TASK": "96"}
+    slurm["RESTART_COUNT"] = str(restarts)
+    environment = {**os.environ, **{f"SLURM_{name}": value for name, value in slurm.items()}}
+    with subprocess.Popen(["bash", ROOT / "docs/jobs/slurm.sh"], cwd=folder, env=environment) as job:
+        try:
+            yield job
+        finally:
+            job.kill()
+
+
+def test_the_slurm_job_trains():
+    assert int(re.search(r"--signal=B:USR1@(\d+)", SLURM)[1]) > GRACE
     inner = re.search(r"bash -c '(.*?)'", SLURM, re.DOTALL)[1]
     assert subprocess.run(["bash", "-n"], input=inner, text=True, timeout=20).returncode == 0
     check_training(shlex.split(inner[inner.index("composer") :].replace("$USER", "me")))
@@ -84,7 +114,9 @@ def test_the_kubernetes_job_goes_on_when_told_to_leave_and_ends_on_mistakes():
         "Ignore": [EXIT_PREEMPTED],
     }
     assert pod["restartPolicy"] == "Never"  # without which there is no podFailurePolicy
-    assert pod["terminationGracePeriodSeconds"] > GRACE
+    ((warn, wait),) = re.findall(r"(.*) && sleep (\d+)$", container["lifecycle"]["preStop"]["exec"]["command"][2])
+    assert warn == WARNING
+    assert pod["terminationGracePeriodSeconds"] > int(wait) + GRACE
     check_training([*container["command"], *container["args"]])
     environment = {entry["name"]: entry.get("value") for entry in container["env"]}
     gpus = int(container["command"][2])
@@ -100,7 +132,7 @@ def test_the_kubernetes_job_goes_on_when_told_to_leave_and_ends_on_mistakes():
 
 @pytest.mark.parametrize("python", ["python", "/opt/venv/bin/python3", "/usr/bin/python3.11"])
 def test_the_early_warning_goes_to_a_rank_and_not_to_the_launcher(python):
-    (pattern,) = re.findall(r"pkill .*--full '(.*)'", TEXT)
+    (pattern,) = re.findall(r"--full '(.*)'", WARNING)
     assert re.search(pattern, f"{python} train.py yamls/650m.yaml")
     assert re.search(pattern, f"{python} /workspace/train.py yamls/650m.yaml")
     assert not re.search(pattern, f"{python} /opt/venv/bin/composer --nproc 8 train.py yamls/650m.yaml")

@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--fasta", type=Path, nargs="+", help="FASTA, plain, gzip or zstd")
     parser.add_argument("--cluster-tsv", type=Path, help="MMseqs2's representative TAB member, for --fasta")
     parser.add_argument("--out", help="folder or URI that holds, or will hold, train/ and valid/")
-    parser.add_argument("--split", choices=("train", "valid"), default="train")
+    parser.add_argument("--split", choices=("train", "valid"), default="train", help="(%(default)s)")
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)"
     )

@@ -1,9 +1,9 @@
 """Embed the proteins of a FASTA file: python tools/embed.py FASTA --model PATH --out FILE.parquet
 
-FASTA is a file, plain, gzip or zstd; PATH a Composer checkpoint, a Hugging Face folder or a fair-esm file. A row
-of FILE is a protein, in the order of FASTA: its id, its length, the windows it was cut into, and as `embedding`
-the mean over its residues, <cls> and <eos> left out; with --per-residue also `residue_embeddings`, a vector a
-residue. Computed in bf16 on a GPU, in fp32 on a CPU. After a kill the same command goes on.
+FASTA is a file, plain, gzip or zstd; PATH a Composer checkpoint, a Hugging Face folder or hub name, or a fair-esm
+file. A row of FILE is a protein, in the order of FASTA: its id, its length, the windows it was cut into, and as
+`embedding` the mean over its residues, <cls> and <eos> left out; with --per-residue also `residue_embeddings`, a
+vector per residue. Computed in bf16 on a GPU, in fp32 on a CPU. After a kill the same command goes on.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ def main() -> None:
     parser.add_argument("fasta", type=Path)
     parser.add_argument("--model", required=True, help="the weights")
     parser.add_argument("--out", type=Path, required=True, help="a new parquet file")
-    parser.add_argument("--per-residue", action="store_true", help="a vector a residue, beside the mean")
+    parser.add_argument("--per-residue", action="store_true", help="a vector per residue, beside the mean")
     parser.add_argument("--layer", type=int, help="0 is the embedding; default: the last, after the final norm")
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens the model sees of a protein at once")
+    parser.add_argument(
+        "--max-length", type=int, default=1024, help="tokens the model sees of a protein at once (%(default)s)"
+    )
     parser.add_argument(
         "--long",
         choices=("window", "refuse"),
         default="window",
         help="proteins beyond --max-length: join overlapping windows (default), or stop before anything is done",
     )
-    parser.add_argument("--batch-tokens", type=int, default=16384, help="tokens computed at a time")
+    parser.add_argument("--batch-tokens", type=int, default=16384, help="tokens computed at a time (%(default)s)")
     parser.add_argument(
-        "--max-reject-fraction", type=float, default=0.01, help="stop if more sequences are unusable"
+        "--max-reject-fraction", type=float, default=0.01, help="stop if more sequences are unusable (%(default)s)"
     )
     args = parser.parse_args()
     if args.max_length < 8:

@@ -1,7 +1,7 @@
 """Perplexity of a checkpoint on a validation split: python tools/evaluate.py CHECKPOINT --data URI
 
-CHECKPOINT is a Composer checkpoint (a file, or the folder of a sharded one), a Hugging Face folder or a fair-esm
-file. The whole split is scored, with the same masked tokens every time; with the defaults, those of the recipes.
+CHECKPOINT is a Composer checkpoint (a file, or the folder of a sharded one), a Hugging Face folder or hub name, or
+a fair-esm file. The whole split is scored, with the same masked tokens every time: by default the recipes'.
 On many GPUs, with the same result: composer -n N tools/evaluate.py CHECKPOINT --data URI
 """
 
@@ -39,17 +39,21 @@ def evaluate_checkpoint() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--data", required=True, help="what the recipe calls data.remote")
     parser.add_argument("--local", help="cache folder, if --data is in an object store")
-    parser.add_argument("--split", default="valid")
-    parser.add_argument("--seed", type=int, default=17, help="the recipe's seed, which fixes the masks")
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--split", default="valid", help="a folder of --data (%(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=17, help="the recipe's seed, which fixes the masks (%(default)s)"
+    )
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a sequence (%(default)s)")
     parser.add_argument(
         "--replacement",
         choices=("amino_acids", "all_tokens"),
         default="amino_acids",
-        help="what replaces a tenth of the selected: one of the 20, or of all 33 as in the published runs",
+        help="what replaces a tenth of the selected: one of the 20 (default), or all 33, as in the published runs",
     )
     parser.add_argument("--floors", action="store_true", help="also what models reach that know no context")
-    parser.add_argument("--microbatch-tokens", type=int, default=16384, help="tokens computed at a time")
+    parser.add_argument(
+        "--microbatch-tokens", type=int, default=16384, help="tokens computed at a time (%(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_args()
     data = DataSection(remote=args.data, local=args.local, max_length=args.max_length)

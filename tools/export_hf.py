@@ -1,7 +1,7 @@
 """Export a checkpoint for transformers: python tools/export_hf.py CHECKPOINT OUT
 
-CHECKPOINT is a Composer checkpoint, a Hugging Face folder or a fair-esm file; OUT is a new folder that
-`AutoModelForMaskedLM` and `AutoTokenizer` load. It appears whole or not at all.
+CHECKPOINT is a Composer checkpoint, a Hugging Face folder or hub name, or a fair-esm file; OUT is a new folder
+that `AutoModelForMaskedLM` and `AutoTokenizer` load. It appears whole or not at all.
 """
 
 from __future__ import annotations
