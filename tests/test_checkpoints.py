@@ -164,6 +164,7 @@ def test_the_newest_before_an_update_is_told_or_none_if_the_store_is_away(folder
         raise StoreAway("no route to host")
 
     monkeypatch.setattr(folder, "names", away)
+    monkeypatch.setattr("esm2_composer.patience.WAITS", (0,))
     assert saver.newest_before(29) is None
 
 
