@@ -4,9 +4,9 @@ What always holds: the shards follow from input and options alone, not from who 
 often the run was killed; a part counts when its record is there, which is written after its shards; index.json
 comes last, so that an unfinished split is never mistaken for a whole one.
 
-Work in progress lies in a folder of its own, `.SPLIT.work`:
+Work in progress lies in a folder of its own, `.SPLIT.work`; the one run that may write there holds
+`.SPLIT.work.lock` beside it:
 
-    lock          held by the one run that may write
     state.json    what this conversion is: inputs, options; a rerun with others is refused
     plan.*, staged.json, sequences.db, ids.parquet, clusters.tsv    see conversion_plan.py and layouts.py
     parts/        00000.json: shards and report of a finished part; 00000.ids: its clusters, in order
@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import sqlite3
 import time
@@ -155,22 +156,33 @@ def convert(
 
 @contextlib.contextmanager
 def _locked(work: Path) -> Iterator[None]:
-    """Hold the work folder; the lock dies with the process. Leaves no folder in which nothing was begun."""
+    """Hold the work folder; the lock dies with the process. Leaves no folder in which nothing was begun.
+
+    The lock lies beside the folder, and goes after it: on NFS a folder with an open file cannot be removed.
+    """
+    path = work.with_name(f"{work.name}.lock")
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
     except OSError as error:
-        raise UserError(f"{work}: cannot be written ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise BlockingIOError
+            work.mkdir(exist_ok=True)
+        except (BlockingIOError, FileNotFoundError):  # or its end removed this file, and a third may have another
             raise UserError(f"{work}: another conversion is at work there; wait for it or stop it") from None
+        except OSError as error:
+            raise UserError(f"{work}: cannot be made and locked ({error.strerror})") from error
         try:
             yield
         finally:
             if work.exists() and not (work / "state.json").exists():
                 shutil.rmtree(work)
+            if not work.exists():
+                path.unlink()
 
 
 def _hash(cluster_ids: Path | None) -> str | None:

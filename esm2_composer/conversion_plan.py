@@ -84,8 +84,7 @@ def make_plan(layout: Layout, folder: Path, other_split: Path | None, threads: i
     finished = folder / "plan.json"
     if not finished.exists():
         report = Report()
-        with reading(layout.source):
-            database = _open_database(folder, min(threads, MAX_THREADS))
+        with reading(layout.source), _open_database(folder, min(threads, MAX_THREADS)) as database:
             layout.view(database, folder)
             told = _write_plan(layout, database, folder / "plan.parquet", other_split, report)
         told["report"] = report.as_dict()

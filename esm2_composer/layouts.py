@@ -273,6 +273,9 @@ class Sequences:
                         found[name] = [sequence]
         return found
 
+    def close(self) -> None:
+        self._database.close()
+
 
 def open_proteins(path: Path) -> sqlite3.Connection:
     """Open the SQLite file for reading; ids and sequences come as bytes.

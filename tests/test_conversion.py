@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import gzip
 import hashlib
 import json
@@ -18,7 +19,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import psutil
@@ -625,6 +626,54 @@ def test_a_second_run_into_one_folder_is_refused_until_the_first_is_dead(tmp_pat
     first.wait()
     first.stdout.close()
     assert convert(many, str(tmp_path / "out"), Options())["clusters_written"] == 800
+
+
+@pytest.mark.parametrize("third", [False, True])
+def test_a_lock_that_the_first_run_removed_at_its_end_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, third: bool
+) -> None:
+    """Opened before that, locked after it: a third run may hold the file that has its name now."""
+    flock = fcntl.flock
+
+    def flock_late(file: TextIO, operation: int) -> None:
+        Path(file.name).unlink()
+        if third:
+            Path(file.name).touch()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_late)
+    with pytest.raises(UserError, match="another conversion is at work there"):
+        convert(small(tmp_path), str(tmp_path / "out"), Options())
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"out/\.train\.work: cannot be made and locked \(No locks available\)"):
+        convert(small(tmp_path), str(tmp_path / "out"), Options())
+
+
+def test_no_file_is_open_in_work_that_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS cannot remove it then."""
+    removed = []
+    rmtree = shutil.rmtree
+
+    def watched(folder: Path) -> None:
+        opened = map(os.path.realpath, Path("/proc/self/fd").iterdir())
+        assert not [path for path in opened if path.startswith(f"{folder}/")]
+        removed.append(folder.name)
+        rmtree(folder)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    (tmp_path / "f").write_text(">a\nMK\n>b\nM-K\n")
+    with pytest.raises(UserError, match="rejected"):
+        convert(Fasta([tmp_path / "f"]), str(tmp_path / "out"), Options())
+    for _ in range(2):
+        convert(Fasta([tmp_path / "f"]), str(tmp_path / "out"), Options(), max_reject_fraction=0.5)
+    assert removed == [".train.work"] * 3
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
 
 
 def test_unfinished_work_of_another_input_is_refused(tmp_path: Path, many: BioNeMo) -> None:
