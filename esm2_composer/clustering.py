@@ -112,14 +112,18 @@ def _locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another run is at work there, or the mmseqs of one that was killed; "
+                "wait for it or stop it"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be locked ({error.strerror})") from error
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
-    except BlockingIOError:
-        raise UserError(
-            f"{folder}: another run is at work there, or the mmseqs of one that was killed; wait for it or stop it"
-        ) from None
     finally:
         os.close(handle)
 

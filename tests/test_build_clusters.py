@@ -1,6 +1,7 @@
 """tools/build_clusters.py: a real run of MMseqs2 on real proteins and made families, and mistakes."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -241,6 +242,16 @@ def test_a_full_disk_is_one_line(failing_mmseqs):
             build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_system_without_locks_is_told(failing_mmseqs, monkeypatch):
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (failing_mmseqs / "in.fasta").write_text(">a\nMKVLAAGIVGACDEF\n")
+    with pytest.raises(UserError, match=r"/\.out\.partial: cannot be locked \(Function not implemented\)"):
+        build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
 
 
 def test_an_output_that_exists_or_is_being_made_is_refused(failing_mmseqs):
