@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.layouts import Layout, Progress, reading
+from esm2_composer.layouts import Layout, Progress, literal, reading
 from esm2_composer.mds import write_durably
 from esm2_composer.records import EXAMPLES_KEPT, Report
 
@@ -187,7 +187,7 @@ def _find_clusters_of(database: duckdb.DuckDBPyConnection, other_split: Path | N
     database.execute("CREATE TABLE other (cluster_id VARCHAR)")
     if other_split:
         with reading(other_split):  # `named` has been read before
-            database.read_parquet(str(other_split)).create_view("theirs")
+            database.read_parquet(literal([other_split])).create_view("theirs")
             query = "SELECT DISTINCT cluster_id FROM theirs JOIN named USING (cluster_id)"
             database.execute(f"INSERT INTO other {query}")
 

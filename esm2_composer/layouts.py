@@ -82,7 +82,7 @@ class BioNeMo:
         members = "coalesce(ur90_id, [])" if "ur90_id" in self._columns else "[ur50_id]"
         names = ["nullif(ur50_id, '')"] if "ur50_id" in self._columns else []
         names += ["list_filter(ur90_id, lambda id: id != '')[1]"] if "ur90_id" in self._columns else []
-        clusters = database.read_parquet(_literal(self.inputs["clusters"]))
+        clusters = database.read_parquet(literal(self.inputs["clusters"]))
         clusters.project(f"coalesce({', '.join(names)}) AS cluster_id, {members} AS member_ids").create_view(
             "named"
         )
@@ -117,7 +117,7 @@ class Flat:
             yield from read_flat(file)
 
     def view(self, database: duckdb.DuckDBPyConnection, scratch: Path) -> None:
-        rows = database.read_parquet(_literal(self.inputs["flat"]))
+        rows = database.read_parquet(literal(self.inputs["flat"]))
         rows.project("nullif(ur50_id, '') AS cluster_id, [ur90_id] AS member_ids").create_view("named")
 
 
@@ -179,7 +179,7 @@ class Fasta:
     def view(self, database: duckdb.DuckDBPyConnection, scratch: Path) -> None:
         if self._tsv:
             rows = database.read_csv(
-                _literal([_unpacked(self._tsv, scratch / "clusters.tsv")]),
+                literal([_unpacked(self._tsv, scratch / "clusters.tsv")]),
                 compression="none",
                 sep="\t",
                 header=False,
@@ -192,7 +192,7 @@ class Fasta:
                 f"{_accession('cluster')} AS cluster_id, [{_accession('member')}] AS member_ids"
             ).create_view("named")
         else:
-            ids = database.read_parquet(_literal([scratch / "ids.parquet"]))
+            ids = database.read_parquet(literal([scratch / "ids.parquet"]))
             ids.project("id AS cluster_id, [id] AS member_ids").create_view("named")
 
 
@@ -393,7 +393,7 @@ def _reading_proteins(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read as an SQLite database ({error})") from error
 
 
-def _literal(paths: Sequence[Path]) -> list[str]:
+def literal(paths: Sequence[Path]) -> list[str]:
     """Paths as DuckDB takes them, which would read *, ? and [ as patterns."""
     return [re.sub(r"([*?\[])", r"[\1]", str(path)) for path in paths]
 

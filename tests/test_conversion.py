@@ -374,6 +374,15 @@ def test_a_cluster_of_the_other_split_is_rejected(tmp_path: Path) -> None:
         convert(valid, str(tmp_path / "out"), Options("valid"))
 
 
+def test_the_other_split_is_that_of_this_folder_whatever_its_name(tmp_path: Path) -> None:
+    """To DuckDB, the name of the second is a pattern for the first."""
+    for out, train in (("data1", "dx"), ("data[1]", "ab")):
+        for split, names in (("train", train), ("valid", "dxyz")):
+            layout = bionemo(tmp_path / f"{out}-{split}", {"ur50_id": list(names)}, dict.fromkeys(names, "MK"))
+            told = convert(layout, str(tmp_path / out), Options(split), max_reject_fraction=0.5)
+    assert told["clusters_written"] == 4
+
+
 def test_splits_converted_at_the_same_time_share_no_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
