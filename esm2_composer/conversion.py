@@ -39,7 +39,7 @@ from esm2_composer.destinations import LocalSplit, RemoteSplit, open_destination
 from esm2_composer.errors import Passing, StoreAway, UserError
 from esm2_composer.fasta import ReadError
 from esm2_composer.layouts import Layout
-from esm2_composer.mds import write_durably
+from esm2_composer.mds import sync, write_durably
 from esm2_composer.parts import EngineError, Options, Part, PartBuilder, Processes
 from esm2_composer.records import Report
 from esm2_composer.storage import StoreError, is_remote, xxh64
@@ -307,6 +307,7 @@ def _join(work: Path, parts: int, conversion: dict[str, Any]) -> None:
         for number in range(parts):
             shards += _read_record(work / "parts" / f"{number:05}.json")[0]
             ids.write_table(pq.read_table(work / "parts" / f"{number:05}.ids"))
+    sync(work / "shards" / "cluster_ids.parquet")
     write_durably(work / "shards" / "conversion.json", f"{json.dumps(conversion, indent=2)}\n".encode())
     index = {"version": 2, "shards": shards}
     write_durably(work / "shards" / "index.json", json.dumps(index, sort_keys=True).encode())

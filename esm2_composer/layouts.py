@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from esm2_composer.errors import UserError
 from esm2_composer.fasta import UNIPROT, ReadError, compression, read_blocks, read_fasta
+from esm2_composer.mds import sync
 from esm2_composer.records import Report
 
 # What is held at once. Sequences, of which any may be long, are counted in bytes where their lengths are known.
@@ -233,6 +234,8 @@ def _store(
             progress(report.counts["sequences_read"])
         database.execute("CREATE INDEX protein_id ON protein (id)")  # SQLite sorts on disk
         database.execute("COMMIT")
+    sync(path)
+    sync(path.with_name("ids.parquet"))
     return path
 
 

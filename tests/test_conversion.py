@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -744,6 +745,35 @@ def test_a_full_disk_keeps_the_work(tmp_path: Path, many: BioNeMo) -> None:
     convert(many, str(tmp_path / "out"), Options())
     assert not list((tmp_path / "out/train").glob(".*"))
     assert hashes(tmp_path / "out/train") == hashes(tmp_path / "whole/train")
+
+
+def test_what_a_marker_vouches_for_is_on_the_disk_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = [], os.fsync
+
+    def watched(file: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{file}").readlink().name)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    (tmp_path / "f").write_text(">a\nMK\n")
+    convert(Fasta([tmp_path / "f"]), str(tmp_path / "out"), Options())
+    names = [re.sub(r"^\.(.+)\.\w+$", r"\1", name) for name in synced]
+    expected = ["state.json", "sequences.db", "ids.parquet", "staged.json", "plan.parquet", "plan.json"]
+    expected += ["shard.00000.00.mds.zstd", "00000.ids", "00000.json"]
+    assert names == [*expected, "cluster_ids.parquet", "conversion.json", "index.json"]
+
+
+def test_a_plan_that_was_damaged_meanwhile_is_told_and_made_anew(
+    tmp_path: Path, many: BioNeMo, full_once: None
+) -> None:
+    with pytest.raises(Interrupted):
+        convert(many, str(tmp_path / "out"), Options())
+    (tmp_path / "out/.train.work/plan.parquet").write_bytes(bytes(5000))
+    with pytest.raises(UserError, match=r"plan\.parquet \(the same command makes it anew\): damaged"):
+        convert(many, str(tmp_path / "out"), Options())
+    assert convert(many, str(tmp_path / "out"), Options())["clusters_written"] == 800
 
 
 def test_a_file_that_cannot_be_read_for_now_keeps_the_work(tmp_path: Path) -> None:
