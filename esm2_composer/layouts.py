@@ -223,6 +223,7 @@ def _store(
         contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database,
         pq.ParquetWriter(path.with_name("ids.parquet"), schema, compression="zstd") as ids,
     ):
+        sort_within(path.parent, database)
         database.executescript(
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN;"
             "CREATE TABLE protein (id TEXT, sequence TEXT)"
@@ -237,6 +238,13 @@ def _store(
     sync(path)
     sync(path.with_name("ids.parquet"))
     return path
+
+
+def sort_within(folder: Path, database: sqlite3.Connection) -> None:
+    """Let SQLite put in `folder` what it sorts and has no memory for; its own choice, /var/tmp, may be small."""
+    path = str(folder.absolute()).replace("'", "''")
+    with contextlib.suppress(UnicodeEncodeError):  # SQLite has no word for such a path
+        database.execute(f"PRAGMA temp_store_directory = '{path}'")
 
 
 def _batches(

@@ -158,6 +158,27 @@ def test_what_is_staged_at_once_is_bounded_in_bytes(tmp_path: Path, monkeypatch:
     }
 
 
+def test_what_sqlite_sorts_lies_in_the_scratch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: set[Path] = set()
+
+    def look() -> None:
+        for file in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):  # that of the folder itself
+                opened.add(file.readlink())
+
+    class Watched(sqlite3.Connection):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.set_progress_handler(look, 1000)
+
+    monkeypatch.setattr(sqlite3, "connect", Watched)
+    scratch = tmp_path / "it's scratch"
+    scratch.mkdir()
+    (tmp_path / "f").write_text("".join(f">{i:0500}\nMK\n" for i in range(5000)))
+    Fasta([tmp_path / "f"]).stage(scratch, Report(), lambda read: None)
+    assert {path.parent for path in opened if path.name.startswith("etilqs")} == {scratch}
+
+
 # --- FASTA ---
 
 FASTA = b">a first protein\nMK\nV\n\n>b\nMK\n>c no sequence\n>\nML\n>d\tx>y\nM K*"
