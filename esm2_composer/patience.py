@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from botocore import exceptions as boto
 
-from esm2_composer.errors import REFUSED, StoreAway
+from esm2_composer.errors import REFUSED, OneLine, StoreAway
 
 Result = TypeVar("Result")
 
@@ -43,9 +43,9 @@ def patiently(ask: Callable[[], Result], source: str) -> Result:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether it would be the same again: the system's about a path, boto's about what it is to ask, or a store's
-    answer, but that of too many requests."""
-    if isinstance(error, FileNotFoundError | PermissionError | ValueError | ImportError):
+    """Whether it would be the same again: what was told already, the system's about a path, boto's about what it
+    is to ask, or a store's answer, but that of too many requests."""
+    if isinstance(error, OneLine | FileNotFoundError | PermissionError | ValueError | ImportError):
         return True
     if isinstance(error, OSError) and error.errno in REFUSED:
         return True
