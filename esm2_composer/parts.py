@@ -96,6 +96,10 @@ class PartBuilder:
                 report.counts.update(clusters_read=1, members_read=len(named))
                 report.reject("cluster of the other split", name, len(named))
                 continue
+            if not named:
+                report.counts.update(clusters_read=1)
+                report.reject("cluster without members", name, 0)
+                continue
             yield name, choose_members(name, named, report, shared, limit, seed)
 
     def _batches(self, number: int, report: Report) -> Iterator[list[tuple[str, list[str]]]]:

@@ -333,7 +333,7 @@ def test_a_member_of_two_clusters_stays_in_the_first(tmp_path: Path) -> None:
     assert counts == {names[0]: 1, names[1]: 3, names[2]: 1, names[3]: 1, names[4]: 1}
     assert told["rejected"] == {
         "member of another cluster": {"count": 2, "examples": ["shared", "shared"]},
-        "cluster without members": {"count": 1, "examples": [names[5]]},
+        "cluster with no usable member": {"count": 1, "examples": [names[5]]},
     }
     assert told["members_rejected"] == 2
 
@@ -357,6 +357,9 @@ def test_missing_ids_and_members_are_counted(tmp_path: Path) -> None:
         "member without id": {"count": 1, "examples": ["c"]},
     }
     assert (told["members_read"], told["members_rejected"]) == (4, 3)
+    layout = bionemo(tmp_path / "null", {"ur50_id": ["c1", "c2"], "ur90_id": [["a"], [None]]}, {"a": "MK"})
+    told = convert(layout, str(tmp_path / "nulls"), Options(), max_reject_fraction=0.5)
+    assert rejected(told) == {"member without id": 1, "cluster with no usable member": 1}
 
 
 def test_a_cluster_of_the_other_split_is_rejected(tmp_path: Path) -> None:
