@@ -30,7 +30,7 @@ from esm2_composer.epochs import shards_in_use
 from esm2_composer.errors import Passing, StoreAway, UserError
 from esm2_composer.masking import MaskingRule, choose, keyed_words, token_uniforms
 from esm2_composer.patience import patiently
-from esm2_composer.records import COLUMNS
+from esm2_composer.records import COLUMNS, LONGEST_COUNTED
 from esm2_composer.shards import CheckedStream, MappedDataset, opening_alone
 
 # Streaming lays an epoch out for this many nodes, or for those of its factors that the batch has too: so a run
@@ -149,6 +149,8 @@ def count_short_clusters(place: str, min_length: int) -> int | None:
     Args:
         place: folder or URI of the split.
     """
+    if min_length > LONGEST_COUNTED:  # longer ones are counted as so long
+        return None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "conversion.json")
         try:
