@@ -29,7 +29,7 @@ SECONDS_BETWEEN_LINES = 15
 
 def main() -> None:
     args = parse_args()
-    show = Progress(args.split)
+    show = Progress("verified" if args.verify else args.split)
     if args.verify:
         from esm2_composer.verification import verify
 
