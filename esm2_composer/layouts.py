@@ -28,7 +28,6 @@ from esm2_composer.records import Report
 ROWS_AT_ONCE, BYTES_AT_ONCE = 20_000, 64 * 2**20
 FLAT_ROWS_AT_ONCE = 1_000
 BUFFER_BYTES = 2**20
-IDS_A_QUERY = 5000  # SQLite takes some 32,000 parameters
 
 # Told how many sequences have been read.
 Progress = Callable[[int], None]
@@ -270,18 +269,20 @@ class Sequences:
         self._database = open_proteins(path)
 
     def look_up(self, ids: Sequence[str]) -> dict[bytes, list]:
-        """Every sequence under each id that there is; sequences are bytes, or what else a wrong table holds."""
+        """Every sequence under each id that there is; sequences are bytes, or what else a wrong table holds.
+
+        Args:
+            ids: at most 32,766, which is as many parameters as SQLite takes.
+        """
         found: dict[bytes, list] = {}
+        marks = ",".join("?" * len(ids))
         with _reading_proteins(self._path):
-            for start in range(0, len(ids), IDS_A_QUERY):
-                some = ids[start : start + IDS_A_QUERY]
-                marks = ",".join("?" * len(some))
-                query = f"SELECT id, sequence FROM protein WHERE id IN ({marks})"
-                for name, sequence in self._database.execute(query, some):
-                    if name in found:
-                        found[name].append(sequence)
-                    else:
-                        found[name] = [sequence]
+            query = f"SELECT id, sequence FROM protein WHERE id IN ({marks})"
+            for name, sequence in self._database.execute(query, ids):
+                if name in found:
+                    found[name].append(sequence)
+                else:
+                    found[name] = [sequence]
         return found
 
     def close(self) -> None:

@@ -234,13 +234,6 @@ def test_a_compressed_tsv_is_told_by_its_content_and_read_whole_or_refused(tmp_p
             rows(Fasta([tmp_path / "f"], tmp_path / "t.tsv.gz"), tmp_path / "scratch")
 
 
-def test_a_look_up_may_be_larger_than_a_query(tmp_path: Path) -> None:
-    ids = [f"m{index}" for index in range(50_001)]  # SQLite's limit is 32,766 variables as released
-    proteins = {member: "M" + "K" * (index % 7) for index, member in enumerate(ids)}
-    found = Sequences(write_proteins(tmp_path / "p.db", proteins)).look_up([*ids, "gone"])
-    assert found == {member.encode(): [sequence.encode()] for member, sequence in proteins.items()}
-
-
 # --- what is refused ---
 
 
