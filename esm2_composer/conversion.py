@@ -95,7 +95,8 @@ def convert(
         The content of the split's conversion.json; "already_done" is added if nothing was left to do.
 
     Raises:
-        UserError: a mistake in input or options; nothing stays behind.
+        UserError: a mistake in input or options; nothing stays behind but shards in object storage, and what was
+            there before of another conversion.
         Interrupted: disk, memory or network failed; the work stays, as it does after a KeyboardInterrupt.
     """
     start = time.monotonic()
