@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 
 from esm2_composer.errors import UserError, refuse_existing
 from esm2_composer.fasta import read_fasta
+from esm2_composer.layouts import sort_within
 from esm2_composer.records import Report, clean
 
 MIN_RESIDUES = 11
@@ -112,14 +113,18 @@ def _locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another run is at work there, or the mmseqs of one that was killed; "
+                "wait for it or stop it"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be locked ({error.strerror})") from error
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
-    except BlockingIOError:
-        raise UserError(
-            f"{folder}: another run is at work there, or the mmseqs of one that was killed; wait for it or stop it"
-        ) from None
     finally:
         os.close(handle)
 
@@ -129,6 +134,7 @@ def _build(fasta, folder, valid_fraction, seed, threads, max_reject_fraction, sa
     work = folder / "work"
     work.mkdir()
     with contextlib.closing(sqlite3.connect(work / "proteins.db", isolation_level=None)) as database:
+        sort_within(work, database)
         database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN")
         report = _stage(fasta, database, max_reject_fraction, say)
         _cluster(database, work, threads, say)
@@ -288,6 +294,7 @@ def _write_layout(database: sqlite3.Connection, folder: Path) -> None:
         "SELECT (SELECT id FROM protein AS first WHERE first.number = cluster), id, sequence "
         "FROM member JOIN protein USING (number) WHERE {} ORDER BY cluster, number"
     )
+    database.execute("CREATE INDEX in_order ON member (cluster)")  # else the sequences would be sorted too
     clusters = pa.schema({"ur50_id": pa.string(), "ur90_id": pa.list_(pa.string())})
     rows = database.execute(members.format(TRAIN))
     with _protein_table(folder / "train.db") as proteins:

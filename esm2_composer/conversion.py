@@ -4,9 +4,9 @@ What always holds: the shards follow from input and options alone, not from who 
 often the run was killed; a part counts when its record is there, which is written after its shards; index.json
 comes last, so that an unfinished split is never mistaken for a whole one.
 
-Work in progress lies in a folder of its own, `.SPLIT.work`:
+Work in progress lies in a folder of its own, `.SPLIT.work`; the one run that may write there holds
+`.SPLIT.work.lock` beside it:
 
-    lock          held by the one run that may write
     state.json    what this conversion is: inputs, options; a rerun with others is refused
     plan.*, staged.json, sequences.db, ids.parquet, clusters.tsv    see conversion_plan.py and layouts.py
     parts/        00000.json: shards and report of a finished part; 00000.ids: its clusters, in order
@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import sqlite3
 import time
@@ -38,7 +39,7 @@ from esm2_composer.destinations import LocalSplit, RemoteSplit, open_destination
 from esm2_composer.errors import Passing, StoreAway, UserError
 from esm2_composer.fasta import ReadError
 from esm2_composer.layouts import Layout
-from esm2_composer.mds import write_durably
+from esm2_composer.mds import sync, write_durably
 from esm2_composer.parts import EngineError, Options, Part, PartBuilder, Processes
 from esm2_composer.records import Report
 from esm2_composer.storage import StoreError, is_remote, xxh64
@@ -94,7 +95,8 @@ def convert(
         The content of the split's conversion.json; "already_done" is added if nothing was left to do.
 
     Raises:
-        UserError: a mistake in input or options; nothing stays behind.
+        UserError: a mistake in input or options; nothing stays behind but shards in object storage, and what was
+            there before of another conversion.
         Interrupted: disk, memory or network failed; the work stays, as it does after a KeyboardInterrupt.
     """
     start = time.monotonic()
@@ -155,22 +157,33 @@ def convert(
 
 @contextlib.contextmanager
 def _locked(work: Path) -> Iterator[None]:
-    """Hold the work folder; the lock dies with the process. Leaves no folder in which nothing was begun."""
+    """Hold the work folder; the lock dies with the process. Leaves no folder in which nothing was begun.
+
+    The lock lies beside the folder, and goes after it: on NFS a folder with an open file cannot be removed.
+    """
+    path = work.with_name(f"{work.name}.lock")
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
     except OSError as error:
-        raise UserError(f"{work}: cannot be written ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise BlockingIOError
+            work.mkdir(exist_ok=True)
+        except (BlockingIOError, FileNotFoundError):  # or its end removed this file, and a third may have another
             raise UserError(f"{work}: another conversion is at work there; wait for it or stop it") from None
+        except OSError as error:
+            raise UserError(f"{work}: cannot be made and locked ({error.strerror})") from error
         try:
             yield
         finally:
             if work.exists() and not (work / "state.json").exists():
                 shutil.rmtree(work)
+            if not work.exists():
+                path.unlink()
 
 
 def _hash(cluster_ids: Path | None) -> str | None:
@@ -295,6 +308,7 @@ def _join(work: Path, parts: int, conversion: dict[str, Any]) -> None:
         for number in range(parts):
             shards += _read_record(work / "parts" / f"{number:05}.json")[0]
             ids.write_table(pq.read_table(work / "parts" / f"{number:05}.ids"))
+    sync(work / "shards" / "cluster_ids.parquet")
     write_durably(work / "shards" / "conversion.json", f"{json.dumps(conversion, indent=2)}\n".encode())
     index = {"version": 2, "shards": shards}
     write_durably(work / "shards" / "index.json", json.dumps(index, sort_keys=True).encode())

@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.layouts import Layout, Progress, reading
-from esm2_composer.mds import write_durably
+from esm2_composer.layouts import Layout, Progress, literal, reading
+from esm2_composer.mds import sync, write_durably
 from esm2_composer.records import EXAMPLES_KEPT, Report
 
 # A part is closed with the cluster that reaches one of these: some 30 MB of UniRef, a second or two of work.
@@ -81,13 +81,13 @@ def make_plan(layout: Layout, folder: Path, other_split: Path | None, threads: i
     Raises:
         UserError: an input is damaged.
     """
-    finished = folder / "plan.json"
+    finished, path = folder / "plan.json", folder / "plan.parquet"
     if not finished.exists():
         report = Report()
-        with reading(layout.source):
-            database = _open_database(folder, min(threads, MAX_THREADS))
+        with reading(layout.source), _open_database(folder, min(threads, MAX_THREADS)) as database:
             layout.view(database, folder)
-            told = _write_plan(layout, database, folder / "plan.parquet", other_split, report)
+            told = _write_plan(layout, database, path, other_split, report)
+        sync(path)
         told["report"] = report.as_dict()
         write_durably(finished, json.dumps(told).encode())
     told = json.loads(finished.read_text())
@@ -95,7 +95,7 @@ def make_plan(layout: Layout, folder: Path, other_split: Path | None, threads: i
     report.merge(staged)
     members = told["members"] + report.counts["members_read"]
     rows = told["rows"], told["rows_without_members"]
-    return Plan(folder / "plan.parquet", told["parts"], told["clusters"], members, *rows, report)
+    return Plan(path, told["parts"], told["clusters"], members, *rows, report)
 
 
 def _open_database(folder: Path, threads: int) -> duckdb.DuckDBPyConnection:
@@ -188,7 +188,7 @@ def _find_clusters_of(database: duckdb.DuckDBPyConnection, other_split: Path | N
     database.execute("CREATE TABLE other (cluster_id VARCHAR)")
     if other_split:
         with reading(other_split):  # `named` has been read before
-            database.read_parquet(str(other_split)).create_view("theirs")
+            database.read_parquet(literal([other_split])).create_view("theirs")
             query = "SELECT DISTINCT cluster_id FROM theirs JOIN named USING (cluster_id)"
             database.execute(f"INSERT INTO other {query}")
 
@@ -223,8 +223,12 @@ def _table(batches: list[pa.RecordBatch]) -> pa.Table:
 
 
 def read_part(plan: Path, number: int) -> Iterator[tuple[str, list[str | None], list[str], bool, int]]:
-    """(id, members named, those another cluster keeps, whether the other split has it, rows) of each cluster."""
-    rows = pq.ParquetFile(plan).read_row_group(number).to_pydict()
+    """(id, members named, those another cluster keeps, whether the other split has it, rows) of each cluster.
+
+    Raises UserError if the plan is damaged.
+    """
+    with reading(f"{plan} (the same command makes it anew)"):
+        rows = pq.ParquetFile(plan).read_row_group(number).to_pydict()
     pa.default_memory_pool().release_unused()  # of a huge cluster, more than its ids take
     current: list[Any] | None = None
     for name, named, shared, elsewhere in zip(*rows.values(), strict=True):

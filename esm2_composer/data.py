@@ -27,10 +27,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from esm2_composer import alphabet
 from esm2_composer.config import DataSection
 from esm2_composer.epochs import shards_in_use
-from esm2_composer.errors import StoreAway, UserError
+from esm2_composer.errors import Passing, StoreAway, UserError
 from esm2_composer.masking import MaskingRule, choose, keyed_words, token_uniforms
 from esm2_composer.patience import patiently
-from esm2_composer.records import COLUMNS
+from esm2_composer.records import COLUMNS, LONGEST_COUNTED
 from esm2_composer.shards import CheckedStream, MappedDataset, opening_alone
 
 # Streaming lays an epoch out for this many nodes, or for those of its factors that the batch has too: so a run
@@ -108,9 +108,8 @@ class ClusterDataset(MappedDataset):
             raise RuntimeError("shards cannot be fetched; the traceback above says why")
 
     def _raise_failure(self) -> None:
-        (stream,) = self.streams
-        if stream.failure is not None:
-            raise stream.failure
+        if self.failure is not None:
+            raise self.failure
 
     def __getitem__(self, sample_id: int) -> Sample:
         # Streaming counts an epoch on before it yields the epoch's first sample.
@@ -150,6 +149,8 @@ def count_short_clusters(place: str, min_length: int) -> int | None:
     Args:
         place: folder or URI of the split.
     """
+    if min_length > LONGEST_COUNTED:  # longer ones are counted as so long
+        return None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "conversion.json")
         try:
@@ -297,9 +298,9 @@ def open_clusters(remote: str | None, local: str, **arguments: Any) -> ClusterDa
         with opening_alone():
             clusters = ClusterDataset(CheckedStream(remote, local), **arguments)
     except Exception as error:  # each store raises its own types
-        # Another rank was lost, the store is away, or another user's run took the name in shared memory at the
-        # same moment: no mistake, and worth another start.
-        another_start_may_do = isinstance(error, dist.DistError | ConnectionError | StoreAway | FileExistsError)
+        # Another rank was lost, the store is away, a disk is full, or another user's run took the name in shared
+        # memory at the same moment: no mistake, and worth another start.
+        another_start_may_do = isinstance(error, dist.DistError | ConnectionError | Passing | FileExistsError)
         if another_start_may_do or "/gloo/" in str(error):
             raise
         raise UserError(f"{place}: cannot be opened as MDS shards ({error})") from error

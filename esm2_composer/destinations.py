@@ -94,7 +94,7 @@ class RemoteSplit:
         return None
 
     def published(self) -> set[str]:
-        """As LocalSplit's."""
+        """As LocalSplit's. Raises StoreError or StoreAway."""
         return self._store.names("shard.")
 
     def _fetch(self, store: Store, name: str) -> Path:
@@ -104,12 +104,15 @@ class RemoteSplit:
         return store.download(name, folder)
 
     def publish(self, name: str) -> None:
-        """Upload a shard, and remove it here. Raises StoreError."""
+        """Upload a shard, and remove it here. Raises StoreError or StoreAway."""
         self._store.upload(name)
         (self._work / "shards" / name).unlink()
 
     def finish(self) -> None:
-        """Upload what makes it a split. Raises StoreError, also if a shard has gone since it was uploaded."""
+        """Upload what makes it a split.
+
+        Raises StoreError, also if a shard has gone since it was uploaded, or StoreAway.
+        """
         index = json.loads((self._work / "shards" / "index.json").read_text())
         lost = {shard["zip_data"]["basename"] for shard in index["shards"]} - self.published()
         if lost:

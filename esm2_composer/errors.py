@@ -23,6 +23,7 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 
 # What the system answers to a path that somebody gave, whatever is done with it.
 REFUSED = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class OneLine(Exception):

@@ -1,4 +1,4 @@
-"""FASTA files, plain or compressed with gzip (BGZF too) or zstd, read in bounded memory.
+"""FASTA files, plain or compressed with gzip (BGZF too) or zstd, read a record at a time.
 
 The reader takes formatting away and nothing else: compression, which shows in the first bytes and not in the
 name, a byte-order mark, line ends of either kind. What a sequence may hold is for `records.clean` to say. A header
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -39,21 +40,34 @@ def read_fasta(path: Path) -> Iterator[tuple[str, bytes]]:
     rest = first.removeprefix(_BYTE_ORDER_MARK).lstrip()
     if not rest.startswith(b">"):
         raise UserError(f"{path}: not FASTA, it does not begin with '>'")
-    count, rest = 0, rest[1:]
-    for block in blocks:
-        *records, rest = (rest + block).split(b"\n>")
-        for record in records:
-            count += 1
-            yield _parse(record, path, count)
-    for record in rest.split(b"\n>"):
-        count += 1
+    _split_header(rest, path, 1)  # or a file of such lines, one record to us, would fill the memory first
+    for count, record in enumerate(_records(chain([rest[1:]], blocks)), 1):
         yield _parse(record, path, count)
 
 
-def _parse(record: bytes, path: Path, count: int) -> tuple[str, bytes]:
+def _records(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """What lies between the `>` that begin lines. However long a record is, each block is looked at once."""
+    pieces, line_end = [], b""
+    for block in blocks:
+        *ends, rest = (line_end + block).split(b"\n>")
+        if ends:
+            yield b"".join([*pieces, ends[0]])
+            yield from ends[1:]
+            pieces = []
+        line_end = b"\n" if rest.endswith(b"\n") else b""  # the next block may begin with a `>`
+        pieces.append(rest.removesuffix(b"\n"))
+    yield b"".join([*pieces, line_end])
+
+
+def _split_header(record: bytes, path: Path, count: int) -> tuple[bytes, bytes]:
     header, _, body = record.partition(b"\n")
     if b"\r" in header.rstrip(b"\r"):
         raise UserError(f"{path}: record {count:,} has lines that end with a carriage return alone")
+    return header, body
+
+
+def _parse(record: bytes, path: Path, count: int) -> tuple[str, bytes]:
+    header, body = _split_header(record, path, count)
     words = header.split(None, 1)
     name = words[0].decode(errors="backslashreplace") if words else ""
     uniprot = UNIPROT.match(name)

@@ -21,13 +21,13 @@ import pyarrow.parquet as pq
 
 from esm2_composer.errors import UserError
 from esm2_composer.fasta import UNIPROT, ReadError, compression, read_blocks, read_fasta
+from esm2_composer.mds import sync
 from esm2_composer.records import Report
 
 # What is held at once. Sequences, of which any may be long, are counted in bytes where their lengths are known.
 ROWS_AT_ONCE, BYTES_AT_ONCE = 20_000, 64 * 2**20
 FLAT_ROWS_AT_ONCE = 1_000
 BUFFER_BYTES = 2**20
-IDS_A_QUERY = 5000  # SQLite takes some 32,000 parameters
 
 # Told how many sequences have been read.
 Progress = Callable[[int], None]
@@ -82,7 +82,7 @@ class BioNeMo:
         members = "coalesce(ur90_id, [])" if "ur90_id" in self._columns else "[ur50_id]"
         names = ["nullif(ur50_id, '')"] if "ur50_id" in self._columns else []
         names += ["list_filter(ur90_id, lambda id: id != '')[1]"] if "ur90_id" in self._columns else []
-        clusters = database.read_parquet(_literal(self.inputs["clusters"]))
+        clusters = database.read_parquet(literal(self.inputs["clusters"]))
         clusters.project(f"coalesce({', '.join(names)}) AS cluster_id, {members} AS member_ids").create_view(
             "named"
         )
@@ -117,7 +117,7 @@ class Flat:
             yield from read_flat(file)
 
     def view(self, database: duckdb.DuckDBPyConnection, scratch: Path) -> None:
-        rows = database.read_parquet(_literal(self.inputs["flat"]))
+        rows = database.read_parquet(literal(self.inputs["flat"]))
         rows.project("nullif(ur50_id, '') AS cluster_id, [ur90_id] AS member_ids").create_view("named")
 
 
@@ -179,7 +179,7 @@ class Fasta:
     def view(self, database: duckdb.DuckDBPyConnection, scratch: Path) -> None:
         if self._tsv:
             rows = database.read_csv(
-                _literal([_unpacked(self._tsv, scratch / "clusters.tsv")]),
+                literal([_unpacked(self._tsv, scratch / "clusters.tsv")]),
                 compression="none",
                 sep="\t",
                 header=False,
@@ -192,7 +192,7 @@ class Fasta:
                 f"{_accession('cluster')} AS cluster_id, [{_accession('member')}] AS member_ids"
             ).create_view("named")
         else:
-            ids = database.read_parquet(_literal([scratch / "ids.parquet"]))
+            ids = database.read_parquet(literal([scratch / "ids.parquet"]))
             ids.project("id AS cluster_id, [id] AS member_ids").create_view("named")
 
 
@@ -222,6 +222,7 @@ def _store(
         contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database,
         pq.ParquetWriter(path.with_name("ids.parquet"), schema, compression="zstd") as ids,
     ):
+        sort_within(path.parent, database)
         database.executescript(
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN;"
             "CREATE TABLE protein (id TEXT, sequence TEXT)"
@@ -233,7 +234,16 @@ def _store(
             progress(report.counts["sequences_read"])
         database.execute("CREATE INDEX protein_id ON protein (id)")  # SQLite sorts on disk
         database.execute("COMMIT")
+    sync(path)
+    sync(path.with_name("ids.parquet"))
     return path
+
+
+def sort_within(folder: Path, database: sqlite3.Connection) -> None:
+    """Let SQLite put in `folder` what it sorts and has no memory for; its own choice, /var/tmp, may be small."""
+    path = str(folder.absolute()).replace("'", "''")
+    with contextlib.suppress(UnicodeEncodeError):  # SQLite has no word for such a path
+        database.execute(f"PRAGMA temp_store_directory = '{path}'")
 
 
 def _batches(
@@ -259,19 +269,24 @@ class Sequences:
         self._database = open_proteins(path)
 
     def look_up(self, ids: Sequence[str]) -> dict[bytes, list]:
-        """Every sequence under each id that there is; sequences are bytes, or what else a wrong table holds."""
+        """Every sequence under each id that there is; sequences are bytes, or what else a wrong table holds.
+
+        Args:
+            ids: at most 32,766, which is as many parameters as SQLite takes.
+        """
         found: dict[bytes, list] = {}
+        marks = ",".join("?" * len(ids))
         with _reading_proteins(self._path):
-            for start in range(0, len(ids), IDS_A_QUERY):
-                some = ids[start : start + IDS_A_QUERY]
-                marks = ",".join("?" * len(some))
-                query = f"SELECT id, sequence FROM protein WHERE id IN ({marks})"
-                for name, sequence in self._database.execute(query, some):
-                    if name in found:
-                        found[name].append(sequence)
-                    else:
-                        found[name] = [sequence]
+            query = f"SELECT id, sequence FROM protein WHERE id IN ({marks})"
+            for name, sequence in self._database.execute(query, ids):
+                if name in found:
+                    found[name].append(sequence)
+                else:
+                    found[name] = [sequence]
         return found
+
+    def close(self) -> None:
+        self._database.close()
 
 
 def open_proteins(path: Path) -> sqlite3.Connection:
@@ -390,7 +405,7 @@ def _reading_proteins(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read as an SQLite database ({error})") from error
 
 
-def _literal(paths: Sequence[Path]) -> list[str]:
+def literal(paths: Sequence[Path]) -> list[str]:
     """Paths as DuckDB takes them, which would read *, ? and [ as patterns."""
     return [re.sub(r"([*?\[])", r"[\1]", str(path)) for path in paths]
 

@@ -143,3 +143,9 @@ def write_durably(path: Path, content: bytes) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """See that a file outlasts a power failure, before a marker says that it is there."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -6,6 +6,7 @@ rows of the plan, the sequences under the ids there, and the options.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -95,6 +96,10 @@ class PartBuilder:
                 report.counts.update(clusters_read=1, members_read=len(named))
                 report.reject("cluster of the other split", name, len(named))
                 continue
+            if not named:
+                report.counts.update(clusters_read=1)
+                report.reject("cluster without members", name, 0)
+                continue
             yield name, choose_members(name, named, report, shared, limit, seed)
 
     def _batches(self, number: int, report: Report) -> Iterator[list[tuple[str, list[str]]]]:
@@ -158,8 +163,8 @@ class Processes:
         """Parts as they are done, and no faster than they are taken."""
         workers = min(self._workers, len(numbers))
         if workers == 1:
-            look_up = Sequences(self._sequences).look_up
-            yield from (builder.build(number, look_up) for number in numbers)
+            with contextlib.closing(Sequences(self._sequences)) as sequences:
+                yield from (builder.build(number, sequences.look_up) for number in numbers)
         elif workers:
             pool = Workers(workers, _start_worker, builder, self._sequences)
             try:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from botocore import exceptions as boto
 
-from esm2_composer.errors import REFUSED, StoreAway
+from esm2_composer.errors import REFUSED, OneLine, StoreAway
 
 Result = TypeVar("Result")
 
@@ -43,14 +43,23 @@ def patiently(ask: Callable[[], Result], source: str) -> Result:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether it would be the same again: the system's about a path, boto's about what it is to ask, or a store's
-    answer, but that of too many requests."""
-    if isinstance(error, FileNotFoundError | PermissionError | ValueError | ImportError):
+    """Whether it would be the same again: what was told already, the system's about a path, boto's about what it
+    is to ask, or a store's answer, but that of too many requests."""
+    if isinstance(error, OneLine | FileNotFoundError | PermissionError | ValueError | ImportError):
         return True
     if isinstance(error, OSError) and error.errno in REFUSED:
         return True
     if isinstance(error, boto.BotoCoreError):
         return not isinstance(error, AWAY)
-    answer = getattr(error, "response", {}).get("ResponseMetadata", {})
-    status = answer.get("HTTPStatusCode", 500)
-    return 400 <= status < 500 and status not in (408, 429)
+    status = _http_status(error)
+    return status is not None and 400 <= status < 500 and status not in (408, 429)
+
+
+def _http_status(error: Exception) -> int | None:
+    """Of a store's answer; each store's library has its own place for it. None: there was no answer."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # boto's
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    names = "code", "status_code", "status"  # Google's, Azure's and requests', Oracle's
+    told = (getattr(source, name, None) for source in (error, response) for name in names)
+    return next((status for status in told if isinstance(status, int)), None)

@@ -28,7 +28,7 @@ EXAMPLES_KEPT = 20
 COUNTS = ("clusters_read", "clusters_written", "members_read", "members_written", "members_rejected")
 COUNTS += ("members_left_out", "residues_written")
 LENGTH_EDGES = (1, 51, 101, 201, 301, 401, 501, 751, 1023, 1501, 2001, 5001)
-LONGEST_COUNTED = 1022  # more than any data.min_length asks for
+LONGEST_COUNTED = 1022  # more than data.min_length asks for, but where data.max_length is raised
 LENGTH_LABELS = [f"{low}-{high - 1}" for low, high in pairwise(LENGTH_EDGES)] + [f"{LENGTH_EDGES[-1]}-"]
 
 RESIDUES = b"ACDEFGHIKLMNPQRSTVWYXBUZO"
@@ -179,7 +179,7 @@ def build_record(cluster_id: str, members: Iterable[Member], report: Report) -> 
         members: as `choose_members` gives them, with all sequences found under each id.
     """
     report.counts["clusters_read"] += 1
-    kept, member_id = [], None
+    kept = []
     for member_id, given in members:
         if len(given) == 1 and is_clean(given[0]):  # nearly every member
             kept.append(given[0])
@@ -193,8 +193,7 @@ def build_record(cluster_id: str, members: Iterable[Member], report: Report) -> 
             report.change(change, member_id)
         kept.append(residues)
     if not kept:
-        # Its members, if it has any, are counted already.
-        report.reject("cluster with no usable member" if member_id else "cluster without members", cluster_id, 0)
+        report.reject("cluster with no usable member", cluster_id, 0)  # its members are counted already
         return None
     lengths = [len(sequence) for sequence in kept]
     residues = b"".join(kept)

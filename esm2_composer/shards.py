@@ -26,7 +26,7 @@ from streaming.base.format import Reader
 from streaming.base.shared import _get_path
 
 from esm2_composer.epochs import lay_out_epoch, layout_shape
-from esm2_composer.errors import UserError
+from esm2_composer.errors import FULL, OneLine, Passing, UserError
 from esm2_composer.mds import Shard
 from esm2_composer.patience import patiently
 
@@ -72,6 +72,8 @@ class MappedDataset(StreamingDataset):
     sample, to learn that the shard is there. A mapped one is, so neither is needed. Under a cache limit shards are
     not kept: a file that is mapped would hold its place on the disk after it has been evicted.
     """
+
+    failure: OneLine | None = None  # of a thread, for the iterating one to raise
 
     def __init__(self, stream: Stream, **arguments: Any) -> None:
         super().__init__(streams=[stream], **arguments)
@@ -123,10 +125,12 @@ class MappedDataset(StreamingDataset):
         """Streaming's raises where nobody but the terminal hears it, and leaves the iterating thread waiting for
         the one that failed. Here that goes on, to tell."""
         if error := future.exception():
+            if isinstance(error, OneLine):
+                self.failure = error
+            else:
+                traceback.print_exception(error)
             self._event.set()
             self._iterator.on_exit()
-            if not isinstance(error, UserError):
-                traceback.print_exception(error)
 
     def _get_work(self, epoch: int, samples_done: int) -> np.ndarray:
         """This worker's samples of the epoch, int32, in the order in which it reads them.
@@ -202,8 +206,6 @@ class CheckedStream(Stream):
     epoch just ends; a file that it finds in the cache, cut short by a crash, it takes as it is.
     """
 
-    failure: UserError | None = None  # for the iterating thread to raise
-
     def __init__(self, remote: str | None, local: str) -> None:
         super().__init__(remote=remote, local=local, validate_hash=HASH, download_retry=1)
         self._dropped: set[Path] = set()
@@ -249,8 +251,7 @@ class CheckedStream(Stream):
         damaged.unlink(missing_ok=True)  # another process may have been faster
 
     def _fail(self, why: str, cause: Exception | None = None) -> NoReturn:
-        self.failure = UserError(why)
-        raise self.failure from cause
+        raise UserError(why) from cause
 
     def _source(self, shard: Reader) -> str:
         *_, packed = self._files(shard)
@@ -263,4 +264,25 @@ class CheckedStream(Stream):
 
     def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
         download = super()._download_file
-        return patiently(lambda: download(from_basename, to_basename), f"{self.remote}/{from_basename}")
+
+        def fetch() -> str:
+            with self._naming_full_disk():  # or the store would get the blame
+                return download(from_basename, to_basename)
+
+        return patiently(fetch, f"{self.remote}/{from_basename}")
+
+    def _decompress_shard_part(self, *arguments: Any) -> None:
+        with self._naming_full_disk():
+            super()._decompress_shard_part(*arguments)
+
+    @contextlib.contextmanager
+    def _naming_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise Passing(
+                f"{self.local}: no room for shards ({error.strerror}); make room there, set data.cache_limit, or "
+                "take a data.local on a larger disk"
+            ) from error

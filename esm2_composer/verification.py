@@ -44,7 +44,8 @@ def verify(
         index = _read_json(place, "index.json")
         if index is not None:
             conversion = _read_json(place, "conversion.json")
-            found[split] = _verify_split(place, index, conversion, workers, progress)
+            told = partial(progress, f"shards of {split}")
+            found[split] = _verify_split(place, index, conversion, workers, told)
     if not found:
         raise UserError(f"{uri}: no index.json there, nor in train/ or valid/: no finished shards")
     return found
@@ -75,7 +76,11 @@ def _read_json(place: str, name: str) -> dict[str, Any] | None:
 
 
 def _verify_split(
-    place: str, index: dict[str, Any], conversion: dict[str, Any] | None, workers: int, progress: Progress
+    place: str,
+    index: dict[str, Any],
+    conversion: dict[str, Any] | None,
+    workers: int,
+    progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     _store.cache_clear()  # the endpoint may be another one than at the last call
     shards = index.get("shards")
@@ -87,7 +92,7 @@ def _verify_split(
         for number, counted in enumerate(pool.map(check, shards) if workers > 1 else map(check, shards), 1):
             lengths, draws = _add(lengths, counted[0]), _add(draws, counted[1])
             clusters, ids = clusters + counted[2], ids + counted[3]
-            progress("shards", number, len(shards))
+            progress(number, len(shards))
     if not conversion and not clusters:
         raise UserError(f"{place}: its shards hold no cluster")
     residues = int(lengths @ np.arange(len(lengths)))

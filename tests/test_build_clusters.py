@@ -1,6 +1,7 @@
 """tools/build_clusters.py: a real run of MMseqs2 on real proteins and made families, and mistakes."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -243,6 +244,16 @@ def test_a_full_disk_is_one_line(failing_mmseqs):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def test_a_file_system_without_locks_is_told(failing_mmseqs, monkeypatch):
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (failing_mmseqs / "in.fasta").write_text(">a\nMKVLAAGIVGACDEF\n")
+    with pytest.raises(UserError, match=r"/\.out\.partial: cannot be locked \(Function not implemented\)"):
+        build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
+
+
 def test_an_output_that_exists_or_is_being_made_is_refused(failing_mmseqs):
     (failing_mmseqs / "in.fasta").write_text(">a\nMKVLAAGIVGACDEF\n")
     with (
@@ -281,6 +292,31 @@ def test_a_folder_is_free_when_the_mmseqs_of_a_killed_run_is_gone(failing_mmseqs
         os.close(handle)
     with clustering._locked(partial):
         assert not list(partial.iterdir())
+
+
+def test_sequences_are_written_in_the_order_of_clusters_and_not_sorted(tmp_path):
+    steps = []
+
+    class Explaining(sqlite3.Connection):
+        def execute(self, statement: str, *rest) -> sqlite3.Cursor:
+            if statement.startswith("SELECT"):
+                steps.extend(what for *_, what in super().execute(f"EXPLAIN QUERY PLAN {statement}", *rest))
+            return super().execute(statement, *rest)
+
+    with contextlib.closing(sqlite3.connect(":memory:", factory=Explaining)) as database:
+        database.executescript(
+            "CREATE TABLE protein (number INTEGER PRIMARY KEY, id TEXT, sequence TEXT);"
+            "CREATE TABLE member (number INTEGER PRIMARY KEY, cluster INTEGER, valid INTEGER);"
+            "INSERT INTO protein VALUES (1, 'a', 'MA'), (2, 'b', 'MB'), (3, 'c', 'MC'), (4, 'd', 'MD');"
+            "INSERT INTO member VALUES (1, 3, 0), (2, 2, 0), (3, 3, 0), (4, 4, 1);"
+        )
+        clustering._write_layout(database, tmp_path)
+    assert pq.read_table(tmp_path / "train_clusters.parquet").to_pylist() == [
+        {"ur50_id": "b", "ur90_id": ["b"]},
+        {"ur50_id": "c", "ur90_id": ["a", "c"]},
+    ]
+    assert any("protein" in step for step in steps)
+    assert not [step for step in steps if "TEMP B-TREE" in step]
 
 
 def test_without_mmseqs_the_tool_says_how_to_get_it(tmp_path):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import gzip
 import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -18,7 +20,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import psutil
@@ -331,7 +333,7 @@ def test_a_member_of_two_clusters_stays_in_the_first(tmp_path: Path) -> None:
     assert counts == {names[0]: 1, names[1]: 3, names[2]: 1, names[3]: 1, names[4]: 1}
     assert told["rejected"] == {
         "member of another cluster": {"count": 2, "examples": ["shared", "shared"]},
-        "cluster without members": {"count": 1, "examples": [names[5]]},
+        "cluster with no usable member": {"count": 1, "examples": [names[5]]},
     }
     assert told["members_rejected"] == 2
 
@@ -355,6 +357,9 @@ def test_missing_ids_and_members_are_counted(tmp_path: Path) -> None:
         "member without id": {"count": 1, "examples": ["c"]},
     }
     assert (told["members_read"], told["members_rejected"]) == (4, 3)
+    layout = bionemo(tmp_path / "null", {"ur50_id": ["c1", "c2"], "ur90_id": [["a"], [None]]}, {"a": "MK"})
+    told = convert(layout, str(tmp_path / "nulls"), Options(), max_reject_fraction=0.5)
+    assert rejected(told) == {"member without id": 1, "cluster with no usable member": 1}
 
 
 def test_a_cluster_of_the_other_split_is_rejected(tmp_path: Path) -> None:
@@ -371,6 +376,15 @@ def test_a_cluster_of_the_other_split_is_rejected(tmp_path: Path) -> None:
         UserError, match=r"^25\.0% of 4 members rejected.*cluster of the other split 1 \(such as 'd'\)"
     ):
         convert(valid, str(tmp_path / "out"), Options("valid"))
+
+
+def test_the_other_split_is_that_of_this_folder_whatever_its_name(tmp_path: Path) -> None:
+    """To DuckDB, the name of the second is a pattern for the first."""
+    for out, train in (("data1", "dx"), ("data[1]", "ab")):
+        for split, names in (("train", train), ("valid", "dxyz")):
+            layout = bionemo(tmp_path / f"{out}-{split}", {"ur50_id": list(names)}, dict.fromkeys(names, "MK"))
+            told = convert(layout, str(tmp_path / out), Options(split), max_reject_fraction=0.5)
+    assert told["clusters_written"] == 4
 
 
 def test_splits_converted_at_the_same_time_share_no_cluster(
@@ -627,6 +641,54 @@ def test_a_second_run_into_one_folder_is_refused_until_the_first_is_dead(tmp_pat
     assert convert(many, str(tmp_path / "out"), Options())["clusters_written"] == 800
 
 
+@pytest.mark.parametrize("third", [False, True])
+def test_a_lock_that_the_first_run_removed_at_its_end_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, third: bool
+) -> None:
+    """Opened before that, locked after it: a third run may hold the file that has its name now."""
+    flock = fcntl.flock
+
+    def flock_late(file: TextIO, operation: int) -> None:
+        Path(file.name).unlink()
+        if third:
+            Path(file.name).touch()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_late)
+    with pytest.raises(UserError, match="another conversion is at work there"):
+        convert(small(tmp_path), str(tmp_path / "out"), Options())
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"out/\.train\.work: cannot be made and locked \(No locks available\)"):
+        convert(small(tmp_path), str(tmp_path / "out"), Options())
+
+
+def test_no_file_is_open_in_work_that_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS cannot remove it then."""
+    removed = []
+    rmtree = shutil.rmtree
+
+    def watched(folder: Path) -> None:
+        opened = map(os.path.realpath, Path("/proc/self/fd").iterdir())
+        assert not [path for path in opened if path.startswith(f"{folder}/")]
+        removed.append(folder.name)
+        rmtree(folder)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    (tmp_path / "f").write_text(">a\nMK\n>b\nM-K\n")
+    with pytest.raises(UserError, match="rejected"):
+        convert(Fasta([tmp_path / "f"]), str(tmp_path / "out"), Options())
+    for _ in range(2):
+        convert(Fasta([tmp_path / "f"]), str(tmp_path / "out"), Options(), max_reject_fraction=0.5)
+    assert removed == [".train.work"] * 3
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
+
+
 def test_unfinished_work_of_another_input_is_refused(tmp_path: Path, many: BioNeMo) -> None:
     process = start(tmp_path, tmp_path / "out")
     process.stdout.readline()
@@ -686,6 +748,35 @@ def test_a_full_disk_keeps_the_work(tmp_path: Path, many: BioNeMo) -> None:
     convert(many, str(tmp_path / "out"), Options())
     assert not list((tmp_path / "out/train").glob(".*"))
     assert hashes(tmp_path / "out/train") == hashes(tmp_path / "whole/train")
+
+
+def test_what_a_marker_vouches_for_is_on_the_disk_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = [], os.fsync
+
+    def watched(file: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{file}").readlink().name)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    (tmp_path / "f").write_text(">a\nMK\n")
+    convert(Fasta([tmp_path / "f"]), str(tmp_path / "out"), Options())
+    names = [re.sub(r"^\.(.+)\.\w+$", r"\1", name) for name in synced]
+    expected = ["state.json", "sequences.db", "ids.parquet", "staged.json", "plan.parquet", "plan.json"]
+    expected += ["shard.00000.00.mds.zstd", "00000.ids", "00000.json"]
+    assert names == [*expected, "cluster_ids.parquet", "conversion.json", "index.json"]
+
+
+def test_a_plan_that_was_damaged_meanwhile_is_told_and_made_anew(
+    tmp_path: Path, many: BioNeMo, full_once: None
+) -> None:
+    with pytest.raises(Interrupted):
+        convert(many, str(tmp_path / "out"), Options())
+    (tmp_path / "out/.train.work/plan.parquet").write_bytes(bytes(5000))
+    with pytest.raises(UserError, match=r"plan\.parquet \(the same command makes it anew\): damaged"):
+        convert(many, str(tmp_path / "out"), Options())
+    assert convert(many, str(tmp_path / "out"), Options())["clusters_written"] == 800
 
 
 def test_a_file_that_cannot_be_read_for_now_keeps_the_work(tmp_path: Path) -> None:

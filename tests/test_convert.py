@@ -229,6 +229,9 @@ WRONG_OPTIONS = {
     "--verify goes without --out": ["--verify", "x", "--out", "x"],
     "--verify goes without --max-reject-fraction": ["--verify", "x", "--max-reject-fraction", "0"],
     "--seed goes with --max-members-per-cluster": ["--out", "x", "--flat", "f", "--seed", "0"],
+    "--seed must not be longer than 64 characters": [
+        *("--out", "x", "--flat", "f", "--max-members-per-cluster", "2", "--seed", "1" * 65)
+    ],
     "--scratch goes with object storage": ["--out", "x", "--flat", "f", "--scratch", "s"],
     "--out f/g/x lies in --flat f": ["--out", "f/g/x", "--flat", "f"],
     r"\udcff: not UTF-8": ["--out", "\udcff", "--flat", "f"],

@@ -330,6 +330,7 @@ def test_clusters_that_are_all_short_are_counted(shards: Path, tmp_path: Path) -
     for min_length in (1, min(longest), min(longest) + 1, int(np.median(longest)), 1022):
         short = sum(length < min_length for length in longest)
         assert count_short_clusters(str(shards / "train"), min_length) == short
+    assert count_short_clusters(str(shards / "train"), 1023) is None
     assert count_short_clusters(str(shards), 5) is None
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import random
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -63,6 +64,24 @@ def test_compression_is_seen_in_the_content_and_blocks_leave_no_trace(tmp_path, 
     if codec != "none":  # two members or frames, as BGZF and pzstd write
         content = compress(content[:5000], codec) + compress(content[5000:], codec)
     assert read(tmp_path, content) == records
+
+
+def test_a_long_record_is_read_in_time_in_proportion_to_its_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(fasta, "BLOCK_BYTES", 64)
+    residues = b"MKVLA" * 400_000
+    start = time.process_time()
+    assert read(tmp_path, b">a\n" + residues) == [("a", residues)]
+    assert time.process_time() - start < 2  # in proportion to its square: 20 s
+
+
+def test_lines_of_carriage_returns_are_told_at_the_first_block(tmp_path, monkeypatch):
+    def blocks(path):
+        yield b">a\rMKV\r>b\rMK\r"
+        pytest.fail("all of it is read")
+
+    monkeypatch.setattr(fasta, "read_blocks", blocks)
+    with pytest.raises(UserError, match="record 1 has lines that end with a carriage return alone"):
+        read(tmp_path, b"")
 
 
 def test_a_zstd_file_may_begin_with_a_skippable_frame(tmp_path):

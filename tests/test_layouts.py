@@ -158,6 +158,27 @@ def test_what_is_staged_at_once_is_bounded_in_bytes(tmp_path: Path, monkeypatch:
     }
 
 
+def test_what_sqlite_sorts_lies_in_the_scratch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: set[Path] = set()
+
+    def look() -> None:
+        for file in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):  # that of the folder itself
+                opened.add(file.readlink())
+
+    class Watched(sqlite3.Connection):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.set_progress_handler(look, 1000)
+
+    monkeypatch.setattr(sqlite3, "connect", Watched)
+    scratch = tmp_path / "it's scratch"
+    scratch.mkdir()
+    (tmp_path / "f").write_text("".join(f">{i:0500}\nMK\n" for i in range(5000)))
+    Fasta([tmp_path / "f"]).stage(scratch, Report(), lambda read: None)
+    assert {path.parent for path in opened if path.name.startswith("etilqs")} == {scratch}
+
+
 # --- FASTA ---
 
 FASTA = b">a first protein\nMK\nV\n\n>b\nMK\n>c no sequence\n>\nML\n>d\tx>y\nM K*"
@@ -211,13 +232,6 @@ def test_a_compressed_tsv_is_told_by_its_content_and_read_whole_or_refused(tmp_p
         (tmp_path / "t.tsv.gz").write_bytes(broken(packed, keep))
         with pytest.raises(UserError, match=r"t\.tsv\.gz: damaged or cut short"):
             rows(Fasta([tmp_path / "f"], tmp_path / "t.tsv.gz"), tmp_path / "scratch")
-
-
-def test_a_look_up_may_be_larger_than_a_query(tmp_path: Path) -> None:
-    ids = [f"m{index}" for index in range(50_001)]  # SQLite's limit is 32,766 variables as released
-    proteins = {member: "M" + "K" * (index % 7) for index, member in enumerate(ids)}
-    found = Sequences(write_proteins(tmp_path / "p.db", proteins)).look_up([*ids, "gone"])
-    assert found == {member.encode(): [sequence.encode()] for member, sequence in proteins.items()}
 
 
 # --- what is refused ---

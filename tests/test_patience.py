@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from http import HTTPStatus
+from types import SimpleNamespace
 
 import pytest
 from botocore.exceptions import (
@@ -22,11 +24,27 @@ def answer(status: int) -> ClientError:
     return ClientError({"ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
 
 
+class ErrorOfAnotherLibrary(Exception):
+    """As google.api_core's (`code`), azure.core's (`status_code`), oci's (`code` is text) and requests' are."""
+
+    def __init__(self, response: object = None, **attributes: object) -> None:
+        super().__init__()
+        self.response = response
+        vars(self).update(attributes)
+
+
 @pytest.mark.parametrize(
     ("error", "refusal"),
     [
         *((answer(status), True) for status in (403, 404)),
         *((answer(status), False) for status in (408, 429, 503)),
+        (ErrorOfAnotherLibrary(code=HTTPStatus.NOT_FOUND), True),
+        (ErrorOfAnotherLibrary(response=object(), status_code=403), True),
+        (ErrorOfAnotherLibrary(code="BucketNotFound", status=404), True),
+        (ErrorOfAnotherLibrary(response=SimpleNamespace(status_code=401)), True),
+        (ErrorOfAnotherLibrary(code=HTTPStatus.TOO_MANY_REQUESTS), False),
+        (ErrorOfAnotherLibrary(response=object(), status_code=None), False),
+        (ErrorOfAnotherLibrary(), False),
         (NoCredentialsError(), True),
         (ProfileNotFound(profile="none"), True),
         (EndpointConnectionError(endpoint_url="http://nowhere"), False),

@@ -154,13 +154,6 @@ def test_record_holds_the_usable_members_end_to_end() -> None:
     assert report.counts["members_rejected"] == 2
 
 
-def test_cluster_without_members_is_rejected_by_its_id() -> None:
-    report = Report()
-    assert build("c", [], report) is None
-    assert report.as_dict()["rejected"] == {"cluster without members": {"count": 1, "examples": ["c"]}}
-    assert report.counts["members_rejected"] == 0
-
-
 def test_cluster_with_no_usable_member_is_rejected_beside_its_members() -> None:
     report = Report()
     assert build("c", [("a", b"*"), ("b", None)], report) is None

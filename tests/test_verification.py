@@ -32,6 +32,15 @@ def test_statistics_of_members_and_of_draws(tmp_path: Path) -> None:
     assert told["padding_at_1024"] == pytest.approx((1014 / 1024) / 2)  # c1 shows 10 tokens, c2 always 1,024
 
 
+def test_progress_is_told_of_each_split(tmp_path: Path) -> None:
+    for split, name in (("train", "a"), ("valid", "b")):
+        layout = bionemo(tmp_path / split, {"ur50_id": [name]}, {name: "MK"})
+        convert(layout, str(tmp_path / "out"), Options(split))
+    told: list[tuple[str, int, int]] = []
+    verify(str(tmp_path / "out"), progress=lambda *done: told.append(done))
+    assert told == [("shards of train", 1, 1), ("shards of valid", 1, 1)]
+
+
 @pytest.mark.parametrize(("split", "over", "padding"), [("train", 0.0195, 0.725), ("valid", 0.05, 0.743)])
 def test_statistics_of_real_data_are_those_in_its_readme(
     real_data: Path, tmp_path: Path, split: str, over: float, padding: float

@@ -29,7 +29,7 @@ SECONDS_BETWEEN_LINES = 15
 
 def main() -> None:
     args = parse_args()
-    show = Progress(args.split)
+    show = Progress("verified" if args.verify else args.split)
     if args.verify:
         from esm2_composer.verification import verify
 
@@ -125,6 +125,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             raise UserError(f"{place}: write a folder (as ./{place}), or a store as s3://bucket/prefix")
     if args.seed is not None and not args.max_members_per_cluster:
         raise UserError("--seed goes with --max-members-per-cluster")
+    if len(str(args.seed)) > 64:  # what keys a hash
+        raise UserError("--seed must not be longer than 64 characters")
     if args.scratch and not is_remote(args.out):
         raise UserError(f"--scratch goes with object storage; work for a folder lies in it ({args.out})")
     if args.flat and not is_remote(args.out) and Path(args.out).resolve().is_relative_to(args.flat.resolve()):
