@@ -16,6 +16,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
+from torch.distributed.checkpoint import CheckpointException
 
 from esm2_composer.checkpoints import Folder, Index, ask, best, superseded, updates
 from esm2_composer.config import Recipe, batches
@@ -136,8 +137,11 @@ class CheckpointSaver(Callback):
     def _write(self, state: State) -> None:
         try:
             save_checkpoint(state, str(self._staging / "ep{epoch}-ba{batch}-rank{rank}.pt"))
-        except Exception:
+        except (Exception, CheckpointException) as error:  # the second, of sharded ones, is no Exception
             dist.barrier()  # the one at its end, at which the ranks that did not fail are waiting
+            if isinstance(error, CheckpointException):
+                cause, _ = next(iter(error.failures.values()))
+                raise cause from error
             raise
 
     def _everywhere(self, action: Callable[[], object]) -> str | None:

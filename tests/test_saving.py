@@ -191,6 +191,25 @@ def test_a_full_disk_is_told_and_does_not_lose_the_checkpoint_before(shards, tmp
 
 
 @pytest.mark.slow
+def test_a_full_disk_does_not_end_a_sharded_run(shards, tmp_path):
+    sharded = ("fsdp.version=2", "fsdp.state_dict_type=sharded", "model.hidden_size=64")
+    arguments = command(shards, *sharded, "save_interval=20ba", "max_duration=100ba", "eval_interval=100ba")
+    with Run("-n", "2", *arguments, cwd=tmp_path) as run:
+        folder = tmp_path / "runs/demo/checkpoints"
+        run.wait_until(lambda: list(folder.glob("ep*")))
+        last = run.ranks()[1]
+        last.rlimit(psutil.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))  # its part is larger
+        run.wait_until(lambda: any("not saved: " in line for line in run.lines))
+        assert list(folder.glob("ep*")), "the checkpoint before stays"
+        last.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        code, _ = run.end()
+    assert code == 0, "".join(run.lines)
+    (line, *_) = (line for line in run.lines if "not saved: " in line)
+    assert "File too large; trying again in 2 s" in line
+    assert (folder / "latest-rank0.pt").resolve().name == "ep16-ba100"
+
+
+@pytest.mark.slow
 def test_a_run_told_to_leave_that_cannot_save_does_not_say_it_has(shards, tmp_path):
     arguments = command(shards, "save_interval=1000ba", "max_duration=1000ba", "eval_interval=1000ba")
     with Run(*arguments, cwd=tmp_path, launcher=False) as run:
