@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from esm2_composer.config import FSDPSection, Recipe, batches, to_yaml
+from esm2_composer.config import FSDPSection, ModelSection, Recipe, batches, to_yaml
 from esm2_composer.errors import UserError, naming
 from esm2_composer.model import ESM2, SIZES, ESM2Config, count_parameters
+from esm2_composer.weights import read_config
 
 
 @dataclass(frozen=True)
@@ -97,24 +98,25 @@ def skeleton(config: ESM2Config) -> ESM2:
 
 
 def usual_mfu(recipe: Recipe) -> float:
-    return MFU.get(architecture(recipe).head_size, MFU_OTHERWISE)
+    return MFU.get(architecture(recipe.model).head_size, MFU_OTHERWISE)
 
 
-@functools.cache  # weights to go on from are read whole
-def architecture(recipe: Recipe) -> ESM2Config:
-    m = recipe.model
-    if m.init_from is not None:
+@functools.cache  # a hub may have to be asked
+def architecture(model: ModelSection) -> ESM2Config:
+    """What a recipe's `model` section asks for; weights to go on from are not read."""
+    if model.init_from is not None:
         with naming("model.init_from"):
-            return ESM2.from_pretrained(m.init_from).config
+            return read_config(model.init_from, model.attention)
+    dimensions = model.dimensions if model.size is None else asdict(SIZES[model.size])
     with naming("model"):
-        return SIZES[m.size] if m.size else ESM2Config(**m.dimensions)
+        return ESM2Config(**{**dimensions, "attention": model.attention})
 
 
 def make_plan(
     recipe: Recipe, gpus: int, gpu: GPU, mfu: float, mean_tokens: int = MEAN_TOKENS, attended: int = ATTENDED
 ) -> Plan:
     """The plan of a recipe on so many GPUs, whether it fits them or not."""
-    config = architecture(recipe)
+    config = architecture(recipe.model)
     model = skeleton(config)
     parameters = count_parameters(model)
     layer = count_parameters(model.layers[0])

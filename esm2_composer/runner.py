@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -48,9 +47,9 @@ from esm2_composer.data import (
 from esm2_composer.errors import UserError, naming
 from esm2_composer.fp8 import use_fp8
 from esm2_composer.masking import MaskingRule
-from esm2_composer.model import ESM2, SIZES, ESM2Config
+from esm2_composer.model import ESM2
 from esm2_composer.optim import build_adamw, build_schedule
-from esm2_composer.plan import GPUS
+from esm2_composer.plan import GPUS, architecture
 from esm2_composer.pool import data_spec
 from esm2_composer.preemption import shelter_worker
 from esm2_composer.ranks import on_rank_zero, say
@@ -88,8 +87,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         raise Done(recipe, done)
     torch.manual_seed(recipe.seed)  # the same on every rank: sharded ranks must agree on the weights
     elsewhere = parallelism is not None and recipe.fsdp.sync_module_states and dist.get_global_rank() > 0
-    with torch.device("meta") if elsewhere else contextlib.nullcontext():
-        net = build_model(recipe.model)
+    net = build_model(recipe.model, weights=not elsewhere)
     with naming("model.attention"):
         c, precision = net.config, recipe.precision if on_gpu else "fp32"
         computed = {"amp_bf16": torch.bfloat16, "fp32": torch.float32}[precision]
@@ -212,14 +210,15 @@ def _short_clusters(data: DataSection) -> str:
     )
 
 
-def build_model(section: ModelSection) -> ESM2:
-    """The network a recipe's `model` section asks for."""
+def build_model(section: ModelSection, weights: bool = True) -> ESM2:
+    """The network a recipe's `model` section asks for; without weights, one on the meta device."""
+    if not weights:
+        with torch.device("meta"):
+            return ESM2(architecture(section))
     if section.init_from is not None:
         with naming("model.init_from"):
             return ESM2.from_pretrained(section.init_from, attention=section.attention)
-    dimensions = section.dimensions if section.size is None else dataclasses.asdict(SIZES[section.size])
-    with naming("model"):
-        return ESM2(ESM2Config(**{**dimensions, "attention": section.attention}))
+    return ESM2(architecture(section))
 
 
 def cluster_draw(recipe: Recipe) -> ClusterDraw:

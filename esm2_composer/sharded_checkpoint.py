@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from esm2_composer.errors import UserError
 
 
-def read_sharded(folder: Path) -> dict[str, torch.Tensor]:
-    """The model's tensors by name; optimizer state is not read.
+def read_sharded(folder: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """The model's tensors by name, on the device "meta" without their values; optimizer state is not read.
 
     Raises:
         UserError: damaged, incomplete, or of something else.
@@ -27,13 +27,14 @@ def read_sharded(folder: Path) -> dict[str, torch.Tensor]:
     try:
         reader = _SafeReader(folder)
         tensors = {
-            key.removeprefix(prefix): torch.empty(stored.size, dtype=stored.properties.dtype)
+            key.removeprefix(prefix): torch.empty(stored.size, dtype=stored.properties.dtype, device=device)
             for key, stored in reader.read_metadata().state_dict_metadata.items()
             if key.startswith(prefix) and type(stored) is TensorStorageMetadata  # others would be unpickled
         }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it says that there is a single process: so it shall be
-            dcp.load({"state": {"model": tensors}}, storage_reader=reader, no_dist=True)
+        if device != "meta":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it says that there is a single process: so it shall be
+                dcp.load({"state": {"model": tensors}}, storage_reader=reader, no_dist=True)
     except (Exception, dcp.CheckpointException) as error:  # the second is no Exception
         reason = (str(error).splitlines() or [type(error).__name__])[-1]
         raise UserError(f"{folder}: cannot be read as a sharded checkpoint ({reason})") from error

@@ -7,10 +7,12 @@ One table holds the three namings. Files are read without running code from them
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import re
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -84,11 +86,28 @@ def load_pretrained(path: str | Path, attention: str = "auto") -> ESM2:
         UserError: nothing is there, the file is damaged or would run code, or it is not an ESM-2.
     """
     path = Path(path)
-    try:
-        config, state = _read(path)
+    with _naming(path):
+        config, read = _open(path)
         with torch.device("meta"):
             model = ESM2(ESM2Config(**config, attention=attention))
-        return _fill(model, state, path)
+        return _fill(model, read(), path)
+
+
+def read_config(path: str | Path, attention: str = "auto") -> ESM2Config:
+    """The configuration alone of what `load_pretrained` would load, without reading the weights.
+
+    Raises:
+        UserError: nothing is there, or it can be seen not to be an ESM-2.
+    """
+    path = Path(path)
+    with _naming(path):
+        return ESM2Config(**_open(path)[0], attention=attention)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -96,19 +115,18 @@ def load_pretrained(path: str | Path, attention: str = "auto") -> ESM2:
         raise UserError(f"{path}: not an ESM-2 ({type(error).__name__}: {error})") from error
 
 
-def _read(path: Path) -> tuple[dict, State]:
-    """The dimensions and the tensors, under our names, of what is at `path`."""
+def _open(path: Path) -> tuple[dict, Callable[[], State]]:
+    """The dimensions of what is at `path`, and what reads its tensors, under our names."""
     if path.is_dir() and (path / ".metadata").exists():
-        return _from_composer(read_sharded(path), path)
+        return _from_composer(read_sharded(path, "meta"), lambda: read_sharded(path), path)
     if path.is_dir():
         return _from_hugging_face(path)
     if path.is_file():
         content = _torch_load(path)
-        return (
-            _from_composer(content["state"]["model"], path)
-            if "state" in content
-            else _from_fair_esm(content, path)
-        )
+        if "state" not in content:
+            return _from_fair_esm(content, path)
+        stored = content["state"]["model"]
+        return _from_composer(stored, lambda: {name: tensor.clone() for name, tensor in stored.items()}, path)
     if len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in (".", ".."):
         return _from_hugging_face(_download(str(path)))
     raise UserError(f"{path}: no such file or folder")
@@ -153,9 +171,11 @@ _PLAIN_TYPES = [
 
 
 def _torch_load(path: Path) -> dict:
+    """What a file holds; its tensors are read when they are looked at, unless it is of torch's older format."""
     with torch.serialization.safe_globals(_PLAIN_TYPES):
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            mmap = zipfile.is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:  # torch raises half a dozen types for damaged files
             raise UserError(f"{path}: cannot be read as weights ({_reason(error)})") from error
     if not isinstance(content, dict):
@@ -203,7 +223,7 @@ def _complete(state: dict[str, torch.Tensor], foreign: State, config: dict[str, 
     return state
 
 
-def _from_hugging_face(folder: Path) -> tuple[dict, State]:
+def _from_hugging_face(folder: Path) -> tuple[dict, Callable[[], State]]:
     try:
         hf = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
@@ -230,9 +250,12 @@ def _from_hugging_face(folder: Path) -> tuple[dict, State]:
         "num_heads": hf["num_attention_heads"],
         "ffn_hidden_size": hf["intermediate_size"],
     }
-    foreign = _read_hugging_face(folder)
-    state = _stack(foreign, config["num_layers"], fair=False, path=folder)
-    return config, _complete(state, foreign, config)
+
+    def read() -> State:
+        foreign = _read_hugging_face(folder)
+        return _complete(_stack(foreign, config["num_layers"], False, folder), foreign, config)
+
+    return config, read
 
 
 def _read_hugging_face(folder: Path) -> State:
@@ -272,7 +295,7 @@ def _download(name: str) -> Path:
         raise UserError(f"{name}: neither a path here nor a model on the hub ({error})") from error
 
 
-def _from_fair_esm(content: dict, path: Path) -> tuple[dict, State]:
+def _from_fair_esm(content: dict, path: Path) -> tuple[dict, Callable[[], State]]:
     foreign = content.get("model")
     if not isinstance(foreign, dict):
         raise UserError(f"{path}: neither a fair-esm file nor a Composer checkpoint")
@@ -291,16 +314,18 @@ def _from_fair_esm(content: dict, path: Path) -> tuple[dict, State]:
         "num_heads": hidden_size // (2 * len(frequencies)),
         "ffn_hidden_size": foreign["layers.0.fc1.weight"].shape[0],
     }
-    state = _stack(foreign, config["num_layers"], fair=True, path=path)
-    return config, _complete(state, foreign, config)
+    return config, lambda: _complete(_stack(foreign, config["num_layers"], True, path), foreign, config)
 
 
 def _count_layers(state: State, prefix: str) -> int:
     return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))
 
 
-def _from_composer(stored: State, path: Path) -> tuple[dict, State]:
-    state = {key.removeprefix(COMPOSER_PREFIX): tensor for key, tensor in stored.items()}
+def _from_composer(seen: State, load: Callable[[], State], path: Path) -> tuple[dict, Callable[[], State]]:
+    def ours(stored: State) -> State:
+        return {key.removeprefix(COMPOSER_PREFIX): tensor for key, tensor in stored.items()}
+
+    state = ours(seen)
     try:
         num_layers = _count_layers(state, "layers.")
         config = {
@@ -312,7 +337,7 @@ def _from_composer(stored: State, path: Path) -> tuple[dict, State]:
         }
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: a Composer checkpoint, but not of an ESM-2 ({error})") from error
-    return config, state
+    return config, lambda: ours(load())
 
 
 def save_hugging_face(model: ESM2, path: str | Path) -> None:

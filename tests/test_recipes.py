@@ -9,6 +9,8 @@ from pathlib import Path
 import evaluate
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from benchmarks.parity import random_model
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from conftest import ROOT, Run, composer, python
 from plot_convergence import PUBLISHED, read_scalars
@@ -18,7 +20,7 @@ from esm2_composer.config import load_recipe
 from esm2_composer.data import ClusterDraw, canonical_nodes
 from esm2_composer.errors import UserError
 from esm2_composer.masking import MaskingRule
-from esm2_composer.model import SIZES
+from esm2_composer.model import SIZES, ESM2Config, rotary_frequencies
 from esm2_composer.runner import build_model, cluster_draw, compiles
 from esm2_composer.sharding import fsdp_options
 
@@ -167,6 +169,7 @@ def test_a_dry_run_tells_the_recipe_and_what_it_asks_for(shards, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["told.yaml"]
 
 
+DIMENSIONS = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")
 SMALL = (
     *("model.size=null", "model.num_layers=2", "model.hidden_size=64", "model.num_heads=4"),
     *("model.ffn_hidden_size=128", "global_train_batch_size=8", "data.max_length=128", "data.num_workers=1"),
@@ -209,11 +212,19 @@ def test_the_3b_recipe_trains_sharded_resumes_on_one_rank_and_is_evaluated(shard
 
 
 @pytest.mark.slow
-def test_the_15b_recipe_makes_its_weights_on_one_rank(shards, tmp_path):
-    """And so begins where one rank alone does."""
+@pytest.mark.parametrize("given", [False, True], ids=["made", "given"])
+def test_the_15b_recipe_has_its_weights_on_one_rank(shards, tmp_path, given):
+    """And so begins where one rank alone does. Given ones have rounded frequencies, as published ones have."""
+    weights = ()
+    if given:
+        model = random_model(ESM2Config(num_layers=2, hidden_size=64, num_heads=4, ffn_hidden_size=128))
+        model.rotary_bits.copy_(rotary_frequencies(16).half().float().view(torch.int32))
+        state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
+        dcp.save({"state": {"model": state}}, checkpoint_id=tmp_path / "ep0-ba1", no_dist=True)
+        weights = (f"model.init_from={tmp_path}/ep0-ba1", *(f"model.{name}=null" for name in DIMENSIONS))
     for ranks in (1, 2):
         (tmp_path / str(ranks)).mkdir()
-        start("15b", shards, tmp_path / str(ranks), "fsdp.version=2", ranks=ranks)
+        start("15b", shards, tmp_path / str(ranks), "fsdp.version=2", *weights, ranks=ranks)
     one, two = (
         read_scalars(tmp_path / ranks / "runs/esm2_15b/tensorboard", "metrics/valid/perplexity") for ranks in "12"
     )

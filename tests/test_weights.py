@@ -12,6 +12,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from benchmarks.parity import fair_esm, hugging_face, random_batch, random_model, reference_logits
 from esm import Alphabet, ProteinBertModel
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from esm2_composer import alphabet
 from esm2_composer.errors import UserError
 from esm2_composer.model import ESM2
+from esm2_composer.weights import read_config
 
 
 @pytest.fixture
@@ -163,6 +165,20 @@ def test_checkpoints_are_read_whichever_numpy_wrote_them(model, tmp_path, core):
         for name in here.namelist():
             there.writestr(name, re.sub(rb"numpy\._?core\.", b"numpy." + core + b".", here.read(name)))
     assert_same_weights(ESM2.from_pretrained(tmp_path / "there.pt"), model)
+
+
+def test_the_configuration_is_read_without_the_weights(model, tmp_path, monkeypatch):
+    state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state": {"model": state}}, tmp_path / "composer.pt")
+    save_fair_esm(model, tmp_path / "fair.pt", "encoder.")
+    dcp.save({"state": {"model": state}}, checkpoint_id=tmp_path / "sharded", no_dist=True)
+    model.save_hf(tmp_path / "hf")
+    for weights in (*(tmp_path / "sharded").glob("*.distcp"), tmp_path / "hf/model.safetensors"):
+        weights.unlink()
+    monkeypatch.setattr(torch.Tensor, "clone", lambda _: pytest.fail("a tensor is read"))
+    monkeypatch.setattr(torch, "cat", lambda _: pytest.fail("tensors are read"))
+    for name in ("composer.pt", "fair.pt", "sharded", "hf"):
+        assert read_config(tmp_path / name) == model.config
 
 
 def truncate(folder):
