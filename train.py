@@ -46,7 +46,7 @@ def train() -> int:
         print(describe(recipe, ranks=int(ranks)))
         return 0
 
-    from esm2_composer.callbacks import Diverged, Divergence, Preempted, advice
+    from esm2_composer.callbacks import Diverged, Preempted, advice
     from esm2_composer.checkpoints import DIVERGED
     from esm2_composer.runner import Done, build_trainer
     from esm2_composer.saving import WAITS_LEAVING
@@ -72,10 +72,9 @@ def train() -> int:
             print("error: told to leave, and what was trained since the last checkpoint is lost", file=sys.stderr)
             code = EXIT_FAILURE
     except Diverged as reason:
-        saver.save(trainer.state, prefix=DIVERGED)
-        update = trainer.state.timestamp.batch.value
-        good = saver.newest_before(update - Divergence.WINDOW)
-        print(f"error: update {update}: {reason}. {advice(recipe, good)}", file=sys.stderr)
+        kept = saver.save(trainer.state, prefix=DIVERGED)
+        told = advice(recipe, saver.newest_before(reason.before), kept)
+        print(f"error: update {trainer.state.timestamp.batch.value}: {reason}. {told}", file=sys.stderr)
         code = EXIT_DIVERGED
     trainer.close()
     preemption.settle()

@@ -15,15 +15,20 @@ from esm2_composer.callbacks import LOSS, Diverged, Divergence, Progress, Tensor
 from esm2_composer.config import Recipe, load_recipe
 
 
-def feed(losses: list[float], max_rise: float | None = 0.5) -> int:
-    """How many losses were taken before the run was stopped."""
+def watch(losses: list[float], max_rise: float | None = 0.5, done: int = 0) -> tuple[int, int | None]:
+    """How many losses were taken before the run was stopped, and the update before it went wrong."""
     guard = Divergence(max_rise)
     for count, loss in enumerate(losses):
+        clock = SimpleNamespace(batch=SimpleNamespace(value=done + count + 1))
         try:
-            guard.batch_end(SimpleNamespace(total_loss_dict={LOSS: loss}), None)
-        except Diverged:
-            return count
-    return len(losses)
+            guard.batch_end(SimpleNamespace(total_loss_dict={LOSS: loss}, timestamp=clock), None)
+        except Diverged as reason:
+            return count, reason.before
+    return len(losses), None
+
+
+def feed(losses: list[float], max_rise: float | None = 0.5) -> int:
+    return watch(losses, max_rise)[0]
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
@@ -43,6 +48,18 @@ def test_one_bad_batch_does_not():
     assert feed([2.0] * 50 + [8.0] + [2.0] * 50) == 101
 
 
+def test_the_update_before_a_divergence_is_told_whenever_it_began():
+    flat, swaying = [2.0] * 50, [2.0, 2.04] * 500
+    rising = [2 + 0.005 * i for i in range(200)]  # 0.05 in ten updates, 0.5 in a hundred
+    for start in (flat, swaying):
+        stopped, before = watch(start + rising)
+        assert stopped > len(start) + 100
+        assert len(start) - 20 <= before <= len(start) + 5
+    assert watch([*flat, 9.0, 9.0, 9.0]) == (51, 50 - 20)
+    assert watch([*flat, *rising[:90], math.nan])[1] < 55
+    assert watch([math.nan], done=1000) == (0, 1001 - 20), "resumed from what was good, as far as is known"
+
+
 def load(size: str, *overrides: str) -> Recipe:
     return load_recipe(str(ROOT / f"yamls/{size}.yaml"), overrides, data_is_here=False)
 
@@ -57,6 +74,8 @@ def test_advice_names_the_checkpoint_and_what_to_change():
     assert changed.optimizer.lr == recipe.optimizer.lr / 2
     assert changed.model.init_from == "runs/esm2_3b/checkpoints/ep0-ba1000"
     assert "model.init_from" not in advice(recipe, None)
+    assert "is kept" in told
+    assert "is kept" not in advice(recipe, None, kept=False)
     for folder, new in [
         ("s3://bucket/esm2_3bs", "s3://bucket/esm2_3bs_2"),
         ("s3://esm2_3b/x", "s3://esm2_3b/x_2"),
