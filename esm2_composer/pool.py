@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from esm2_composer import alphabet
 from esm2_composer.data import Sequences
+from esm2_composer.errors import OneLine
 from esm2_composer.ranks import cpu_group
 
 Microbatch = dict[str, Any]  # see `pack`
@@ -172,13 +173,30 @@ class Pool:
         self, tokens: np.ndarray, labels: np.ndarray, lengths: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All ranks' sequences, in the order of ranks."""
-        counts = _all_gather(np.array([len(lengths), len(tokens)], np.int64), self._group)
+        counts = self._gather_counts(len(lengths), len(tokens))
         mine = np.concatenate((lengths.astype(np.int32).view(np.uint8), tokens, labels))
         all_bytes = _all_gather(mine, self._group, [4 * int(b) + 2 * int(t) for b, t in counts])
         parts = []
         for each, (b, t) in zip(all_bytes, counts, strict=True):
             parts.append((each[4 * b : 4 * b + t], each[4 * b + t :], each[: 4 * b].view(np.int32)))
         return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+
+    def fail(self, error: OneLine) -> NoReturn:
+        """In the place of a call, where there is no share: raise the error on every rank.
+
+        Raised on one alone, the run's exit code would be that of a rank which waited for it, and was ended.
+        """
+        if self._group is not None:
+            self._gather_counts(-1, 0, error)
+        raise error
+
+    def _gather_counts(self, sequences: int, tokens: int, error: OneLine | None = None) -> list[np.ndarray]:
+        counts = _all_gather(np.array([sequences, tokens], np.int64), self._group)
+        if min(sequences for sequences, _ in counts) < 0:
+            errors: list[OneLine | None] = [None] * len(counts)
+            torch.distributed.all_gather_object(errors, error, self._group)
+            raise next(each for each in errors if each is not None)
+        return counts
 
 
 def _all_gather(
@@ -216,7 +234,10 @@ class PooledLoader(DataLoader):
         shares = super().__iter__()
 
         def pool_next() -> dict[str, Any] | None:
-            share = next(shares, None)
+            try:
+                share = next(shares, None)
+            except OneLine as error:
+                self._pool.fail(error)
             return None if share is None else self._pool(share)
 
         with ThreadPoolExecutor(1, "pool") as thread:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch.utils.data import DataLoader
 
 from esm2_composer import alphabet
 from esm2_composer.data import Sequences
+from esm2_composer.errors import UserError
 from esm2_composer.pool import Microbatch, Pool, PooledLoader, data_spec, deal, pack
+from esm2_composer.ranks import end_process_group
 
 
 def uniref_lengths(count: int, seed: int) -> np.ndarray:
@@ -311,6 +314,26 @@ def test_what_fails_in_loading_fails_in_the_loop() -> None:
     assert next(batches)["num_sequences"] == 5
     with pytest.raises(RuntimeError, match="shard is gone"):
         next(batches)
+
+
+def be_rank(rank: int, folder: Path) -> None:
+    class Shares(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield random_share(5)
+            if rank == 1:
+                raise UserError("shard is gone")
+            yield random_share(5)
+
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    batches = iter(PooledLoader(DataLoader(Shares(), batch_size=None), 200))
+    next(batches)
+    with pytest.raises(UserError, match="shard is gone"):
+        next(batches)
+    end_process_group()
+
+
+def test_a_mistake_that_one_rank_meets_is_told_by_all(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(be_rank, (tmp_path,), 2, start_method="fork")
 
 
 def test_composer_sees_pooled_batches_and_their_true_counts() -> None:

@@ -16,14 +16,16 @@ import pytest
 import torch
 from composer.core import Callback
 from composer.utils import dist
-from conftest import ROOT, Run, command, composer, python
+from conftest import ROOT, Run, cluster, command, composer, python
 from outcomes import assert_same_weights, assert_user_error, final_weights, losses, scalars
+from streaming import MDSWriter
 from transformers import AutoModelForMaskedLM
 
 from esm2_composer import runner
 from esm2_composer.config import DataSection, load_recipe
 from esm2_composer.errors import UserError
 from esm2_composer.ranks import end_process_group
+from esm2_composer.records import COLUMNS
 from esm2_composer.runner import Done, build_trainer, check_wandb, digest_of_all_nodes
 from esm2_composer.sharding import DivideByRanks
 
@@ -209,6 +211,19 @@ def test_a_command_without_a_recipe_or_with_a_number_of_ranks_that_is_none_is_to
 def test_the_launcher_passes_the_line_and_the_exit_code_on(shards, tmp_path):
     result = composer("-n", "2", *command(shards, "optimiser.lr=1"), cwd=tmp_path)
     assert_user_error(result, "unknown key 'optimiser'")
+
+
+@pytest.mark.slow
+def test_a_damaged_shard_that_one_of_two_ranks_reads_is_one_line_and_exit_code_2(shards, tmp_path):
+    shutil.copytree(shards / "valid", tmp_path / "many/valid")
+    out = str(tmp_path / "many/train")
+    with MDSWriter(out=out, columns=COLUMNS, compression="zstd", hashes=["xxh64"], size_limit=200) as writer:
+        for i in range(96):
+            writer.write(cluster(b"MKTAYIAKQR" * 4, name=f"UniRef50_{i}"))
+    damaged = tmp_path / "many/train/shard.00003.mds.zstd"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    result = composer("-n", "2", *command(tmp_path / "many"), cwd=tmp_path)
+    assert_user_error(result, f"{damaged}: damaged")
 
 
 @pytest.mark.parametrize(
