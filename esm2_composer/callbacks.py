@@ -14,6 +14,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger, TensorboardLogger
 from composer.utils import dist
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from esm2_composer import preemption
@@ -22,6 +23,7 @@ from esm2_composer.ranks import cpu_group
 from esm2_composer.task import MaskedLanguageModel
 
 LOSS = "loss/train/total"
+PERPLEXITY = "metrics/valid/perplexity"
 EVERY = 10  # updates between two rounds of what costs a little
 
 
@@ -183,7 +185,8 @@ class TokenMonitor(Callback):
 
 
 class TensorBoard(TensorboardLogger):
-    """Composer's logger, in one file a start: its own begins another at each flush, 50,000 in a published run.
+    """Composer's logger, in one file a start, of rank 0: its own begins another at each flush, 50,000 in a
+    published run, and one at each evaluation on every rank, in a folder that looks like another run.
 
     A full disk ends the logging, not the run.
     """
@@ -191,17 +194,27 @@ class TensorBoard(TensorboardLogger):
     _failed = False
 
     def init(self, state: State, logger: Logger) -> None:
-        self._attempt(super().init, state, logger)
+        if not dist.get_global_rank():
+            self._attempt(super().init, state, logger)
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self._attempt(super().log_metrics, metrics, step)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        self._attempt(super().eval_end, state, logger)
+        self._flush(logger)
 
     def _flush(self, logger: Logger) -> None:
-        if self.writer is not None and self.writer.file_writer is not None:
-            self._attempt(self.writer.flush)
+        if self.writer is None:
+            return
+        if self.hyperparameters:
+            self._attempt(self._write_hyperparameters)
+            self.hyperparameters = {}
+        self._attempt(self.writer.flush)
+
+    def _write_hyperparameters(self) -> None:
+        experiment, start, _ = hparams(self.hyperparameters, dict.fromkeys((LOSS, PERPLEXITY)))
+        for summary in (experiment, start):
+            self.writer.file_writer.add_summary(summary)
 
     def close(self, state: State, logger: Logger) -> None:
         if self.writer is not None:

@@ -22,6 +22,7 @@ from streaming import MDSWriter
 from transformers import AutoModelForMaskedLM
 
 from esm2_composer import runner
+from esm2_composer.callbacks import PERPLEXITY
 from esm2_composer.config import DataSection, load_recipe
 from esm2_composer.errors import UserError
 from esm2_composer.ranks import end_process_group
@@ -29,7 +30,6 @@ from esm2_composer.records import COLUMNS
 from esm2_composer.runner import Done, build_trainer, check_wandb, digest_of_all_nodes
 from esm2_composer.sharding import DivideByRanks
 
-PERPLEXITY = "metrics/valid/perplexity"
 DIMENSIONS = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")
 
 
@@ -49,7 +49,10 @@ def test_training_logs_loss_perplexity_and_real_tokens(finished):
     assert 0 < read("gradient_norm")[10] < 100
     assert read("metrics/train/perplexity")[10] == pytest.approx(math.exp(losses(finished)[9]))
     assert 0 < read("metrics/train/masked_accuracy")[10] < 0.5
-    assert len(list((finished / "runs/demo/tensorboard/demo").glob("events.*"))) == 1
+    assert len(list((finished / "runs/demo/tensorboard").rglob("events.*"))) == 1
+    logged = plot_convergence.read_run(finished / "runs/demo/tensorboard")
+    assert logged.name == "demo"
+    assert logged.settings["data.max_length"] == 128
     rate = read("lr-AdamW/group0")
     # with t updates done, the rate of the next: no update has rate zero, none the rate of another
     assert [rate[t] for t in (1, 2, 3)] == pytest.approx([3e-3 * 2 / 3, 3e-3, 3e-3 * (1 - 0.9 / 9.9)])
@@ -106,6 +109,7 @@ def test_two_ranks_train_the_same_model_as_one(shards, finished, tmp_path):
         == 1
     )
     assert 0.9 < scalars(tmp_path, "load/balance")[10] <= 1
+    assert len(list((tmp_path / "runs/demo/tensorboard").rglob("events.*"))) == 1
     assert losses(tmp_path) == pytest.approx(losses(finished), rel=1e-5)
     assert scalars(tmp_path, PERPLEXITY) == pytest.approx(scalars(finished, PERPLEXITY), rel=1e-4)
 
