@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,16 +36,19 @@ from omegaconf.errors import OmegaConfBaseException
 from esm2_composer.config import Recipe, changes, to_yaml
 from esm2_composer.errors import StoreAway, UserError
 from esm2_composer.patience import patiently
+from esm2_composer.ranks import say
 
 LATEST = "latest-rank0.pt"  # a link to the newest checkpoint, in local folders, for people and tools
 RECIPE = "recipe.yaml"
 INDEX = "checkpoints.json"
+LOCK = ".lock"
 DIVERGED = "diverged-"  # how the names of states begin that are to be looked at, and not resumed from
 
 Result = TypeVar("Result")
 
 _NAME = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # a file or, if sharded, a folder
 _STAGING = ".saving"
+LOCK_SECONDS = 30  # in which a run that was told to leave does, see preemption.GRACE
 
 
 def updates(name: str) -> int:
@@ -73,6 +79,30 @@ class LocalFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if not os.access(self.path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    def lock(self) -> None:
+        """Keep other runs out until this process ends, where the file system has locks.
+
+        fcntl's, which hold between nodes of a cluster, too, and are not those of loader workers, forked from here.
+
+        Raises:
+            UserError: another run is in it, and does not end.
+        """
+        file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # never closed, which would unlock it
+        deadline = None
+        while not _lock(file):
+            holder = os.pread(file, 200, 0).decode(errors="replace") or "another run"
+            told = f"save_folder {self} is in use by {holder}"
+            if deadline is None:
+                say(f"{told}; waiting for its end, {LOCK_SECONDS} s at most")
+                deadline = time.monotonic() + LOCK_SECONDS
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{told}; take another save_folder, or end that run; if its node is dead, remove {LOCK} there"
+                )
+            time.sleep(1)
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
     def clear(self) -> None:
         """Clear what a killed run left unfinished."""
@@ -151,6 +181,17 @@ class LocalFolder:
             return True
 
 
+def _lock(file: int) -> bool:
+    """Whether no other process has it; True also where nobody can tell."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the second on some systems
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _sync(path: Path) -> None:
     """See that what was written, or what a folder lists, outlives the loss of power."""
     opened = os.open(path, os.O_RDONLY)
@@ -193,6 +234,9 @@ class S3Folder:
 
     def make(self) -> None:
         """Folders of a store need no making."""
+
+    def lock(self) -> None:
+        """A store has no locks."""
 
     def clear(self) -> None:
         """Clear what a killed run left unfinished."""
@@ -332,14 +376,20 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
     return last
 
 
-def take_over(folder: Folder, recipe: Recipe) -> None:
-    """Make the folder this run's: clear what a killed one left unfinished, and leave the recipe. For one rank."""
+def take_over(folder: Folder, resume: bool, recipe: Recipe, sharded: bool) -> str | None:
+    """Make the folder this run's: clear what a killed one left unfinished, and leave the recipe. For one rank.
+
+    Returns and raises what `find_checkpoint` does: a run that was ending may have saved one since.
+    """
 
     def take() -> None:
         folder.clear()
         folder.write(RECIPE, to_yaml(recipe))
 
+    ask(folder, folder.lock)
+    checkpoint = find_checkpoint(folder, resume, recipe, sharded)
     ask(folder, take)
+    return checkpoint
 
 
 def _damaged(folder: Folder, name: str, remedy: str) -> UserError:

@@ -102,12 +102,11 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
 
     if not dist.is_initialized():
         dist.initialize_dist(device, timeout=1800)  # before any dataset: Streaming asks which rank it is
-    on_rank_zero(lambda: take_over(folder, recipe))
+    checkpoint = on_rank_zero(lambda: take_over(folder, recipe.autoresume, recipe, sharded))
     if not all(dist.all_gather_object(ask(folder, lambda: folder.read(RECIPE)) is not None)):
         raise UserError(
             f"save_folder {folder} is not the same on all nodes; take a shared one, or s3://bucket/prefix"
         )
-    checkpoint = on_rank_zero(lambda: checkpoint)
     saver = CheckpointSaver(
         folder,
         interval=batches(recipe.save_interval),

@@ -1,16 +1,22 @@
 """Both kinds of folder list whole checkpoints only; the newest and the best are kept; another run is refused."""
 
+import errno
 import os
 import socket
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import boto3
+import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from conftest import ROOT
 from moto.server import ThreadedMotoServer
 
-from esm2_composer import patience
+from esm2_composer import checkpoints, patience
 from esm2_composer.checkpoints import (
     DIVERGED,
     LATEST,
@@ -25,7 +31,7 @@ from esm2_composer.checkpoints import (
     superseded,
     take_over,
 )
-from esm2_composer.config import Recipe, load_recipe
+from esm2_composer.config import Recipe, load_recipe, to_yaml
 from esm2_composer.errors import StoreAway, UserError
 from esm2_composer.saving import CheckpointSaver
 
@@ -109,7 +115,7 @@ def test_a_checkpoint_cut_short_in_a_copy_is_none(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # torch: it says that there is a single process
 def test_a_sharded_checkpoint_without_a_part_is_not_resumed_from(recipe, tmp_path):
     folder = LocalFolder(str(tmp_path))
-    take_over(folder, recipe)
+    take_over(folder, True, recipe, False)
     for name in ("ep0-ba10", "ep0-ba20", "ep0-ba30"):
         tensors = {f"{i}": torch.ones(100 + i) for i in range(9)}
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder.location(name), thread_count=3), no_dist=True)
@@ -129,7 +135,7 @@ def test_the_link_leads_to_the_newest_and_never_to_a_diverged_state(tmp_path):
 
 
 def test_a_run_that_diverged_is_not_gone_on_with_unless_that_is_wanted(folder, recipe, tmp_path):
-    take_over(folder, recipe)
+    take_over(folder, True, recipe, False)
     save(folder, tmp_path, "ep0-ba20-rank0.pt")
     state = stage(tmp_path, "ep0-ba30-rank0.pt")
     folder.commit(state, f"{DIVERGED}ep0-ba30-rank0.pt")
@@ -166,6 +172,47 @@ def test_the_newest_before_an_update_is_told_or_none_if_the_store_is_away(folder
     monkeypatch.setattr(folder, "names", away)
     monkeypatch.setattr("esm2_composer.patience.WAITS", (0,))
     assert saver.newest_before(29) is None
+
+
+HOLDER = """
+import os, sys, time
+from esm2_composer.checkpoints import LocalFolder
+LocalFolder(sys.argv[1]).lock()
+if os.fork():
+    print(flush=True)
+time.sleep(30)
+"""
+
+
+def test_a_folder_in_use_is_waited_for_and_then_refused(tmp_path, monkeypatch, capsys):
+    """By its owner, not by a worker that it has forked, and that outlives it."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, cwd=ROOT) as holder:
+        (worker,) = holder.stdout.readline() and psutil.Process(holder.pid).children()
+        in_use = f"{tmp_path} is in use by process {holder.pid} on {socket.gethostname()}; "
+        monkeypatch.setattr(checkpoints, "LOCK_SECONDS", 0)
+        with pytest.raises(UserError, match=in_use):
+            LocalFolder(str(tmp_path)).lock()
+        monkeypatch.setattr(checkpoints, "LOCK_SECONDS", 10)
+        threading.Timer(2, holder.kill).start()
+        LocalFolder(str(tmp_path)).lock()
+        assert worker.is_running()
+        worker.kill()
+    assert f"{in_use}waiting for its end, 10 s at most" in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_gone_on_with(tmp_path, monkeypatch):
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(checkpoints.fcntl, "lockf", none)
+    LocalFolder(str(tmp_path)).lock()
+
+
+def test_what_a_run_saved_while_it_ended_is_gone_on_from(folder, recipe, tmp_path, monkeypatch):
+    assert find_checkpoint(folder, True, recipe, False) is None
+    monkeypatch.setattr(folder, "lock", lambda: save(folder, tmp_path, "ep0-ba10-rank0.pt"))
+    folder.write(RECIPE, to_yaml(recipe))
+    assert take_over(folder, True, recipe, False) == "ep0-ba10-rank0.pt"
 
 
 def test_small_files_are_read_back(folder):
@@ -212,12 +259,12 @@ def load(*overrides: str, folder: Path) -> Recipe:
 def test_a_new_run_leaves_its_recipe(folder, recipe):
     assert find_checkpoint(folder, True, recipe, False) is None
     assert folder.read(RECIPE) is None, "to look changes nothing"
-    take_over(folder, recipe)
+    take_over(folder, True, recipe, False)
     assert "hidden_size" in folder.read(RECIPE)
 
 
 def test_the_newest_checkpoint_is_found_by_a_recipe_that_trains_the_same(folder, recipe, tmp_path):
-    take_over(folder, recipe)
+    take_over(folder, True, recipe, False)
     for update in (9, 10):
         save(folder, tmp_path, f"ep0-ba{update}-rank0.pt")
     free = (
@@ -242,7 +289,7 @@ def test_the_newest_checkpoint_is_found_by_a_recipe_that_trains_the_same(folder,
     ],
 )
 def test_another_recipe_is_refused_with_the_difference(folder, recipe, tmp_path, override, difference):
-    take_over(folder, recipe)
+    take_over(folder, True, recipe, False)
     save(folder, tmp_path, "ep0-ba10-rank0.pt")
     before = folder.read(RECIPE)
     with pytest.raises(UserError) as caught:
@@ -262,7 +309,7 @@ def test_another_recipe_is_refused_with_the_difference(folder, recipe, tmp_path,
     ],
 )
 def test_a_recipe_that_is_damaged_is_no_other_recipes(folder, recipe, tmp_path, content, message):
-    take_over(folder, recipe)
+    take_over(folder, True, recipe, False)
     save(folder, tmp_path, "ep0-ba10-rank0.pt")
     folder.write(RECIPE, content)
     with pytest.raises(UserError, match=message):
@@ -313,7 +360,7 @@ def test_a_checkpoint_that_is_damaged_inside_is_named_when_it_cannot_be_loaded(t
 
 def test_another_duration_with_a_schedule_of_its_own_is_told_how_to_go_on(recipe, tmp_path):
     folder = LocalFolder(str(tmp_path))
-    take_over(folder, recipe)
+    take_over(folder, True, recipe, False)
     save(folder, tmp_path, "ep0-ba10-rank0.pt")
     told = r"schedule\.updates was 500000, is 7000; set that back \(null makes .* max_duration: give it the number"
     with pytest.raises(UserError, match=told):
@@ -321,14 +368,14 @@ def test_another_duration_with_a_schedule_of_its_own_is_told_how_to_go_on(recipe
 
 
 def test_a_run_is_not_overwritten_by_one_that_does_not_resume_it(folder, recipe, tmp_path):
-    take_over(folder, recipe)
+    take_over(folder, True, recipe, False)
     save(folder, tmp_path, "ep0-ba10-rank0.pt")
     with pytest.raises(UserError, match="holds a run of 10 updates; set autoresume=true"):
         find_checkpoint(folder, False, recipe, False)
 
 
 def test_full_and_sharded_checkpoints_are_told_apart(folder, recipe, tmp_path):
-    take_over(folder, recipe)
+    take_over(folder, True, recipe, False)
     save(folder, tmp_path, "ep0-ba10")
     with pytest.raises(UserError, match="holds sharded checkpoints; resume them with"):
         find_checkpoint(folder, True, recipe, False)

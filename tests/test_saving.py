@@ -171,6 +171,19 @@ def test_a_store_that_fails_costs_a_checkpoint_at_most(shards, store, tmp_path, 
 
 
 @pytest.mark.slow
+def test_a_second_launch_in_the_folder_of_a_run_is_refused_and_goes_on_once_that_is_dead(shards, tmp_path):
+    arguments = command(shards, "max_duration=100000ba", "eval_interval=100000ba")
+    with Run(*arguments, cwd=tmp_path) as run:
+        run.wait_for("update 100/")
+        second = python(*arguments, cwd=tmp_path)
+        (rank,) = run.ranks()
+        assert_user_error(second, f"runs/demo/checkpoints is in use by process {rank.pid} on ")
+        run.launcher.kill()  # of which its rank learns, saves and leaves
+        with Run(*arguments, cwd=tmp_path, launcher=False) as third:
+            third.wait_for("update ")
+
+
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_does_not_lose_the_checkpoint_before(shards, tmp_path):
     arguments = command(shards, "save_interval=20ba", "max_duration=100ba", "eval_interval=100ba")
     with Run(*arguments, cwd=tmp_path) as run:
