@@ -21,6 +21,7 @@ import shutil
 import socket
 import tempfile
 import time
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,12 +32,13 @@ import boto3
 import yaml
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from composer.utils import dist
 from omegaconf.errors import OmegaConfBaseException
 
 from esm2_composer.config import Recipe, changes, to_yaml
 from esm2_composer.errors import StoreAway, UserError
 from esm2_composer.patience import patiently
-from esm2_composer.ranks import say
+from esm2_composer.ranks import on_rank_zero, say
 
 LATEST = "latest-rank0.pt"  # a link to the newest checkpoint, in local folders, for people and tools
 RECIPE = "recipe.yaml"
@@ -390,6 +392,19 @@ def take_over(folder: Folder, resume: bool, recipe: Recipe, sharded: bool) -> st
     checkpoint = find_checkpoint(folder, resume, recipe, sharded)
     ask(folder, take)
     return checkpoint
+
+
+def check_shared(folder: Folder) -> None:
+    """Raise a UserError on every rank, if not every one sees the folder of rank 0."""
+    # By a name that nobody has looked up before: NFS believes for a while that what was not there still is not.
+    name = on_rank_zero(lambda: f".seen-{uuid.uuid4().hex}")
+    on_rank_zero(lambda: ask(folder, lambda: folder.write(name, "")))
+    seen = dist.all_gather_object(ask(folder, lambda: folder.read(name)) is not None)
+    on_rank_zero(lambda: ask(folder, lambda: folder.remove(name)))
+    if not all(seen):
+        raise UserError(
+            f"save_folder {folder} is not the same on all nodes; take a shared one, or s3://bucket/prefix"
+        )
 
 
 def _damaged(folder: Folder, name: str, remedy: str) -> UserError:

@@ -25,9 +25,8 @@ from esm2_composer.callbacks import (
     TokenMonitor,
 )
 from esm2_composer.checkpoints import (
-    RECIPE,
     Index,
-    ask,
+    check_shared,
     find_checkpoint,
     naming_damage,
     open_folder,
@@ -103,10 +102,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     if not dist.is_initialized():
         dist.initialize_dist(device, timeout=1800)  # before any dataset: Streaming asks which rank it is
     checkpoint = on_rank_zero(lambda: take_over(folder, recipe.autoresume, recipe, sharded))
-    if not all(dist.all_gather_object(ask(folder, lambda: folder.read(RECIPE)) is not None)):
-        raise UserError(
-            f"save_folder {folder} is not the same on all nodes; take a shared one, or s3://bucket/prefix"
-        )
+    check_shared(folder)
     saver = CheckpointSaver(
         folder,
         interval=batches(recipe.save_interval),

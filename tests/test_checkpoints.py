@@ -25,6 +25,7 @@ from esm2_composer.checkpoints import (
     Index,
     LocalFolder,
     best,
+    check_shared,
     find_checkpoint,
     naming_damage,
     open_folder,
@@ -206,6 +207,18 @@ def test_a_file_system_without_locks_is_gone_on_with(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints.fcntl, "lockf", none)
     LocalFolder(str(tmp_path)).lock()
+
+
+def test_a_folder_is_shared_if_every_node_sees_what_rank_zero_writes(folder, monkeypatch):
+    """Even a node that believes what it once did not see not to be there, as those of NFS do."""
+    read, unseen = type(folder).read, {RECIPE}
+    monkeypatch.setattr(folder, "read", lambda name: None if name in unseen else read(folder, name))
+    before = sorted(listing(folder))
+    check_shared(folder)
+    assert sorted(listing(folder)) == before
+    monkeypatch.setattr(folder, "read", lambda _: None)
+    with pytest.raises(UserError, match="is not the same on all nodes"):
+        check_shared(folder)
 
 
 def test_what_a_run_saved_while_it_ended_is_gone_on_from(folder, recipe, tmp_path, monkeypatch):
