@@ -306,6 +306,7 @@ def _problems(r: Recipe, data_is_here: bool) -> typing.Iterator[str]:
         yield f"'data.min_length' is {r.data.min_length}; with <cls> and <eos> that exceeds data.max_length"
     named = {"run_name": r.run_name, "save_folder": r.save_folder, "data.remote": r.data.remote}
     named |= {"data.local": r.data.local, "model.init_from": r.model.init_from}
+    named |= {"tensorboard_folder": r.tensorboard_folder}
     for key, value in named.items():
         if value is not None and not value.strip():
             yield f"'{key}' is empty"
@@ -364,6 +365,8 @@ def _problems(r: Recipe, data_is_here: bool) -> typing.Iterator[str]:
         )
     if is_remote(r.save_folder) and not re.match(r"s3://[^/]+", r.save_folder):
         yield f"'save_folder' is {r.save_folder}; write a folder or s3://bucket/prefix"
+    if r.tensorboard_folder is not None and is_remote(r.tensorboard_folder):
+        yield f"'tensorboard_folder' is {r.tensorboard_folder}; it must be a folder, not in a store"
     if re.search("[{}]", r.save_folder):  # Composer would fill them in
         yield f"'save_folder' is {r.save_folder}, with braces; write ${{run_name}} for the name of the run"
     if r.fp8 and r.precision != "amp_bf16":

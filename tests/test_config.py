@@ -243,6 +243,8 @@ def test_limits_belong_to_the_range() -> None:
         ("callbacks.max_loss_rise=0", "'callbacks.max_loss_rise' is 0.0; it must be above 0"),
         ("save_folder=gs://bucket/run", "'save_folder' is gs://bucket/run; write a folder or s3://bucket/prefix"),
         ("save_folder=s3://", "'save_folder' is s3://; write a folder or s3://bucket/prefix"),
+        ("tensorboard_folder=''", "'tensorboard_folder' is empty"),
+        ("tensorboard_folder=s3://bucket/logs", "'tensorboard_folder' is s3://bucket/logs; it must be a folder"),
         ("save_folder=runs/{run_name}", "'save_folder' is runs/{run_name}, with braces; write ${run_name}"),
         ("fsdp.data_parallel_replicate_degree=0", "'fsdp.data_parallel_replicate_degree' is 0; it must be"),
         ("fsdp.data_parallel_replicate_degree=-1", "'fsdp.data_parallel_replicate_degree' and"),
