@@ -32,9 +32,7 @@ def train() -> int:
     args = parser.parse_intermixed_args()
     if args.recipe is None:
         raise UserError("give a recipe, such as yamls/8m.yaml")
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if not ranks.isdecimal() or int(ranks) == 0:
-        raise UserError(f"the environment variable WORLD_SIZE is {ranks!r}; it must be a number of ranks")
+    check_place()
 
     # What takes long to import comes last: signals and mistakes are answered at once.
     from esm2_composer.config import load_recipe
@@ -43,7 +41,7 @@ def train() -> int:
     if args.dry_run:
         from esm2_composer.plan import describe
 
-        print(describe(recipe, ranks=int(ranks)))
+        print(describe(recipe, ranks=int(os.environ.get("WORLD_SIZE", 1))))
         return 0
 
     from esm2_composer.callbacks import Diverged, Preempted, advice
@@ -79,6 +77,15 @@ def train() -> int:
     trainer.close()
     preemption.settle()
     return code
+
+
+def check_place() -> None:
+    """Raise a UserError if the launcher's variables, which say which of the ranks this one is, are no numbers."""
+    least = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "NODE_RANK": 0}
+    for name, minimum in least.items():
+        value = os.environ.get(name, str(minimum))
+        if not value.isdecimal() or int(value) < minimum:
+            raise UserError(f"the environment variable {name} is {value!r}; it must be a number from {minimum} up")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def settle() -> None:
 def let_rank_zero_leave_first() -> None:
     """For an error that all ranks make: the launcher terminates the others and gives the lowest one's code."""
     settle()
-    if int(os.environ.get("LOCAL_RANK", 0)):
+    if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(3)
 
 

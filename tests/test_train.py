@@ -203,13 +203,11 @@ def test_a_wrong_recipe_is_one_line_and_exit_code_2(shards, tmp_path, overrides,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_command_without_a_recipe_or_with_a_number_of_ranks_that_is_none_is_told(shards, tmp_path):
+def test_a_command_without_a_recipe_or_with_a_place_among_the_ranks_that_is_none_is_told(shards, tmp_path):
     assert_user_error(python(ROOT / "train.py", cwd=tmp_path), "error: give a recipe, such as yamls/8m.yaml")
-    for ranks in ("x", "0"):
-        result = python(*command(shards), "--dry-run", cwd=tmp_path, WORLD_SIZE=ranks)
-        assert_user_error(
-            result, f"the environment variable WORLD_SIZE is '{ranks}'; it must be a number of ranks"
-        )
+    for name, number in [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "x"), ("RANK", "-1")]:
+        result = python(*command(shards), "--dry-run", cwd=tmp_path, **{name: number})
+        assert_user_error(result, f"the environment variable {name} is '{number}'; it must be a number from")
 
 
 def test_the_launcher_passes_the_line_and_the_exit_code_on(shards, tmp_path):
