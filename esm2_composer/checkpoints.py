@@ -370,6 +370,11 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
             f"save_folder {folder} holds a run of another recipe: {'; '.join(changed)}; "
             f"set that back{hint}, or take another save_folder"
         )
+    if is_sharded(last) and not sharded and recipe.fsdp and recipe.fsdp.state_dict_type == "sharded":
+        raise UserError(
+            f"save_folder {folder} holds sharded checkpoints, to be resumed on GPUs: none is seen here, "
+            "and FSDP version 1 needs them"
+        )
     if is_sharded(last) != sharded:
         kind = "sharded" if is_sharded(last) else "full"
         raise UserError(
