@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import time
 import uuid
@@ -262,9 +263,21 @@ class S3Folder:
 
     def staging(self) -> Path:
         """Where this node's ranks write a checkpoint before it is uploaded: the same at every start, so that what
-        a killed run left there is cleared."""
+        a killed run left there is cleared.
+
+        Raises:
+            UserError: others can write there, and could change what the next start unpickles.
+        """
         mine = hashlib.sha256(self._uri.encode()).hexdigest()[:16]
-        return Path(tempfile.gettempdir(), f"checkpoints-{os.getuid()}-{mine}")
+        private = Path(tempfile.gettempdir(), f"checkpoints-{os.getuid()}-{mine}")
+        with contextlib.suppress(FileExistsError):
+            private.mkdir(0o700)
+        found = private.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise UserError(
+                f"{private} is no folder that only you can write to; remove it, or set TMPDIR to another"
+            )
+        return private / _STAGING
 
     def send(self, staged: Path, name: str, rank: int) -> None:
         """Upload the rank's part of a sharded checkpoint."""

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -158,6 +159,26 @@ def test_what_a_killed_run_staged_is_cleared_at_the_next_start(folder):
     assert open_folder(f"{folder}2").staging() != folder.staging()
     CheckpointSaver(again, interval=10, keep_newest=1, keep_best=0, resumes=False)
     assert not left.parent.exists()
+
+
+@pytest.mark.parametrize("taken", ["link", "open to others", "theirs"])
+def test_a_place_for_uploads_that_others_can_write_to_is_refused(store, tmp_path, monkeypatch, taken):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = open_folder("s3://bucket/run")
+    private = folder.staging().parent
+    assert private.stat().st_mode & 0o077 == 0
+    assert folder.staging().parent == private, "at the next start, too"
+    if taken == "link":
+        private.rename(tmp_path / "elsewhere")
+        private.symlink_to(tmp_path / "elsewhere")
+    elif taken == "open to others":
+        private.chmod(0o770)
+    else:
+        me = os.getuid()
+        private.rename(str(private).replace(f"-{me}-", f"-{me + 1}-"))
+        monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    with pytest.raises(UserError, match="is no folder that only you can write to"):
+        folder.staging()
 
 
 def test_the_newest_before_an_update_is_told_or_none_if_the_store_is_away(folder, tmp_path, monkeypatch):
