@@ -55,7 +55,8 @@ def evaluate(net: ESM2, microbatches: Iterable[dict[str, Any]], device: torch.de
         tokens, cu_seqlens, positions, targets = (
             batch[key].to(device) for key in ("tokens", "cu_seqlens", "positions", "targets")
         )
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):  # as in training
+        # As in training, but under FSDP's mixed_precision DEFAULT, which rounds weights and residual stream, too.
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = net(tokens, cu_seqlens, batch["max_seqlen"], positions).float()
         loss = F.cross_entropy(logits, targets, reduction="none").double()
         values = torch.stack((loss, (logits.argmax(-1) == targets).double(), torch.ones_like(loss)))
