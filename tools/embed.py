@@ -59,9 +59,6 @@ def main() -> None:
     layer = layers if args.layer is None else args.layer
     if not 0 <= layer <= layers:
         raise UserError(f"--layer {layer}: {args.model} has layers 0 to {layers}")
-    for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{args.model}: '{name}' holds NaN or infinity")
     found = survey(args.fasta, args.max_length, args.max_reject_fraction)
     print_survey(found, args.max_length)
     if found.over_limit and args.long == "refuse":
