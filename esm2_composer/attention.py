@@ -60,7 +60,7 @@ def select_attention(backend: str, device_type: str, dtype: torch.dtype, heads: 
     # Without a GPU to ask, as where a test pretends to have one, it is taken for an Ampere.
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
     if device_type == "cuda" and capability >= (8, 0) and dtype in (torch.float16, torch.bfloat16):
-        if (function := _flash_package()) is not None:
+        if backend == "flash" and (function := _flash_package()) is not None:
             found.append(Attention("flash", function))
         found.append(Attention("torch", _torch_varlen_function() or _torch_varlen_operator))
         spills = capability < (9, 0) and head_size > 64  # Triton's; it would have too few registers

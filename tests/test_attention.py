@@ -171,6 +171,7 @@ def test_another_module_of_the_name_is_passed_over(monkeypatch):
 def test_a_flash_attn_that_cannot_be_imported_is_told_and_not_taken(monkeypatch, tmp_path, caplog):
     (tmp_path / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol: at::empty')")
     monkeypatch.syspath_prepend(tmp_path)
+    kernel("torch", "cuda", torch.float16)  # does not ask for it
     with pytest.raises(
         ValueError, match="'flash' is not available on cuda in float16; available here: auto, cpu, t"
     ):
