@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import time
 
 import pytest
 from benchmarks import startup
+
+from esm2_composer.errors import UserError
+
+
+def fail_on_one(rank: int, **_: object) -> None:
+    if rank == 1:
+        raise UserError("no room")
+    time.sleep(300)
+
+
+def test_a_rank_that_fails_is_told_and_not_waited_for(monkeypatch) -> None:
+    monkeypatch.setattr(startup, "first_batch", fail_on_one)
+    parser = argparse.ArgumentParser()
+    startup.add_arguments(parser)
+    with pytest.raises(UserError, match="no room"):
+        startup.measure(parser.parse_args(["--clusters", "2048", "--ranks", "2"]))
 
 
 @pytest.mark.slow

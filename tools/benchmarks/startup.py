@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     workers=args.workers,
                     done=done,
                 )
-                rows[name], *_ = launch.map(of_rank, range(args.ranks))
+                ranks = [launch.submit(of_rank, rank) for rank in range(args.ranks)]
+                done_or_failed, _ = wait(ranks, return_when=FIRST_EXCEPTION)
+                if failed := [rank for rank in done_or_failed if rank.exception()]:
+                    for process in multiprocessing.active_children():  # others, which wait for it
+                        process.kill()
+                    failed[0].result()
+                rows[name] = ranks[0].result()
     return {
         "clusters": args.clusters,
         "ranks": args.ranks,
