@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 UV := $(or $(shell command -v uv),$(BIN)/uv)
-LOCK ?= requirements.lock
+LOCK ?= $(or $(shell cat .venv/.installed 2>/dev/null),requirements.lock)
 DEMO := data/demo
 
 .PHONY: setup demo test test-slow lint lock clean
@@ -20,7 +20,7 @@ setup: .venv/.installed
 	test -x $(UV) || $(BIN)/python -m pip install --quiet uv
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode -r $(LOCK)
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
-	touch $@
+	echo $(LOCK) > $@
 
 demo: setup
 	rm -rf $(DEMO) runs/demo

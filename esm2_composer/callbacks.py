@@ -123,7 +123,7 @@ class Divergence(Callback):
             return
         mean = sum(self._losses) / self.WINDOW
         self._lowest = min(self._lowest, mean)
-        if mean <= self._lowest + self._max_rise / 10:  # by less than that it sways
+        if mean <= self._lowest + self._max_rise / 4:  # by less than that it sways, where batches are small
             self._before = update - self.WINDOW
         if mean > self._lowest + self._max_rise:
             told = f"the loss has risen from {self._lowest:.3f} to {mean:.3f}, means of {self.WINDOW} updates"

@@ -33,13 +33,13 @@ import boto3
 import yaml
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
-from composer.utils import dist
 from omegaconf.errors import OmegaConfBaseException
 
 from esm2_composer.config import Recipe, changes, to_yaml
-from esm2_composer.errors import StoreAway, UserError
+from esm2_composer.errors import FULL, Passing, StoreAway, UserError
+from esm2_composer.mds import write_durably
 from esm2_composer.patience import patiently
-from esm2_composer.ranks import on_rank_zero, say
+from esm2_composer.ranks import on_every_rank, on_rank_zero, say
 
 LATEST = "latest-rank0.pt"  # a link to the newest checkpoint, in local folders, for people and tools
 RECIPE = "recipe.yaml"
@@ -50,8 +50,8 @@ DIVERGED = "diverged-"  # how the names of states begin that are to be looked at
 Result = TypeVar("Result")
 
 _NAME = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # a file or, if sharded, a folder
-_STAGING = ".saving"
-LOCK_SECONDS = 30  # in which a run that was told to leave does, see preemption.GRACE
+_STAGING, _PROBE = ".saving", ".seen-"
+LOCK_SECONDS = 30  # in which a run that got SIGTERM leaves, see preemption.GRACE
 
 
 def updates(name: str) -> int:
@@ -89,9 +89,11 @@ class LocalFolder:
         fcntl's, which hold between nodes of a cluster, too, and are not those of loader workers, forked from here.
 
         Raises:
-            UserError: another run is in it, and does not end.
+            Passing: another run is in it, and does not end; or its node died, and the file system has not noticed.
         """
         file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # never closed, which would unlock it
+        with contextlib.suppress(PermissionError):
+            os.fchmod(file, 0o666)  # whoever can write to the folder may resume
         deadline = None
         while not _lock(file):
             holder = os.pread(file, 200, 0).decode(errors="replace") or "another run"
@@ -100,7 +102,7 @@ class LocalFolder:
                 say(f"{told}; waiting for its end, {LOCK_SECONDS} s at most")
                 deadline = time.monotonic() + LOCK_SECONDS
             if time.monotonic() > deadline:
-                raise UserError(
+                raise Passing(
                     f"{told}; take another save_folder, or end that run; if its node is dead, remove {LOCK} there"
                 )
             time.sleep(1)
@@ -110,6 +112,8 @@ class LocalFolder:
     def clear(self) -> None:
         """Clear what a killed run left unfinished."""
         shutil.rmtree(self.path / _STAGING, ignore_errors=True)
+        for path in self.path.glob(f"{_PROBE}*"):
+            path.unlink(missing_ok=True)
         for path in self.path.iterdir():
             if _NAME.fullmatch(path.name) and path.is_dir() and not _is_whole(path):
                 shutil.rmtree(path)
@@ -167,10 +171,7 @@ class LocalFolder:
             return None
 
     def write(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.new"
-        temporary.write_text(text)
-        _sync(temporary)
-        os.replace(temporary, self.path / name)
+        write_durably(self.path / name, text.encode())
 
     def is_damaged(self, name: str) -> bool:
         """Whether a file's content is not that which was written. It takes reading all of it; of a sharded
@@ -415,9 +416,9 @@ def take_over(folder: Folder, resume: bool, recipe: Recipe, sharded: bool) -> st
 def check_shared(folder: Folder) -> None:
     """Raise a UserError on every rank, if not every one sees the folder of rank 0."""
     # By a name that nobody has looked up before: NFS believes for a while that what was not there still is not.
-    name = on_rank_zero(lambda: f".seen-{uuid.uuid4().hex}")
+    name = on_rank_zero(lambda: f"{_PROBE}{uuid.uuid4().hex}")
     on_rank_zero(lambda: ask(folder, lambda: folder.write(name, "")))
-    seen = dist.all_gather_object(ask(folder, lambda: folder.read(name)) is not None)
+    seen = on_every_rank(lambda: ask(folder, lambda: folder.read(name)) is not None)
     on_rank_zero(lambda: ask(folder, lambda: folder.remove(name)))
     if not all(seen):
         raise UserError(
@@ -445,14 +446,15 @@ def ask(folder: Folder, action: Callable[[], Result]) -> Result:
 
     Raises:
         UserError: the folder cannot be used, or its recipe is damaged.
-        StoreAway: worth another start.
+        Passing: worth another start: the store is away, or the disk is full.
     """
     try:
         return patiently(action, str(folder)) if isinstance(folder, S3Folder) else action()
     except StoreAway:
         raise
     except OSError as error:
-        raise UserError(f"save_folder {folder} cannot be written ({error.strerror})") from error
+        kind = Passing if error.errno in FULL else UserError
+        raise kind(f"save_folder {folder} cannot be written ({error.strerror})") from error
     except (BotoCoreError, ClientError) as error:
         raise UserError(f"save_folder {folder} cannot be read and written ({error})") from error
 

@@ -176,6 +176,7 @@ def _locked(work: Path) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):  # or its end removed this file, and a third may have another
             raise UserError(f"{work}: another conversion is at work there; wait for it or stop it") from None
         except OSError as error:
+            path.unlink(missing_ok=True)
             raise UserError(f"{work}: cannot be made and locked ({error.strerror})") from error
         try:
             yield
@@ -183,7 +184,7 @@ def _locked(work: Path) -> Iterator[None]:
             if work.exists() and not (work / "state.json").exists():
                 shutil.rmtree(work)
             if not work.exists():
-                path.unlink()
+                path.unlink(missing_ok=True)
 
 
 def _hash(cluster_ids: Path | None) -> str | None:

@@ -34,6 +34,20 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def on_every_rank(action: Callable[[], T]) -> list[T]:
+    """Run `action` on every rank; return the values of all, or raise the first one-line error, on every rank."""
+    outcome: list = [None, None]
+    try:
+        outcome[0] = action()
+    except OneLine as error:
+        outcome[1] = error
+    outcomes = dist.all_gather_object(outcome)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [value for value, _ in outcomes]
+
+
 def cpu_group() -> torch.distributed.ProcessGroup | None:
     """A new group of all ranks for tensors of the CPU, which no GPU has to wait for; None for a single rank."""
     return torch.distributed.new_group(backend="gloo") if dist.get_world_size() > 1 else None

@@ -80,6 +80,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     parallelism = parallelism_of(recipe.fsdp, on_gpu)
     sharded = parallelism is not None and recipe.fsdp.state_dict_type == "sharded"
     folder = open_folder(recipe.save_folder)
+    folder.staging()  # or it is refused
     checkpoint = find_checkpoint(folder, recipe.autoresume, recipe, sharded)
     done = updates(checkpoint) if checkpoint else 0
     if done >= recipe.updates and done in Index.read(folder).losses:

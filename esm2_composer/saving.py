@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from esm2_composer.checkpoints import Folder, Index, ask, best, superseded, updates
 from esm2_composer.config import Recipe, batches
-from esm2_composer.errors import OneLine, UserError
+from esm2_composer.errors import OneLine, Passing, UserError
 from esm2_composer.ranks import on_rank_zero, say
 
 WAITS = (2, 4, 8, 16)  # seconds before trying to save again
@@ -93,7 +93,7 @@ class CheckpointSaver(Callback):
     def fit_end(self, state: State, logger: Logger) -> None:
         if not self.save_once(state):
             update = state.timestamp.batch.value
-            raise RuntimeError(f"the run has ended, but its last checkpoint, of update {update}, is not saved")
+            raise Passing(f"the run has ended, but its last checkpoint, of update {update}, is not saved")
 
     def _is_among_the_best(self, update: int) -> bool:
         losses = self._index.losses

@@ -25,6 +25,7 @@ from esm2_composer.checkpoints import (
     Folder,
     Index,
     LocalFolder,
+    ask,
     best,
     check_shared,
     find_checkpoint,
@@ -34,7 +35,7 @@ from esm2_composer.checkpoints import (
     take_over,
 )
 from esm2_composer.config import Recipe, load_recipe, to_yaml
-from esm2_composer.errors import StoreAway, UserError
+from esm2_composer.errors import Passing, StoreAway, UserError
 from esm2_composer.saving import CheckpointSaver
 
 
@@ -212,7 +213,7 @@ def test_a_folder_in_use_is_waited_for_and_then_refused(tmp_path, monkeypatch, c
         (worker,) = holder.stdout.readline() and psutil.Process(holder.pid).children()
         in_use = f"{tmp_path} is in use by process {holder.pid} on {socket.gethostname()}; "
         monkeypatch.setattr(checkpoints, "LOCK_SECONDS", 0)
-        with pytest.raises(UserError, match=in_use):
+        with pytest.raises(Passing, match=in_use):
             LocalFolder(str(tmp_path)).lock()
         monkeypatch.setattr(checkpoints, "LOCK_SECONDS", 10)
         threading.Timer(2, holder.kill).start()
@@ -220,6 +221,7 @@ def test_a_folder_in_use_is_waited_for_and_then_refused(tmp_path, monkeypatch, c
         assert worker.is_running()
         worker.kill()
     assert f"{in_use}waiting for its end, 10 s at most" in capsys.readouterr().err
+    assert (tmp_path / ".lock").stat().st_mode & 0o777 == 0o666, "others of a group may go on with the run"
 
 
 def test_a_file_system_without_locks_is_gone_on_with(tmp_path, monkeypatch):
@@ -240,6 +242,23 @@ def test_a_folder_is_shared_if_every_node_sees_what_rank_zero_writes(folder, mon
     monkeypatch.setattr(folder, "read", lambda _: None)
     with pytest.raises(UserError, match="is not the same on all nodes"):
         check_shared(folder)
+
+
+def test_what_tells_whether_a_folder_is_shared_is_cleared(tmp_path):
+    (tmp_path / ".seen-0f").touch()
+    LocalFolder(str(tmp_path)).clear()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_worth_another_start(tmp_path, monkeypatch):
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    folder = LocalFolder(str(tmp_path))
+    with pytest.raises(Passing, match=r"cannot be written \(No space left on device\)"):
+        ask(folder, lambda: folder.write(RECIPE, "a: 1"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_run_saved_while_it_ended_is_gone_on_from(folder, recipe, tmp_path, monkeypatch):

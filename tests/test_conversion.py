@@ -666,6 +666,7 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(UserError, match=r"out/\.train\.work: cannot be made and locked \(No locks available\)"):
         convert(small(tmp_path), str(tmp_path / "out"), Options())
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_no_file_is_open_in_work_that_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

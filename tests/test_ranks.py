@@ -9,7 +9,7 @@ import torch
 
 from esm2_composer.conversion import Interrupted
 from esm2_composer.errors import StoreAway, UserError
-from esm2_composer.ranks import end_process_group, on_rank_zero
+from esm2_composer.ranks import end_process_group, on_every_rank, on_rank_zero
 
 
 @pytest.mark.parametrize("error", [UserError("mine"), StoreAway("theirs"), Interrupted("full; kept")])
@@ -31,6 +31,26 @@ def test_what_rank_zero_fails_of_every_rank_fails_of(error, monkeypatch):
     monkeypatch.setattr("composer.utils.dist.broadcast_object_list", receive)
     with pytest.raises(type(error), match=str(error)):
         on_rank_zero(lambda: pytest.fail("this is rank 1"))
+
+
+def fail_on_the_second(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+
+    def fail() -> int:
+        if rank:
+            raise UserError("mine")
+        return rank
+
+    assert on_every_rank(lambda: rank) == [0, 1]
+    with pytest.raises(UserError, match="mine"):
+        on_every_rank(fail)
+    (folder / f"{rank} has failed").touch()
+    end_process_group()
+
+
+def test_what_one_rank_fails_of_every_rank_fails_of(tmp_path):
+    torch.multiprocessing.start_processes(fail_on_the_second, (tmp_path,), 2, start_method="fork")
+    assert len(list(tmp_path.glob("* has failed"))) == 2
 
 
 def meet_and_part(rank: int, folder: Path) -> None:

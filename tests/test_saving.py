@@ -177,7 +177,8 @@ def test_a_second_launch_in_the_folder_of_a_run_is_refused_and_goes_on_once_that
         run.wait_for("update 100/")
         second = python(*arguments, cwd=tmp_path)
         (rank,) = run.ranks()
-        assert_user_error(second, f"runs/demo/checkpoints is in use by process {rank.pid} on ")
+        assert (second.returncode, "Traceback" in second.stderr) == (EXIT_FAILURE, False)
+        assert f"error: save_folder runs/demo/checkpoints is in use by process {rank.pid} on " in second.stderr
         run.launcher.kill()  # of which its rank learns, saves and leaves
         with Run(*arguments, cwd=tmp_path, launcher=False) as third:
             third.wait_for("update ")
