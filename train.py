@@ -46,6 +46,7 @@ def train() -> int:
 
     from esm2_composer.callbacks import Diverged, Preempted, advice
     from esm2_composer.checkpoints import DIVERGED
+    from esm2_composer.ranks import say
     from esm2_composer.runner import Done, build_trainer
     from esm2_composer.saving import WAITS_LEAVING
 
@@ -55,7 +56,7 @@ def train() -> int:
     except Done as told:
         print(told)
         return 0
-    code = 0
+    code, done = 0, False
     try:
         if saver.lacks_evaluation(trainer.state, recipe):
             trainer.eval()
@@ -63,6 +64,7 @@ def train() -> int:
             print(Done(recipe, trainer.state.timestamp.batch.value))
         else:
             trainer.fit()
+            done = True
     except Preempted:
         if saver.save_once(trainer.state, WAITS_LEAVING):
             code = EXIT_PREEMPTED
@@ -76,6 +78,8 @@ def train() -> int:
         code = EXIT_DIVERGED
     trainer.close()
     preemption.settle()
+    if done:
+        say(f"{recipe.run_name} is done: {saver.result()}")
     return code
 
 

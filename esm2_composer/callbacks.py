@@ -258,8 +258,9 @@ class Progress(Callback):
         elif not dist.get_global_rank() and (update % self._interval == 0 or update == self._updates):
             since, first = self._start
             speed = (update - first) / (time.monotonic() - since) if update > first else 0
-            left = f", {(self._updates - update) / speed / 60:.1f} min left" if speed else ""
-            self._say(f"update {update}/{self._updates}: {loss}{left}")
+            seconds = (self._updates - update) / speed if speed else 0
+            left = f"{seconds / 60:.0f} min" if seconds > 120 else f"{seconds:.0f} s"
+            self._say(f"update {update}/{self._updates}: {loss}" + (f", {left} left" if seconds else ""))
 
     def eval_end(self, state: State, logger: Logger) -> None:
         if not dist.get_global_rank():

@@ -377,7 +377,7 @@ def _problems(r: Recipe, data_is_here: bool) -> typing.Iterator[str]:
         yield from _fsdp_problems(r.fsdp)
     yield from _model_problems(r.model)
     if data_is_here:
-        yield from _data_problems(r.data)
+        yield from _data_problems(r.data, r.global_train_batch_size)
 
 
 def _fsdp_problems(fsdp: FSDPSection) -> typing.Iterator[str]:
@@ -413,7 +413,7 @@ def _model_problems(model: ModelSection) -> typing.Iterator[str]:
         )
 
 
-def _data_problems(data: DataSection) -> typing.Iterator[str]:
+def _data_problems(data: DataSection, batch: int) -> typing.Iterator[str]:
     if data.local is not None and (is_remote(data.local) or not _can_be_folder(Path(data.local))):
         yield f"'data.local' is {data.local}; it must be a folder"
     if is_remote(data.remote):
@@ -425,10 +425,12 @@ def _data_problems(data: DataSection) -> typing.Iterator[str]:
         if data.local is not None and folder.resolve() == (Path(data.local) / split).resolve():
             yield "'data.local' is data.remote itself, whose shards would be lost; null reads them in place"
             return
-        if not (folder / "index.json").is_file():
-            yield f"'data.remote' is {data.remote}, which holds no {split} shards ({split}/index.json)"
-        elif not _is_index(folder / "index.json"):
+        if lack := lacking(data.remote, split):
+            yield f"'data.remote': {lack}"
+        elif not (clusters := _clusters(folder / "index.json")):
             yield f"'data.remote' is {data.remote}, whose {split}/index.json is no index of MDS shards"
+        elif split == "train" and clusters < batch:
+            yield f"{folder} holds {clusters} clusters, fewer than one global_train_batch_size of {batch}"
         elif data.local is None and not os.access(folder, os.W_OK):
             yield f"'data.remote' is {data.remote}, where shards cannot be unpacked; set 'data.local' to a folder"
 
@@ -438,8 +440,21 @@ def _can_be_folder(path: Path) -> bool:
     return next(part for part in (path, *path.absolute().parents) if os.path.lexists(part)).is_dir()
 
 
-def _is_index(path: Path) -> bool:
+def lacking(data: str, split: str) -> str | None:
+    """Why the folder `data` has no shards of `split`; None if it has."""
+    folder = Path(data)
+    if (folder / split / "index.json").is_file():
+        return None
+    if not folder.exists():
+        return f"{data}: no such folder" + ("" if folder.is_absolute() else f" in {Path.cwd()}")
+    if (folder / "index.json").is_file():
+        return f"{data} is a split itself; give the folder in which it lies"
+    return f"{data} holds no {split} shards ({split}/index.json)"
+
+
+def _clusters(index: Path) -> int:
+    """How many an index tells of; 0 if it is none."""
     try:
-        return bool(json.loads(path.read_text())["shards"])
+        return sum(shard["samples"] for shard in json.loads(index.read_text())["shards"])
     except (ValueError, KeyError, TypeError):
-        return False
+        return 0

@@ -125,21 +125,21 @@ class EvaluationBatches(IterableDataset):
     """
 
     def __init__(self, clusters: ClusterDataset, batch_size: int) -> None:
-        self._clusters = clusters
+        self.clusters = clusters
         self._batch_size = batch_size
         self._rank, self._ranks = _rank(), _world_size()
 
     def __len__(self) -> int:
-        return math.ceil(self._clusters.num_samples / self._batch_size)
+        return math.ceil(self.clusters.num_samples / self._batch_size)
 
     def __iter__(self) -> Iterator[Sequences]:
         worker = torch.utils.data.get_worker_info()
         batches = range(worker.id if worker else 0, len(self), worker.num_workers if worker else 1)
         for batch in batches:
             start = batch * self._batch_size
-            stop = min(start + self._batch_size, self._clusters.num_samples)
-            yield self._clusters.draw.collate(
-                [self._clusters[i] for i in range(start + self._rank, stop, self._ranks)]
+            stop = min(start + self._batch_size, self.clusters.num_samples)
+            yield self.clusters.draw.collate(
+                [self.clusters[i] for i in range(start + self._rank, stop, self._ranks)]
             )
 
 

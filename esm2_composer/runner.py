@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ from esm2_composer.data import (
 from esm2_composer.errors import UserError, naming
 from esm2_composer.fp8 import use_fp8
 from esm2_composer.masking import MaskingRule
-from esm2_composer.model import ESM2
+from esm2_composer.model import ESM2, count_parameters
 from esm2_composer.optim import build_adamw, build_schedule
 from esm2_composer.plan import GPUS, architecture
 from esm2_composer.pool import data_spec
@@ -72,6 +73,9 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         Done: there is nothing left to train, for which ranks need not meet: other nodes' may have left.
     """
     _show_log()
+    # Composer's, at each resume at an epoch's end, and torch's, for which there is a line of ours.
+    warnings.filterwarnings("ignore", "No batches were trained for global rank")
+    warnings.filterwarnings("ignore", "This DataLoader will create")
     device = get_device(None)
     on_gpu = device.name == "gpu"
 
@@ -92,6 +96,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         c, precision = net.config, recipe.precision if on_gpu else "fp32"
         computed = {"amp_bf16": torch.bfloat16, "fp32": torch.float32}[precision]
         select_attention(c.attention, "cuda" if on_gpu else "cpu", computed, c.num_heads, c.head_size)
+    parameters = count_parameters(net)
     if recipe.fp8 and on_gpu:
         use_fp8(net)
     elif recipe.fp8:
@@ -123,6 +128,9 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     batch, workers = recipe.global_train_batch_size, recipe.data.num_workers
     train = train_loader(draw, *recipe.data.split("train"), batch, workers, recipe.data.cache_limit)
     valid = evaluation_loader(draw, *recipe.data.split("valid"), batch, workers)
+    processes, cores = workers * dist.get_local_world_size(), len(os.sched_getaffinity(0))
+    if processes > cores:
+        say(f"data.num_workers {workers}: {processes} loader processes, where there are {cores} cores")
     train.worker_init_fn = valid.worker_init_fn = shelter_worker
     saver.pin_data(digest_of_all_nodes(recipe.data))
 
@@ -172,6 +180,13 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
             progress_bar=False,
             dist_timeout=1800,
         )
+    shown, validated = train.dataset.num_samples, valid.dataset.clusters.num_samples
+    say(
+        f"{recipe.run_name}: {parameters:,} parameters; ranks: {dist.get_world_size()}; "
+        f"training clusters: {shown:,}, {shown // batch:,} updates an epoch; validation clusters: {validated:,}"
+    )
+    if checkpoint is not None:
+        say(f"going on from {folder.location(checkpoint)}, update {updates(checkpoint)} of {recipe.updates:,}")
     # Who reads the logs sees the conditions.
     trainer.logger.log_hyperparameters(flatten(dataclasses.asdict(recipe)))
     return trainer, saver

@@ -95,6 +95,14 @@ class CheckpointSaver(Callback):
             update = state.timestamp.batch.value
             raise Passing(f"the run has ended, but its last checkpoint, of update {update}, is not saved")
 
+    def result(self) -> str:
+        """What came of the run, for people."""
+        told, losses = f"checkpoints are in {self._folder}", self._index.losses
+        if losses:
+            best = min(losses, key=lambda update: losses[update])
+            told += f"; validation perplexity was lowest after update {best:,}, {math.exp(losses[best]):.3f}"
+        return told
+
     def _is_among_the_best(self, update: int) -> bool:
         losses = self._index.losses
         if update not in losses or not self._keep_best:

@@ -159,5 +159,5 @@ def test_a_terminal_shows_a_bar_and_a_log_lines_and_both_every_evaluation(screen
         assert not lines
     else:
         assert [line.split(":")[0] for line in lines] == ["update 6/9", "update 8/9", "update 9/9"]
-        assert lines[-1] == "update 9/9: loss 2.5000, 0.0 min left"
+        assert lines[-1] == "update 9/9: loss 2.5000"
         assert not bars

@@ -35,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder, with an index of each split in `shards`."""
     for split in ("train", "valid"):
         (tmp_path / "shards" / split).mkdir(parents=True)
-        (tmp_path / "shards" / split / "index.json").write_text('{"version": 2, "shards": [{}]}')
+        (tmp_path / "shards" / split / "index.json").write_text('{"version": 2, "shards": [{"samples": 2048}]}')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -191,7 +191,7 @@ def test_limits_belong_to_the_range() -> None:
     ("override", "message"),
     [
         (f"optimizer.lr=1{5000 * '0'}", "override 'optimizer.lr' does not fit (Exceeds the limit"),
-        ("data.remote=elsewhere", "'data.remote' is elsewhere, which holds no train shards"),
+        ("data.remote=elsewhere", "'data.remote': elsewhere: no such folder in "),
         ("data.remote=s3://bucket/prefix", "'data.remote' is s3://bucket/prefix; set 'data.local'"),
         ("schedule.warmup=100", "'schedule.warmup' is 100; it must be below schedule.updates"),
         ("max_duration=3ep", "'max_duration' is '3ep'; write a number of updates such as"),
@@ -276,6 +276,10 @@ def test_values_that_cannot_train_are_refused(override: str, key: str) -> None:
 def test_both_splits_must_have_shards(folder: Path, split: str) -> None:
     (folder / "shards" / split / "index.json").unlink()
     assert f"no {split} shards ({split}/index.json)" in mistake()
+
+
+def test_a_split_in_place_of_its_folder_is_seen(folder: Path) -> None:
+    assert "shards/train is a split itself" in mistake("data.remote=shards/train")
 
 
 def test_shards_that_cannot_be_unpacked_in_their_place_need_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,7 +195,7 @@ def test_training_goes_on_from_weights_named_in_the_recipe(shards, finished, tmp
     ("overrides", "words"),
     [
         (["optimiser.lr=1"], ["optimiser", "did you mean 'optimizer'"]),
-        (["data.remote=/nowhere"], ["/nowhere", "no train shards"]),
+        (["data.remote=/nowhere"], ["/nowhere", "no such folder"]),
     ],
 )
 def test_a_wrong_recipe_is_one_line_and_exit_code_2(shards, tmp_path, overrides, words):
@@ -304,9 +304,15 @@ def test_ranks_that_the_degrees_do_not_make_are_told_before_they_meet(shards, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_too_few_clusters_are_one_line_and_exit_code_2(shards, tmp_path):
-    result = python(*command(shards, "global_train_batch_size=97"), cwd=tmp_path)
-    assert_user_error(result, "96 clusters", "fewer than one global_train_batch_size")
+def test_too_few_clusters_are_one_line_and_exit_code_2(shards, tmp_path, monkeypatch):
+    arguments = command(shards, "global_train_batch_size=97")
+    for also in ((), ("--dry-run",)):
+        result = python(*arguments, *also, cwd=tmp_path)
+        assert_user_error(result, "96 clusters", "fewer than one global_train_batch_size")
+    _, recipe, *overrides = arguments
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="96 clusters"):  # as in a store, which is asked later
+        build_trainer(load_recipe(recipe, overrides, data_is_here=False))
 
 
 def test_a_cache_of_other_shards_is_refused(shards, tmp_path):

@@ -13,11 +13,10 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from esm2_composer import preemption
-from esm2_composer.config import DataSection
+from esm2_composer.config import DataSection, lacking
 from esm2_composer.errors import OneLine, UserError, run_command
 from esm2_composer.storage import is_remote
 
@@ -108,8 +107,8 @@ def check(args: argparse.Namespace, data: DataSection) -> None:
             raise UserError(f"--data {args.data} needs --local, a folder for its cache")
         return
     for split in (args.split, "train", "valid") if args.floors else (args.split,):
-        if not (Path(data.remote) / split / "index.json").is_file():
-            raise UserError(f"{data.remote} holds no {split} shards ({split}/index.json)")
+        if lack := lacking(data.remote, split):
+            raise UserError(lack)
 
 
 def checked(shares: Iterable[dict[str, Any]], data: str) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from esm2_composer.config import DataSection
+from esm2_composer.config import DataSection, lacking
 from esm2_composer.errors import UserError, refuse_existing, run_command
 from esm2_composer.storage import is_remote
 
@@ -201,8 +201,8 @@ def read_data(data: str, local: str | None, runs: list[Run]) -> tuple[dict[str, 
 
     section = DataSection(remote=data, local=local)
     for split in () if is_remote(data) else ("train", "valid"):
-        if not (Path(data) / split / "index.json").is_file():
-            raise UserError(f"{data} holds no {split} shards ({split}/index.json)")
+        if lack := lacking(data, split):
+            raise UserError(lack)
     rules = [  # how many are selected does not matter
         MaskingRule(
             split=tuple(run.settings.get("data.mask_split", (0.8, 0.1, 0.1))),
