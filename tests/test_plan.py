@@ -168,15 +168,12 @@ def test_weights_that_are_not_there_are_told_with_their_key(tell):
         tell(recipe("8m", "model.size=null", "model.init_from=nowhere.pt"), 1)
 
 
-def test_checkpoints_are_as_large_as_planned(finished):
-    (path,) = finished.glob("**/checkpoints/latest-rank0.pt")
-    parameters = count_parameters(ESM2.from_pretrained(path))
+def test_checkpoints_are_told_of():
+    """That they are so large, test_train.py looks at."""
     at_most = recipe("3b", "save_num_checkpoints_to_keep=2", "callbacks.best_checkpoints=4", "save_interval=100ba")
     text, plan = report(at_most, 64, "h100")
-    assert plan["checkpoints_kept"] == 6
+    assert (plan["checkpoints_kept"], plan["checkpoint_bytes"]) == (6, 12 * plan["parameters"])
     assert "34.1 GB each, every 100 updates (0.8 minutes); 6 kept, 204 GB" in text
-    written = plan["checkpoint_bytes"] / plan["parameters"] * parameters
-    assert 0 <= path.stat().st_size - written < 200_000  # what else a run keeps
 
 
 @pytest.mark.parametrize("gpu", GPUS)

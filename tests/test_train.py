@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from esm2_composer import runner
 from esm2_composer.callbacks import PERPLEXITY
 from esm2_composer.config import DataSection, load_recipe
 from esm2_composer.errors import UserError
+from esm2_composer.plan import GPUS, make_plan
 from esm2_composer.ranks import end_process_group
 from esm2_composer.records import COLUMNS
 from esm2_composer.runner import Done, build_trainer, check_wandb, digest_of_all_nodes
@@ -56,6 +58,13 @@ def test_training_logs_loss_perplexity_and_real_tokens(finished):
     rate = read("lr-AdamW/group0")
     # with t updates done, the rate of the next: no update has rate zero, none the rate of another
     assert [rate[t] for t in (1, 2, 3)] == pytest.approx([3e-3 * 2 / 3, 3e-3, 3e-3 * (1 - 0.9 / 9.9)])
+
+
+def test_checkpoints_are_as_large_as_planned(shards, finished, tmp_path):
+    _, recipe, *overrides = command(shards)
+    path = finished / "runs/demo/checkpoints/latest-rank0.pt"
+    planned = make_plan(load_recipe(recipe, overrides), 1, GPUS["h100"], 0.4).checkpoint_bytes
+    assert 0 < path.stat().st_size - planned < 200_000  # what else a run keeps
 
 
 def test_a_relaunch_of_a_finished_run_exits_0_and_trains_nothing(shards, finished):
@@ -97,6 +106,15 @@ def test_sigterm_saves_and_exits_75_and_a_relaunch_goes_on(shards, finished, tmp
     again = python(*command(shards, "save_interval=100ba"), cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert losses(tmp_path) == losses(finished)
+    lines = again.stderr.splitlines()
+    assert "training clusters: 96, 6 updates an epoch; validation clusters: " in next(
+        line for line in lines if line.startswith("demo: ")
+    )
+    folder = "runs/demo/checkpoints"
+    assert any(re.fullmatch(rf"going on from {folder}/ep.-ba\d-rank0.pt, update \d of 14", line) for line in lines)
+    lowest = min(scalars(tmp_path, PERPLEXITY).items(), key=lambda told: told[1])
+    told = f"validation perplexity was lowest after update {lowest[0]}, {lowest[1]:.3f}"
+    assert lines[-1] == f"demo is done: checkpoints are in {folder}; {told}"
 
 
 def test_two_ranks_train_the_same_model_as_one(shards, finished, tmp_path):
