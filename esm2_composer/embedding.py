@@ -28,7 +28,7 @@ from esm2_composer.errors import UserError
 from esm2_composer.fasta import read_fasta
 from esm2_composer.journal import Journal
 from esm2_composer.model import ESM2
-from esm2_composer.records import clean
+from esm2_composer.records import TOO_MANY_REJECTED, clean
 
 Protein = tuple[str, bytes]  # id, residues
 
@@ -79,7 +79,7 @@ def survey(path: Path, max_length: int, max_reject_fraction: float) -> Survey:
     if rejected > max_reject_fraction * (found.proteins + rejected):
         raise UserError(
             f"{path}: {rejected:,} of {found.proteins + rejected:,} sequences rejected, "
-            f"more than {max_reject_fraction:.1%}: {reasons}"
+            f"more than {max_reject_fraction:.1%}: {reasons}; {TOO_MANY_REJECTED}"
         )
     return found
 

@@ -192,7 +192,8 @@ WRONG_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "too many bad sequences": (
         lambda data: store_clusters(data, {"ur90_id": [["a", "b", "gone"]]}),
-        "33.3% of 3 members rejected, more than 1.0%: member without sequence 1 (such as 'gone')",
+        "33.3% of 3 members rejected, more than 1.0%: member without sequence 1 (such as 'gone'); "
+        "correct the input, or allow more with --max-reject-fraction",
     ),
 }
 
