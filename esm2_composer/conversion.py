@@ -157,11 +157,13 @@ def convert(
 
 @contextlib.contextmanager
 def _locked(work: Path) -> Iterator[None]:
-    """Hold the work folder; the lock dies with the process. Leaves no folder in which nothing was begun.
+    """Hold the work folder; the lock dies with the process. Leaves no folder in which nothing was begun, nor the
+    one around it, if it was made here and holds nothing.
 
     The lock lies beside the folder, and goes after it: on NFS a folder with an open file cannot be removed.
     """
     path = work.with_name(f"{work.name}.lock")
+    is_new = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("w")
@@ -185,6 +187,9 @@ def _locked(work: Path) -> Iterator[None]:
                 shutil.rmtree(work)
             if not work.exists():
                 path.unlink(missing_ok=True)
+            if is_new:
+                with contextlib.suppress(OSError):  # it holds something
+                    path.parent.rmdir()
 
 
 def _hash(cluster_ids: Path | None) -> str | None:
