@@ -106,7 +106,7 @@ def convert(
         work = (scratch or Path()) / f".{name}.{options.split}.work"
     else:
         work = Path(out) / f".{options.split}.work"
-    with _locked(work):
+    with _locked(work, in_new_folder=not is_remote(out) and not work.parent.exists()):
         destination = open_destination(out, options.split, work)
         state = _describe(layout, options)
         finished = destination.conversion()
@@ -156,14 +156,13 @@ def convert(
 
 
 @contextlib.contextmanager
-def _locked(work: Path) -> Iterator[None]:
+def _locked(work: Path, in_new_folder: bool = False) -> Iterator[None]:
     """Hold the work folder; the lock dies with the process. Leaves no folder in which nothing was begun, nor the
-    one around it, if it was made here and holds nothing.
+    one around it, if that is `in_new_folder` and holds nothing.
 
     The lock lies beside the folder, and goes after it: on NFS a folder with an open file cannot be removed.
     """
     path = work.with_name(f"{work.name}.lock")
-    is_new = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("w")
@@ -187,7 +186,7 @@ def _locked(work: Path) -> Iterator[None]:
                 shutil.rmtree(work)
             if not work.exists():
                 path.unlink(missing_ok=True)
-            if is_new:
+            if in_new_folder:
                 with contextlib.suppress(OSError):  # it holds something
                     path.parent.rmdir()
 
