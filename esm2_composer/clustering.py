@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from esm2_composer.errors import UserError, refuse_existing
 from esm2_composer.fasta import read_fasta
 from esm2_composer.layouts import sort_within
-from esm2_composer.records import Report, clean
+from esm2_composer.records import TOO_MANY_REJECTED, Report, clean
 
 MIN_RESIDUES = 11
 COVERAGE = ("-c", "0.8", "--cov-mode", "0")  # 80 % of both sequences
@@ -175,7 +175,7 @@ def _stage(fasta, database, max_reject_fraction, say) -> dict[str, Any]:
     if lost > max_reject_fraction * counts["sequences_read"]:
         raise UserError(
             f"{lost:,} of {counts['sequences_read']:,} sequences rejected, "
-            f"more than {max_reject_fraction:.1%}: {reasons}"
+            f"more than {max_reject_fraction:.1%}: {reasons}; {TOO_MANY_REJECTED}"
         )
     short = database.execute("DELETE FROM protein WHERE length(sequence) < ?", (MIN_RESIDUES,)).rowcount
     (used,) = database.execute("SELECT count(*) FROM protein").fetchone()

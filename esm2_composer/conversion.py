@@ -41,7 +41,7 @@ from esm2_composer.fasta import ReadError
 from esm2_composer.layouts import Layout
 from esm2_composer.mds import sync, write_durably
 from esm2_composer.parts import EngineError, Options, Part, PartBuilder, Processes
-from esm2_composer.records import Report
+from esm2_composer.records import TOO_MANY_REJECTED, Report
 from esm2_composer.storage import StoreError, is_remote, xxh64
 
 FORMAT = 1  # to be raised when the same input and options would give other shards
@@ -106,7 +106,7 @@ def convert(
         work = (scratch or Path()) / f".{name}.{options.split}.work"
     else:
         work = Path(out) / f".{options.split}.work"
-    with _locked(work):
+    with _locked(work, in_new_folder=not is_remote(out) and not work.parent.exists()):
         destination = open_destination(out, options.split, work)
         state = _describe(layout, options)
         finished = destination.conversion()
@@ -123,7 +123,7 @@ def convert(
             if plan.rows_without_members > max_reject_fraction * plan.rows:
                 raise UserError(
                     f"{plan.rows_without_members / plan.rows:.1%} of {plan.rows:,} clusters name no member, "
-                    f"more than {max_reject_fraction:.1%}"
+                    f"more than {max_reject_fraction:.1%}; {TOO_MANY_REJECTED}"
                 )
             builder = PartBuilder(plan.path.absolute(), work.absolute(), options, layout.rows_are_clusters)
             build = partial(engine.build, builder=builder)
@@ -156,8 +156,9 @@ def convert(
 
 
 @contextlib.contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """Hold the work folder; the lock dies with the process. Leaves no folder in which nothing was begun.
+def _locked(work: Path, in_new_folder: bool = False) -> Iterator[None]:
+    """Hold the work folder; the lock dies with the process. Leaves no folder in which nothing was begun, nor the
+    one around it, if that is `in_new_folder` and holds nothing.
 
     The lock lies beside the folder, and goes after it: on NFS a folder with an open file cannot be removed.
     """
@@ -185,6 +186,9 @@ def _locked(work: Path) -> Iterator[None]:
                 shutil.rmtree(work)
             if not work.exists():
                 path.unlink(missing_ok=True)
+            if in_new_folder:
+                with contextlib.suppress(OSError):  # it holds something
+                    path.parent.rmdir()
 
 
 def _hash(cluster_ids: Path | None) -> str | None:
@@ -278,7 +282,7 @@ def _convert_parts(
     if so_far.counts["members_rejected"] > max_reject_fraction * plan.members:
         raise UserError(
             f"{so_far.counts['members_rejected'] / plan.members:.1%} of {plan.members:,} members rejected, "
-            f"more than {max_reject_fraction:.1%}: {so_far.reasons()}"
+            f"more than {max_reject_fraction:.1%}: {so_far.reasons()}; {TOO_MANY_REJECTED}"
         )
     if not so_far.counts["clusters_written"]:
         raise UserError(f"no cluster to write: {so_far.reasons() or 'the input is empty'}")

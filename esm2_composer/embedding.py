@@ -12,6 +12,7 @@ taken from the window where it lies further from a cut.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from esm2_composer.errors import UserError
 from esm2_composer.fasta import read_fasta
 from esm2_composer.journal import Journal
 from esm2_composer.model import ESM2
-from esm2_composer.records import clean
+from esm2_composer.records import TOO_MANY_REJECTED, clean
 
 Protein = tuple[str, bytes]  # id, residues
 
@@ -44,6 +45,8 @@ class Survey:
     longest: int = 0
     over_limit: int = 0
     digest: str = ""
+    repeated: int = 0  # ids of several proteins: a join by id would give wrong rows
+    repeated_id: str = ""
     changed: Counter = field(default_factory=Counter)
     rejected: Counter = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)  # of every reason to reject, the first id, or its place
@@ -55,7 +58,7 @@ def survey(path: Path, max_length: int, max_reject_fraction: float) -> Survey:
     Raises:
         UserError: it cannot be read to its end, nothing in it can be embedded, or too much of it cannot.
     """
-    found, digest = Survey(), hashlib.blake2b(digest_size=16)
+    found, digest, ids = Survey(), hashlib.blake2b(digest_size=16), array("q")
     for number, (name, raw) in enumerate(read_fasta(path), start=1):
         try:
             residues, changes = _accept(name, raw)
@@ -68,8 +71,14 @@ def survey(path: Path, max_length: int, max_reject_fraction: float) -> Survey:
         found.residues += len(residues)
         found.longest = max(found.longest, len(residues))
         found.over_limit += len(residues) + 2 > max_length
+        ids.append(hash(name))
         digest.update(f"{name}\n".encode() + residues + b"\n")
     found.digest = digest.hexdigest()
+    hashes, counts = np.unique(ids, return_counts=True)
+    found.repeated = int((counts > 1).sum())
+    if found.repeated:
+        one = hashes[counts.argmax()]
+        found.repeated_id = next((name for name, _ in read_proteins(path) if hash(name) == one), "")
     rejected = found.rejected.total()
     reasons = ", ".join(
         f"{reason} {n:,} (first: {found.examples[reason]!r})" for reason, n in found.rejected.items()
@@ -79,7 +88,7 @@ def survey(path: Path, max_length: int, max_reject_fraction: float) -> Survey:
     if rejected > max_reject_fraction * (found.proteins + rejected):
         raise UserError(
             f"{path}: {rejected:,} of {found.proteins + rejected:,} sequences rejected, "
-            f"more than {max_reject_fraction:.1%}: {reasons}"
+            f"more than {max_reject_fraction:.1%}: {reasons}; {TOO_MANY_REJECTED}"
         )
     return found
 

@@ -58,7 +58,14 @@ def naming(key: str) -> Iterator[None]:
 
 
 def refuse_existing(out: Path, kind: str = "file") -> None:
-    """Raises UserError if there is something at `out`, which a rename would replace; a link to nowhere too."""
+    """Raises UserError if there is something at `out`, which a rename would replace; a link to nowhere too.
+
+    Also if it is the address of a store, of which a Path is made as of s3://bucket: s3:/bucket.
+    """
+    from esm2_composer.storage import is_remote  # which imports this module
+
+    if is_remote(str(out)):
+        raise UserError(f"{out}: write to a local disk, and copy")
     if os.path.lexists(out) or out.name == "..":
         raise UserError(f"{out} exists already; remove it, or choose another {kind}")
 

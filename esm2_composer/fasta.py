@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +19,8 @@ import pyarrow as pa
 from esm2_composer.errors import UserError
 
 BLOCK_BYTES = 2**20
+LOOKED_AT = 100  # records, to tell nucleotides by
+NUCLEOTIDES = b"ACGTUNacgtun"  # a quarter of a protein's letters
 UNIPROT = re.compile(r"^(?:sp|tr)\|([^|]+)\|")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -30,7 +32,8 @@ class ReadError(UserError):
 def read_fasta(path: Path) -> Iterator[tuple[str, bytes]]:
     """(id, sequence) of every record, in order; the id is "" if the header has none.
 
-    Raises UserError if the file is empty, damaged, cut short or not FASTA, ReadError if the system cannot read it.
+    Raises UserError if the file is empty, damaged, cut short, not FASTA or of nucleotides, ReadError if the system
+    cannot read it.
     A record that the damage could have touched is not yielded.
     """
     blocks = read_blocks(path)
@@ -41,7 +44,18 @@ def read_fasta(path: Path) -> Iterator[tuple[str, bytes]]:
     if not rest.startswith(b">"):
         raise UserError(f"{path}: not FASTA, it does not begin with '>'")
     _split_header(rest, path, 1)  # or a file of such lines, one record to us, would fill the memory first
-    for count, record in enumerate(_records(chain([rest[1:]], blocks)), 1):
+    records = enumerate(_records(chain([rest[1:]], blocks)), 1)
+    letters = nucleotides = 0
+    for count, record in islice(records, LOOKED_AT):
+        name, sequence = _parse(record, path, count)
+        letters += len(sequence)
+        nucleotides += len(sequence) - len(sequence.translate(None, NUCLEOTIDES))
+        yield name, sequence
+    if letters >= 300 and nucleotides > 0.9 * letters:
+        raise UserError(
+            f"{path}: looks like nucleotides ({100 * nucleotides // letters} % A, C, G, T, U or N); give proteins"
+        )
+    for count, record in records:
         yield _parse(record, path, count)
 
 

@@ -25,6 +25,7 @@ import numpy as np
 
 COLUMNS = {"cluster_id": "str", "lengths": "ndarray:int32", "residues": "bytes"}
 EXAMPLES_KEPT = 20
+TOO_MANY_REJECTED = "correct the input, or allow more with --max-reject-fraction"  # what to do about it
 COUNTS = ("clusters_read", "clusters_written", "members_read", "members_written", "members_rejected")
 COUNTS += ("members_left_out", "residues_written")
 LENGTH_EDGES = (1, 51, 101, 201, 301, 401, 501, 751, 1023, 1501, 2001, 5001)

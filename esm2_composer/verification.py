@@ -88,7 +88,8 @@ def _verify_split(
         raise UserError(f"{place}/index.json: damaged (it lists no shards)")
     lengths, draws, clusters, ids = np.zeros(0), np.zeros(0), 0, 0
     check = partial(_check_shard, place)
-    with Workers(min(workers, max(len(shards), 1))) as pool:
+    workers = min(workers, max(len(shards), 1))  # a process takes seconds to start; one shard needs none
+    with Workers(workers) as pool:
         for number, counted in enumerate(pool.map(check, shards) if workers > 1 else map(check, shards), 1):
             lengths, draws = _add(lengths, counted[0]), _add(draws, counted[1])
             clusters, ids = clusters + counted[2], ids + counted[3]

@@ -127,7 +127,8 @@ def _open(path: Path) -> tuple[dict, Callable[[], State]]:
             return _from_fair_esm(content, path)
         stored = content["state"]["model"]
         return _from_composer(stored, lambda: {name: tensor.clone() for name, tensor in stored.items()}, path)
-    if len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in (".", ".."):
+    hub_name = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in (".", "..")
+    if hub_name and path.suffix != ".pt":
         return _from_hugging_face(_download(str(path)))
     raise UserError(f"{path}: no such file or folder")
 
@@ -227,7 +228,9 @@ def _from_hugging_face(folder: Path) -> tuple[dict, Callable[[], State]]:
     try:
         hf = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
-        raise UserError(f"{folder}: neither a Hugging Face folder (no config.json) nor a checkpoint") from None
+        raise UserError(
+            f"{folder}: neither a Hugging Face folder (no config.json) nor a checkpoint{_newest(folder)}"
+        ) from None
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
     expected = {
@@ -256,6 +259,16 @@ def _from_hugging_face(folder: Path) -> tuple[dict, Callable[[], State]]:
         return _complete(_stack(foreign, config["num_layers"], False, folder), foreign, config)
 
     return config, read
+
+
+def _newest(folder: Path) -> str:
+    """What to name instead, where `folder` is a run's."""
+    from esm2_composer.checkpoints import LATEST  # here alone: it imports boto3
+
+    for path in (folder / LATEST, folder / "checkpoints" / LATEST):
+        if path.exists():
+            return f"; its newest checkpoint is {path}"
+    return ""
 
 
 def _read_hugging_face(folder: Path) -> State:

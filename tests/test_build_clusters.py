@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import build_clusters as tool
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, python
@@ -195,7 +196,10 @@ def failing_mmseqs(tmp_path, monkeypatch) -> Path:
     [
         (">a\nMKVLAAGIVGACDEF\n", "mmseqs easy-cluster failed with exit code 3: Error: no space"),
         (">a\nMKV\n", "no sequence of 11 residues or more"),
-        (">a\nMKV\n>b\n", r"1 of 2 sequences rejected, more than 1.0%: empty sequence 1 \(such as 'b'\)"),
+        (
+            ">a\nMKV\n>b\n",
+            r"1 of 2 sequences .* 1.0%: empty sequence 1 \(such as 'b'\); .* --max-reject-fraction$",
+        ),
         ("MKV\n", "not FASTA"),
     ],
 )
@@ -310,6 +314,15 @@ def test_sequences_are_written_in_the_order_of_clusters_and_not_sorted(tmp_path)
     ]
     assert any("protein" in step for step in steps)
     assert not [step for step in steps if "TEMP B-TREE" in step]
+
+
+@pytest.mark.parametrize(("count", "told"), [(99, True), (100, False)])
+def test_few_clusters_for_validation_are_told(call, monkeypatch, count, told):
+    report = {"counts": {"clusters_valid": count}, "rejected": {}, "changed": {}}
+    monkeypatch.setattr(clustering, "build_clusters", lambda *_, **__: report)
+    code, _, err = call(tool.main, "--fasta", "in.fasta", "--out", "out")
+    assert code == 0
+    assert ("few to measure perplexity by; raise --valid-fraction" in err) == told
 
 
 def test_without_mmseqs_the_tool_says_how_to_get_it(tmp_path):

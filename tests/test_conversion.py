@@ -275,7 +275,7 @@ def test_every_kind_of_bad_sequence_is_kept_or_counted(tmp_path: Path, layout: s
         UserError, match=r"^50\.0% of 14 members rejected, more than 49\.0%: cluster with no usable"
     ):
         convert(source, str(tmp_path / "no"), Options(), max_reject_fraction=0.49)
-    assert not list((tmp_path / "no").iterdir())
+    assert not (tmp_path / "no").exists()
 
 
 def test_every_kind_of_bad_sequence_in_fasta(tmp_path: Path) -> None:
@@ -425,6 +425,13 @@ def test_splits_converted_at_the_same_time_share_no_cluster(
 def test_nothing_to_write_leaves_nothing(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         convert(bionemo(tmp_path, columns, {}), str(tmp_path / "out"), Options(), max_reject_fraction=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_folder_of_the_user_stays(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="no cluster to write"):
+        convert(bionemo(tmp_path, {"ur50_id": pa.array([], pa.string())}, {}), str(tmp_path / "out"), Options())
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -443,7 +450,7 @@ def test_too_many_clusters_without_members_stop_it(tmp_path: Path, named: bool) 
     layout = bionemo(tmp_path, columns, {"a": "MK", "b": "MV"})
     with pytest.raises(UserError, match=r"^50\.0% of 4 clusters name no member, more than 49\.0%"):
         convert(layout, str(tmp_path / "out"), Options(), max_reject_fraction=0.49)
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
     assert convert(layout, str(tmp_path / "out"), Options(), max_reject_fraction=0.5)["clusters_written"] == 2
 
 

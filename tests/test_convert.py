@@ -192,7 +192,8 @@ WRONG_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "too many bad sequences": (
         lambda data: store_clusters(data, {"ur90_id": [["a", "b", "gone"]]}),
-        "33.3% of 3 members rejected, more than 1.0%: member without sequence 1 (such as 'gone')",
+        "33.3% of 3 members rejected, more than 1.0%: member without sequence 1 (such as 'gone'); "
+        "correct the input, or allow more with --max-reject-fraction",
     ),
 }
 
@@ -391,9 +392,9 @@ def test_a_finished_split_is_told_and_verified(convert: Convert, data: Path, tmp
         code, stderr = convert(*options(data, tmp_path / "shards"), "--workers", "1")
         assert code == 0
         assert stderr.endswith(expected)
-    code, stderr = convert("--verify", str(tmp_path / "shards"), "--workers", "1")
-    assert code == 0
-    assert "train: 1 shards hold what index.json says\ntrain: 2 clusters, 3 members, 10 residues\n" in stderr
+    command = [sys.executable, TOOL, "--verify", tmp_path / "shards"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert out.startswith("train: 1 shards hold what index.json says\ntrain: 2 clusters, 3 members, 10 residues\n")
 
 
 def test_a_line_now_and_then_without_a_terminal(
@@ -453,6 +454,16 @@ def test_both_splits_are_written_and_their_counts_printed(convert: Convert, data
         conversion = json.loads((out / split / "conversion.json").read_text())
         inputs = {role: paths[0]["path"] for role, paths in conversion["state"]["inputs"].items()}
         assert inputs == {"clusters": str(data / "clusters.parquet"), "sequences": str(data / "proteins.db")}
+
+
+def test_that_one_member_of_a_validation_cluster_is_scored_is_told(
+    convert: Convert, data: Path, tmp_path: Path
+) -> None:
+    code, stderr = convert(*options(data, tmp_path / "shards"), "--split", "valid")
+    assert code == 0
+    assert stderr.splitlines()[1:] == [
+        "valid: evaluation scores one member of each cluster, by its seed; members left out: 1"
+    ]
 
 
 def test_how_many_files_a_folder_gave_is_told(convert: Convert, tmp_path: Path) -> None:

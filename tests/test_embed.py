@@ -301,6 +301,7 @@ def test_faults_are_treated_as_in_conversion_and_repeated_ids_keep_their_rows(tm
     assert found.rejected == {"empty sequence": 1, "bad residue": 1}
     assert found.examples == {"empty sequence": "b", "bad residue": "c"}
     assert found.changed["J made X"] == 1
+    assert (found.repeated, found.repeated_id) == (1, "a")
     assert list(read_proteins(path)) == [("a", b"MKV"), ("a", b"MXVL"), ("a", b"MKV")]
     path.write_bytes(path.read_bytes() + b"> \nMKV\n")
     assert survey(path, 1024, 0.5).examples["header without id"] == "record 6"
@@ -399,7 +400,7 @@ def test_an_output_that_is_a_link_or_a_folder_is_refused_and_stays(tool, weights
 
 
 @pytest.mark.parametrize("place", ["fasta", "--model", "--out"])
-@pytest.mark.parametrize("path", ["file/inside", "n" * 300, "n" * 250])
+@pytest.mark.parametrize("path", ["file/inside.parquet", f"{'n' * 300}.parquet", f"{'n' * 242}.parquet"])
 def test_a_path_that_the_system_refuses_is_one_line_and_leaves_nothing(tool, weights, tmp_path, place, path):
     (tmp_path / "file").touch()
     fasta = write_fasta(tmp_path / "in.fasta", random_proteins([20]))
@@ -421,6 +422,18 @@ def test_wrong_options_and_an_output_that_exists_are_told_before_anything_is_rea
     (tmp_path / "out.parquet").touch()
     out = tmp_path / "out.parquet"
     assert_refused(tool("nothing.fasta", "--model", "nothing", "--out", out, *options), words)
+
+
+def test_an_output_of_another_kind_is_refused(tool, tmp_path):
+    result = tool("nothing.fasta", "--model", "nothing", "--out", tmp_path / "out.csv")
+    assert_refused(result, ["--out", "out.csv must end in .parquet"])
+
+
+def test_ids_that_come_again_are_told(tool, weights, tmp_path):
+    (tmp_path / "in.fasta").write_text(">b\nMK\n>a\nMKV\n>a\nMKV\n>a\nMV\n")
+    code, stderr = tool(tmp_path / "in.fasta", "--model", weights, "--out", tmp_path / "out.parquet")
+    assert code == 0
+    assert "ids that come again: 1, such as 'a'\n" in stderr
 
 
 @pytest.mark.slow

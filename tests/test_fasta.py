@@ -120,6 +120,15 @@ def test_what_is_not_fasta_is_a_user_error(tmp_path, content, message):
         read(tmp_path, content)
 
 
+@pytest.mark.parametrize("count", [5, 200])  # fewer and more records than are looked at
+def test_nucleotides_are_told_from_proteins(tmp_path, count):
+    gene = b"".join(b">g%d\n%s\n" % (i, b"acgtNACGTR" * 10) for i in range(count))
+    with pytest.raises(UserError, match=r"looks like nucleotides \(90 % A, C, G, T, U or N\); give proteins"):
+        read(tmp_path, gene.replace(b"R", b"U", 1))
+    assert len(read(tmp_path, gene)) == count  # not more than 90 %
+    assert len(read(tmp_path, b">short\n" + b"ACGT" * 74)) == 1
+
+
 @pytest.mark.parametrize(("name", "message"), [("nothing", "no such file"), (".", "Is a directory")])
 def test_a_path_that_cannot_be_read_is_a_user_error(tmp_path, name, message):
     with pytest.raises(UserError, match=message):

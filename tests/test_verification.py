@@ -18,6 +18,7 @@ from esm2_composer.errors import UserError
 from esm2_composer.layouts import BioNeMo
 from esm2_composer.mds import ShardWriter
 from esm2_composer.verification import verify
+from esm2_composer.workers import Workers
 
 
 def test_statistics_of_members_and_of_draws(tmp_path: Path) -> None:
@@ -39,6 +40,12 @@ def test_progress_is_told_of_each_split(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     verify(str(tmp_path / "out"), progress=lambda *done: told.append(done))
     assert told == [("shards of train", 1, 1), ("shards of valid", 1, 1)]
+
+
+def test_no_process_is_started_for_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(bionemo(tmp_path, {"ur50_id": ["a"]}, {"a": "MK"}), str(tmp_path / "out"), Options())
+    monkeypatch.setattr(Workers, "submit", lambda *_: pytest.fail("a process is started"))
+    assert verify(str(tmp_path / "out"), workers=4)["train"]["shards"] == 1
 
 
 @pytest.mark.parametrize(("split", "over", "padding"), [("train", 0.0195, 0.725), ("valid", 0.05, 0.743)])

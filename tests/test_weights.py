@@ -312,6 +312,23 @@ def test_files_of_other_architectures_are_refused(make, complaint, tmp_path):
         ESM2.from_pretrained(tmp_path / "model.pt")
 
 
+@pytest.mark.parametrize("name", ["runs/c", "runs/c/checkpoints"])
+def test_of_a_runs_folder_the_newest_checkpoint_is_named(tmp_path, name):
+    latest = tmp_path / "runs/c/checkpoints/latest-rank0.pt"
+    latest.parent.mkdir(parents=True)
+    latest.touch()
+    with pytest.raises(UserError, match=f"nor a checkpoint; its newest checkpoint is {latest}$"):
+        ESM2.from_pretrained(tmp_path / name)
+    latest.unlink()
+    with pytest.raises(UserError, match=r"nor a checkpoint$"):
+        ESM2.from_pretrained(tmp_path / name)
+
+
+def test_a_file_that_is_missing_is_not_looked_for_on_the_hub():
+    with pytest.raises(UserError, match=r"^checkpoints/latest\.pt: no such file"):
+        ESM2.from_pretrained("checkpoints/latest.pt")
+
+
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_name_on_the_hub_is_read_from_its_cache(model, tmp_path, monkeypatch, safe):
     """As huggingface_hub lays out what it has downloaded; no network is used."""

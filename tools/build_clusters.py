@@ -15,6 +15,8 @@ from pathlib import Path
 
 from esm2_composer.errors import UserError, run_command
 
+ENOUGH_VALID = 100  # clusters
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,6 +57,12 @@ def main() -> None:
         print(f"rejected, {reason}: {rejected['count']:,}", file=sys.stderr)
     for change, count in report["changed"].items():
         print(f"changed, {change}: {count:,}", file=sys.stderr)
+    valid = report["counts"]["clusters_valid"]
+    if valid < ENOUGH_VALID:
+        print(
+            f"clusters for validation: {valid:,}, few to measure perplexity by; raise --valid-fraction",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

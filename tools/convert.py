@@ -185,6 +185,12 @@ def print_summary(split: str, conversion: dict) -> None:
         return
     seconds = conversion["elapsed_seconds"]
     print(f"{split}: {written} in {seconds} s", file=sys.stderr)
+    unscored = conversion["members_written"] - conversion["clusters_written"]
+    if split == "valid" and unscored:
+        print(
+            f"valid: evaluation scores one member of each cluster, by its seed; members left out: {unscored:,}",
+            file=sys.stderr,
+        )
     if len(files := conversion["state"]["inputs"].get("flat", [])) > 1:
         print(f"read: {len(files):,} parquet files", file=sys.stderr)
     read = conversion.get("sequences_read", 0)  # where the layout has them all read
@@ -205,8 +211,7 @@ def print_statistics(split: str, statistics: dict) -> None:
         f"{statistics['residues']:,} residues\n"
         f"{split}: lengths {lengths}; {statistics['share_over_1022']:.2%} over 1,022\n"
         f"{split}: padded to 1,024, {statistics['padding_at_1024']:.1%} of all tokens drawn in training "
-        "would be padding",
-        file=sys.stderr,
+        "would be padding"
     )
 
 

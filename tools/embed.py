@@ -45,6 +45,8 @@ def main() -> None:
     if not 0 <= args.max_reject_fraction <= 1:
         raise UserError(f"--max-reject-fraction {args.max_reject_fraction} must lie between 0 and 1")
     refuse_existing(args.out)
+    if args.out.suffix != ".parquet":
+        raise UserError(f"--out {args.out} must end in .parquet")
     if not args.fasta.is_file():
         raise UserError(f"{args.fasta}: no such file (a pipe will not do: it is read twice)")
 
@@ -95,6 +97,8 @@ def print_survey(found, max_length: int) -> None:
     print(f"{found.proteins:,} proteins, {found.residues:,} residues", file=sys.stderr)
     if found.over_limit:
         print(f"longer than {max_length - 2:,} residues: {found.over_limit:,}", file=sys.stderr)
+    if found.repeated:
+        print(f"ids that come again: {found.repeated:,}, such as {found.repeated_id!r}", file=sys.stderr)
     for reason, count in found.rejected.items():
         print(f"rejected, {reason}: {count:,} (first: {found.examples[reason]!r})", file=sys.stderr)
     for change, count in found.changed.items():

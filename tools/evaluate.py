@@ -53,7 +53,9 @@ def evaluate_checkpoint() -> None:
     parser.add_argument(
         "--microbatch-tokens", type=int, default=16384, help="tokens computed at a time (%(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument(
+        "--json", action="store_true", help="a JSON object on standard output, the table on standard error"
+    )
     args = parser.parse_args()
     data = DataSection(remote=args.data, local=args.local, max_length=args.max_length)
     check(args, data)
@@ -87,7 +89,8 @@ def evaluate_checkpoint() -> None:
     if args.floors:
         (result["floors"],) = data_floors(data, [rule])
     if rank == 0:
-        print(f"{args.checkpoint} on {args.data}/{args.split}", report(result), sep="\n", file=sys.stderr)
+        table = sys.stderr if args.json else sys.stdout
+        print(f"{args.checkpoint} on {args.data}/{args.split}", report(result), sep="\n", file=table)
         if args.json:
             print(json.dumps(result))
     if ranks > 1:
