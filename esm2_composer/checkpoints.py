@@ -40,8 +40,8 @@ from esm2_composer.errors import FULL, Passing, StoreAway, UserError
 from esm2_composer.mds import write_durably
 from esm2_composer.patience import patiently
 from esm2_composer.ranks import on_every_rank, on_rank_zero, say
+from esm2_composer.weights import LATEST
 
-LATEST = "latest-rank0.pt"  # a link to the newest checkpoint, in local folders, for people and tools
 RECIPE = "recipe.yaml"
 INDEX = "checkpoints.json"
 LOCK = ".lock"

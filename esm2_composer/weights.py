@@ -26,6 +26,7 @@ from esm2_composer.sharded_checkpoint import read_sharded
 
 State = Mapping[str, torch.Tensor]
 
+LATEST = "latest-rank0.pt"  # a link to a run's newest checkpoint, in local folders, for people and tools
 COMPOSER_PREFIX = "net."  # the attribute of task.MaskedLanguageModel that holds the ESM2
 
 # module here, in transformers' EsmForMaskedLM, in fair-esm; the three of `qkv` lie stacked here
@@ -263,8 +264,6 @@ def _from_hugging_face(folder: Path) -> tuple[dict, Callable[[], State]]:
 
 def _newest(folder: Path) -> str:
     """What to name instead, where `folder` is a run's."""
-    from esm2_composer.checkpoints import LATEST  # here alone: it imports boto3
-
     for path in (folder / LATEST, folder / "checkpoints" / LATEST):
         if path.exists():
             return f"; its newest checkpoint is {path}"
