@@ -273,7 +273,7 @@ def test_a_checkpoint_that_is_damaged_or_does_not_fit_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--data", "/nowhere"], ["/nowhere", "no valid shards"]),
+        (["--data", "/nowhere"], ["/nowhere", "no such folder"]),
         (["--data", "n" * 300], ["nnn"]),
         (["--data", __file__], ["test_evaluation.py", "no valid shards"]),
         (["--data", "SHARDS", "--local", f"{__file__}/x"], ["test_evaluation.py"]),

@@ -98,6 +98,8 @@ def small(line: str) -> str:
         line = line.replace(large, ours)
     if "train.py" in line and "--dry-run" not in line:
         line = re.sub(r"(?<=\.yaml)", f" {SHORT}", line, count=1)
+    elif "train.py" in line:
+        line = line.replace(".yaml", ".yaml global_train_batch_size=16")
     if benchmark := re.search(r"benchmark\.py (\w+)", line):
         line += f" {BENCHMARKS[benchmark[1]]}"
     return line

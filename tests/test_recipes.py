@@ -28,7 +28,7 @@ RECIPES = sorted(path.stem for path in (ROOT / "yamls").glob("*.yaml"))
 
 
 def load(name: str, shards: Path):
-    return load_recipe(str(ROOT / f"yamls/{name}.yaml"), [f"data.remote={shards}"])
+    return load_recipe(str(ROOT / f"yamls/{name}.yaml"), [f"data.remote={shards}"], data_is_here=False)
 
 
 def test_there_is_a_recipe_for_every_size():
@@ -55,10 +55,10 @@ def test_the_published_settings(size, shards):
     assert (draw.max_length, draw.masking.fraction, draw.masking.split) == (1024, 0.15, (0.8, 0.1, 0.1))
 
 
-def test_clusters_are_drawn_as_the_recipe_says(shards):
+def test_clusters_are_drawn_as_the_recipe_says():
     lengths = ("data.max_length=500", "data.min_length=9")
     masks = ("data.mask_fraction=0.3", "data.mask_split=[0.5, 0.3, 0.2]", "data.replacement=all_tokens")
-    recipe = load_recipe(str(ROOT / "yamls/8m.yaml"), [f"data.remote={shards}", "seed=3", *lengths, *masks])
+    recipe = load_recipe(str(ROOT / "yamls/8m.yaml"), ["seed=3", *lengths, *masks], data_is_here=False)
     assert cluster_draw(recipe) == ClusterDraw(3, 500, 9, MaskingRule(0.3, (0.5, 0.3, 0.2), all_tokens=True))
 
 
@@ -128,13 +128,13 @@ def test_the_order_of_an_epoch_is_laid_out_as_the_recipe_tells(name, shards):
 @pytest.mark.parametrize("size", ["650m", "3b", "15b"])
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("overrides", [(), ("data_parallel_shard_degree=8", "data_parallel_replicate_degree=-1")])
-def test_composer_takes_every_sharding_setting(size, version, overrides, shards):
+def test_composer_takes_every_sharding_setting(size, version, overrides):
     """Composer's own configurations swallow unknown keys in silence."""
     if version == 2 and overrides:
         pytest.skip("FSDP version 2 has no replicas")
     path = str(ROOT / f"yamls/{size}.yaml")
     keys = (f"version={version}", *overrides)
-    recipe = load_recipe(path, [f"data.remote={shards}", *(f"fsdp.{key}" for key in keys)])
+    recipe = load_recipe(path, [f"fsdp.{key}" for key in keys], data_is_here=False)
     options = fsdp_options(recipe.fsdp)
     config = FSDPConfig if version == 1 else FSDP2Config
     assert options.keys() <= {field.name for field in dataclasses.fields(config)}
@@ -145,25 +145,26 @@ def test_composer_takes_every_sharding_setting(size, version, overrides, shards)
     assert built.mixed_precision == "DEFAULT"
 
 
-def test_degrees_that_do_not_make_the_ranks_are_refused(shards):
-    recipe = load_recipe(
-        str(ROOT / "yamls/3b.yaml"),
-        [f"data.remote={shards}", "fsdp.data_parallel_shard_degree=8", "fsdp.data_parallel_replicate_degree=-1"],
-    )
+def test_degrees_that_do_not_make_the_ranks_are_refused():
+    degrees = ["fsdp.data_parallel_shard_degree=8", "fsdp.data_parallel_replicate_degree=-1"]
+    recipe = load_recipe(str(ROOT / "yamls/3b.yaml"), degrees, data_is_here=False)
     recipe.fsdp.check_degrees(64)
     with pytest.raises(UserError, match="data_parallel_shard_degree 8 does not make the 12 ranks"):
         recipe.fsdp.check_degrees(12)
 
 
-def test_a_dry_run_tells_the_recipe_and_what_it_asks_for(shards, tmp_path):
-    recipe = ROOT / "yamls/650m.yaml"
-    result = python(ROOT / "train.py", recipe, "--dry-run", f"data.remote={shards}", cwd=tmp_path)
+def test_a_dry_run_tells_the_recipe_and_what_it_asks_for(tmp_path_factory, tmp_path):
+    recipe, data = ROOT / "yamls/650m.yaml", tmp_path_factory.mktemp("data")
+    for split in ("train", "valid"):
+        (data / split).mkdir()
+        (data / split / "index.json").write_text('{"shards": [{"samples": 2048}]}')
+    result = python(ROOT / "train.py", recipe, "--dry-run", f"data.remote={data}", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "parameters: 651,043,254" in result.stdout
     assert "at most 2,097,152, in 2,048 sequences" in result.stdout
     assert "memory a GPU, of 1: about" in result.stdout
     (tmp_path / "told.yaml").write_text(result.stdout.partition("\n\n")[0])
-    assert load_recipe(str(tmp_path / "told.yaml")) == load("650m", shards)
+    assert load_recipe(str(tmp_path / "told.yaml")) == load("650m", data)
     wrong = python(ROOT / "train.py", recipe, "data.remote=/nowhere", "--dry-run", cwd=tmp_path)
     assert wrong.returncode == 2
     assert [path.name for path in tmp_path.iterdir()] == ["told.yaml"]

@@ -265,7 +265,7 @@ def test_a_worker_waits_for_no_other_that_failed(fresh: Callable[[], str], tmp_p
     source = Path(fresh())
     for damaged in source.glob("*.zstd"):
         damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-    dataset = evaluation_loader(DRAW, str(source), str(tmp_path / "cache"), BATCH, 0).dataset._clusters
+    dataset = evaluation_loader(DRAW, str(source), str(tmp_path / "cache"), BATCH, 0).dataset.clusters
     for _ in range(2):  # the second as another worker would
         with pytest.raises(UserError, match="cannot be read"):
             dataset.prepare_shard(0)
