@@ -37,7 +37,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from esm2_composer.config import Recipe, changes, to_yaml
 from esm2_composer.errors import FULL, Passing, StoreAway, UserError
-from esm2_composer.mds import write_durably
+from esm2_composer.files import sync, write_durably
 from esm2_composer.patience import patiently
 from esm2_composer.ranks import on_every_rank, on_rank_zero, say
 from esm2_composer.weights import LATEST
@@ -140,16 +140,16 @@ class LocalFolder:
     def send(self, staged: Path, name: str, rank: int) -> None:
         """Bring the rank's part of a sharded checkpoint to its place: here, to the disk."""
         for path in staged.glob(f"__{rank}_*"):
-            _sync(path)
+            sync(path)
 
     def commit(self, staged: Path, name: str) -> None:
         """Make a checkpoint whole, once every rank has sent its part."""
-        _sync(staged / ".metadata" if staged.is_dir() else staged)
+        sync(staged / ".metadata" if staged.is_dir() else staged)
         place = self.path / name
         if place.is_dir():
             shutil.rmtree(place)
         os.replace(staged, place)
-        _sync(self.path)
+        sync(self.path)
         if _NAME.fullmatch(name):
             link = self.path / f".{LATEST}.new"
             link.unlink(missing_ok=True)
@@ -194,15 +194,6 @@ def _lock(file: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def _sync(path: Path) -> None:
-    """See that what was written, or what a folder lists, outlives the loss of power."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -415,9 +406,14 @@ def take_over(folder: Folder, resume: bool, recipe: Recipe, sharded: bool) -> st
 
 def check_shared(folder: Folder) -> None:
     """Raise a UserError on every rank, if not every one sees the folder of rank 0."""
-    # By a name that nobody has looked up before: NFS believes for a while that what was not there still is not.
-    name = on_rank_zero(lambda: f"{_PROBE}{uuid.uuid4().hex}")
-    on_rank_zero(lambda: ask(folder, lambda: folder.write(name, "")))
+
+    def write() -> str:
+        # A name that nobody has looked up before: NFS believes for a while that what was not there still is not.
+        name = f"{_PROBE}{uuid.uuid4().hex}"
+        ask(folder, lambda: folder.write(name, ""))
+        return name
+
+    name = on_rank_zero(write)
     seen = on_every_rank(lambda: ask(folder, lambda: folder.read(name)) is not None)
     on_rank_zero(lambda: ask(folder, lambda: folder.remove(name)))
     if not all(seen):

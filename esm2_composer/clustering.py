@@ -32,8 +32,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.errors import UserError, refuse_existing
+from esm2_composer.errors import UserError
 from esm2_composer.fasta import read_fasta
+from esm2_composer.files import refuse_existing
 from esm2_composer.layouts import sort_within
 from esm2_composer.records import TOO_MANY_REJECTED, Report, clean
 

@@ -38,8 +38,8 @@ from esm2_composer.conversion_plan import Plan, make_plan
 from esm2_composer.destinations import LocalSplit, RemoteSplit, open_destination
 from esm2_composer.errors import Passing, StoreAway, UserError
 from esm2_composer.fasta import ReadError
+from esm2_composer.files import sync, write_durably
 from esm2_composer.layouts import Layout
-from esm2_composer.mds import sync, write_durably
 from esm2_composer.parts import EngineError, Options, Part, PartBuilder, Processes
 from esm2_composer.records import TOO_MANY_REJECTED, Report
 from esm2_composer.storage import StoreError, is_remote, xxh64

@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from esm2_composer.files import sync, write_durably
 from esm2_composer.layouts import Layout, Progress, literal, reading
-from esm2_composer.mds import sync, write_durably
 from esm2_composer.records import EXAMPLES_KEPT, Report
 
 # A part is closed with the cluster that reaches one of these: some 30 MB of UniRef, a second or two of work.

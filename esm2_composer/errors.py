@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -55,19 +53,6 @@ def naming(key: str) -> Iterator[None]:
         yield
     except (UserError, ValueError) as error:
         raise UserError(f"{key}: {error}") from error
-
-
-def refuse_existing(out: Path, kind: str = "file") -> None:
-    """Raises UserError if there is something at `out`, which a rename would replace; a link to nowhere too.
-
-    Also if it is the address of a store, of which a Path is made as of s3://bucket: s3:/bucket.
-    """
-    from esm2_composer.storage import is_remote  # which imports this module
-
-    if is_remote(str(out)):
-        raise UserError(f"{out}: write to a local disk, and copy")
-    if os.path.lexists(out) or out.name == "..":
-        raise UserError(f"{out} exists already; remove it, or choose another {kind}")
 
 
 def run_command(main: Callable[[], int | None]) -> None:

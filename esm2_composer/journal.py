@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.errors import UserError, refuse_existing
+from esm2_composer.errors import UserError
+from esm2_composer.files import refuse_existing
 
 METADATA_KEY = b"esm2_composer"
 ROW_GROUP_BYTES = 32 * 2**20

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from esm2_composer.errors import UserError
 from esm2_composer.fasta import UNIPROT, ReadError, compression, read_blocks, read_fasta
-from esm2_composer.mds import sync
+from esm2_composer.files import sync
 from esm2_composer.records import Report
 
 # What is held at once. Sequences, of which any may be long, are counted in bytes where their lengths are known.

@@ -8,9 +8,7 @@ itself is small: a count, offsets, the columns as JSON, and the samples end to e
 from __future__ import annotations
 
 import json
-import os
 import struct
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import pyarrow as pa
 import xxhash
 import zstd
 
+from esm2_composer.files import write_durably
 from esm2_composer.records import COLUMNS
 
 SHARD_BYTES = 64 * 2**20  # before compression; a sample that is larger makes a shard of its own
@@ -130,22 +129,3 @@ class ShardWriter:
 
 def _file(basename: str, content: bytes) -> dict[str, Any]:
     return {"basename": basename, "bytes": len(content), "hashes": {"xxh64": xxhash.xxh64(content).hexdigest()}}
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file that is whole whenever it is seen under its name."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # another machine may write it too
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """See that a file outlasts a power failure, before a marker says that it is there."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from esm2_composer.conversion_plan import read_part, stage
 from esm2_composer.errors import UserError
+from esm2_composer.files import write_durably
 from esm2_composer.layouts import Layout, Progress, Sequences
-from esm2_composer.mds import ShardWriter, write_durably
+from esm2_composer.mds import ShardWriter
 from esm2_composer.records import Member, Report, build_record, choose_members
 from esm2_composer.workers import Workers
 

@@ -42,6 +42,7 @@ WITHOUT_STREAMING = {
     *("test_alphabet", "test_attention", "test_benchmark", "test_benchmark_convert", "test_benchmark_step"),
     *("test_build_clusters", "test_callbacks", "test_checkpoints", "test_config", "test_conversion_plan"),
     *("test_convert", "test_docs", "test_embed", "test_epochs", "test_errors", "test_export_hf", "test_fasta"),
+    "test_files",
     *("test_layouts", "test_masking", "test_mds", "test_model", "test_optim", "test_parts", "test_patience"),
     *("test_plan", "test_pool", "test_precision", "test_ranks", "test_records", "test_running"),
     *("test_sample_data", "test_sharded_checkpoint", "test_sharding", "test_spark", "test_strict"),

@@ -3,12 +3,11 @@
 import errno
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 
 from esm2_composer.conversion import Interrupted
-from esm2_composer.errors import StoreAway, UserError, refuse_existing, run_command
+from esm2_composer.errors import StoreAway, UserError, run_command
 
 
 @pytest.fixture(autouse=True)
@@ -90,8 +89,3 @@ def test_what_another_start_may_mend_is_one_line_and_no_mistake(error, line, cap
 
 def test_a_message_is_one_line_of_text_whatever_is_quoted_in_it():
     assert str(UserError("a\n  b \x1b[31m\0 é \udcff")) == r"a b \x1b[31m\x00 é \udcff"
-
-
-def test_an_output_in_a_store_is_refused_where_only_files_are_written():
-    with pytest.raises(UserError, match="s3:/bucket/out: write to a local disk, and copy"):
-        refuse_existing(Path("s3://bucket/out"))

@@ -13,7 +13,7 @@ import zstd
 from streaming import MDSWriter
 
 from esm2_composer import mds
-from esm2_composer.mds import Shard, ShardWriter, write_durably
+from esm2_composer.mds import Shard, ShardWriter
 from esm2_composer.records import COLUMNS
 
 
@@ -73,11 +73,3 @@ def test_a_mapped_shard_keeps_no_file_open(tmp_path: Path) -> None:
     shards = [Shard.mapped(tmp_path / "raw") for _ in range(50)]
     assert psutil.Process().num_fds() < before + 10
     del shards
-
-
-def test_a_file_is_never_seen_half_written(tmp_path: Path) -> None:
-    write_durably(tmp_path / "file", b"old")
-    with pytest.raises(TypeError):
-        write_durably(tmp_path / "file", "no bytes")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_bytes() == b"old"

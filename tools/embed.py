@@ -14,7 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from esm2_composer.errors import UserError, refuse_existing, run_command
+from esm2_composer.errors import UserError, run_command
+from esm2_composer.files import refuse_existing
 
 
 def main() -> None:

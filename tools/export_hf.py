@@ -10,7 +10,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-from esm2_composer.errors import UserError, refuse_existing, run_command
+from esm2_composer.errors import UserError, run_command
+from esm2_composer.files import refuse_existing
 
 
 def main() -> None:

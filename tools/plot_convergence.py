@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from esm2_composer.config import DataSection, lacking
-from esm2_composer.errors import UserError, refuse_existing, run_command
+from esm2_composer.errors import UserError, run_command
+from esm2_composer.files import refuse_existing
 from esm2_composer.storage import is_remote
 
 PERPLEXITY = "metrics/valid/perplexity"

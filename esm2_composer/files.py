@@ -1,0 +1,43 @@
+"""Files on local disks: whole when they are seen, there after a power failure, and in the place of no other."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+from esm2_composer.errors import UserError
+from esm2_composer.storage import is_remote
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file that is whole whenever it is seen under its name."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # another machine may write it too
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """See that what was written to a file, or what a folder lists, outlasts a power failure."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def refuse_existing(out: Path, kind: str = "file") -> None:
+    """Raises UserError if there is something at `out`, which a rename would replace; a link to nowhere too.
+
+    Also if it is the address of a store, of which a Path is made as of s3://bucket: s3:/bucket.
+    """
+    if is_remote(str(out)):
+        raise UserError(f"{out}: write to a local disk, and copy")
+    if os.path.lexists(out) or out.name == "..":
+        raise UserError(f"{out} exists already; remove it, or choose another {kind}")

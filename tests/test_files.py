@@ -1,0 +1,21 @@
+"""Files on local disks are whole, or not there; outputs take no other's place."""
+
+from pathlib import Path
+
+import pytest
+
+from esm2_composer.errors import UserError
+from esm2_composer.files import refuse_existing, write_durably
+
+
+def test_a_file_is_never_seen_half_written(tmp_path: Path) -> None:
+    write_durably(tmp_path / "file", b"old")
+    with pytest.raises(TypeError):
+        write_durably(tmp_path / "file", "no bytes")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_an_output_in_a_store_is_refused_where_only_files_are_written():
+    with pytest.raises(UserError, match="s3:/bucket/out: write to a local disk, and copy"):
+        refuse_existing(Path("s3://bucket/out"))
