@@ -1,29 +1,23 @@
-"""What happens around the steps of a run: leaving early, clipping, and what people see of it."""
+"""What happens around the steps of a run: leaving early, clipping, and measuring how it goes."""
 
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections import deque
-from collections.abc import Callable
 
 import torch
 import torch.distributed
 from composer.core import Callback, State
-from composer.loggers import Logger, TensorboardLogger
+from composer.loggers import Logger
 from composer.utils import dist
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.utils.tensorboard.summary import hparams
-from tqdm import tqdm
 
 from esm2_composer import preemption
 from esm2_composer.config import Recipe
+from esm2_composer.loggers import LOSS
 from esm2_composer.ranks import cpu_group
 from esm2_composer.task import MaskedLanguageModel
 
-LOSS = "loss/train/total"
-PERPLEXITY = "metrics/valid/perplexity"
 EVERY = 10  # updates between two rounds of what costs a little
 
 
@@ -40,11 +34,18 @@ class Diverged(Exception):
 
 
 class Preemption(Callback):
-    """Raises `Preempted` on every rank, once one rank was told to leave (see `preemption`)."""
+    """Raises `Preempted` on every rank, once one rank was told to leave (see `preemption`).
+
+    They ask each other once an update has been launched, and take the answer after it, so that GPUs compute
+    meanwhile: gloo sends a number around the ring of ranks twice, which on a hundred ranks takes longer than all
+    else that a host does between two updates.
+    """
 
     def __init__(self) -> None:
         # Not the default group: on GPUs that is NCCL's, and asking it would make the GPU wait.
         self._group = cpu_group()
+        self._told: torch.Tensor | None = None
+        self._asking: torch.distributed.Work | None = None
         self._fitting = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -61,17 +62,29 @@ class Preemption(Callback):
     def epoch_end(self, state: State, logger: Logger) -> None:
         preemption.waiting_for_data.clear()  # Composer has asked in vain
 
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        self._ask()
+
     def batch_end(self, state: State, logger: Logger) -> None:
-        self._check()
+        self._leave_if_told()
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
         if self._fitting:
-            self._check()
+            self._ask()
+            self._leave_if_told()
 
-    def _check(self) -> None:
-        told = torch.tensor(int(preemption.received.is_set()))
+    def _ask(self) -> None:
         if self._group is not None:
-            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=self._group)
+            self._told = torch.tensor(int(preemption.received.is_set()))
+            maximum = torch.distributed.ReduceOp.MAX
+            self._asking = torch.distributed.all_reduce(self._told, maximum, self._group, async_op=True)
+
+    def _leave_if_told(self) -> None:
+        if self._group is None:
+            told = preemption.received.is_set()
+        else:
+            self._asking.wait()
+            told = bool(self._told)
         if told:
             raise Preempted
 
@@ -182,95 +195,3 @@ class TokenMonitor(Callback):
                 "metrics/train/masked_accuracy": correct / max(predicted, 1),
             }
         )
-
-
-class TensorBoard(TensorboardLogger):
-    """Composer's logger, in one file a start, of rank 0: its own begins another at each flush, 50,000 in a
-    published run, and one at each evaluation on every rank, in a folder that looks like another run.
-
-    A full disk ends the logging, not the run.
-    """
-
-    _failed = False
-
-    def init(self, state: State, logger: Logger) -> None:
-        if not dist.get_global_rank():
-            self._attempt(super().init, state, logger)
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self._attempt(super().log_metrics, metrics, step)
-
-    def eval_end(self, state: State, logger: Logger) -> None:
-        self._flush(logger)
-
-    def _flush(self, logger: Logger) -> None:
-        if self.writer is None:
-            return
-        if self.hyperparameters:
-            self._attempt(self._write_hyperparameters)
-            self.hyperparameters = {}
-        self._attempt(self.writer.flush)
-
-    def _write_hyperparameters(self) -> None:
-        experiment, start, _ = hparams(self.hyperparameters, dict.fromkeys((LOSS, PERPLEXITY)))
-        for summary in (experiment, start):
-            self.writer.file_writer.add_summary(summary)
-
-    def close(self, state: State, logger: Logger) -> None:
-        if self.writer is not None:
-            self._attempt(self.writer.close)
-            self.writer = None
-
-    def _attempt(self, action: Callable[..., None], *arguments: object) -> None:
-        if self._failed:
-            return
-        try:
-            action(*arguments)
-        except OSError as error:  # may be that of an earlier write, by the writer's thread
-            self._failed = True
-            line = f"TensorBoard's events cannot be written ({error.strerror or error}); going on without"
-            print(line, file=sys.stderr, flush=True)
-
-
-class Progress(Callback):
-    """How far the run is: on a terminal a bar, else a line every `interval` updates; and a line an evaluation.
-
-    Composer's bar shows no result of an evaluation, and leaves a trace in checkpoints.
-    """
-
-    def __init__(self, updates: int, interval: int) -> None:
-        self._updates, self._interval = updates, interval
-        self._start: tuple[float, int] | None = None
-        self._bar: tqdm | None = None
-
-    def fit_start(self, state: State, logger: Logger) -> None:
-        if not dist.get_global_rank() and sys.stderr.isatty():
-            done = state.timestamp.batch.value
-            self._bar = tqdm(total=self._updates, initial=done, unit=" updates", dynamic_ncols=True)
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        update, loss = state.timestamp.batch.value, f"loss {state.total_loss_dict[LOSS]:.4f}"
-        if self._start is None:
-            self._start = (time.monotonic(), update)
-        if self._bar is not None:
-            self._bar.set_postfix_str(loss, refresh=False)
-            self._bar.update()
-        elif not dist.get_global_rank() and (update % self._interval == 0 or update == self._updates):
-            since, first = self._start
-            speed = (update - first) / (time.monotonic() - since) if update > first else 0
-            seconds = (self._updates - update) / speed if speed else 0
-            left = f"{seconds / 60:.0f} min" if seconds > 120 else f"{seconds:.0f} s"
-            self._say(f"update {update}/{self._updates}: {loss}" + (f", {left} left" if seconds else ""))
-
-    def eval_end(self, state: State, logger: Logger) -> None:
-        if not dist.get_global_rank():
-            values = ", ".join(f"{name} {float(value):.4f}" for name, value in state.eval_metric_values.items())
-            self._say(f"update {state.timestamp.batch.value}/{self._updates}: validation {values}")
-
-    def close(self, state: State, logger: Logger) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def _say(self, line: str) -> None:
-        tqdm.write(line, file=sys.stderr)  # above the bar, if there is one
-        sys.stderr.flush()

@@ -13,18 +13,10 @@ import torch
 from composer import Evaluator, Trainer
 from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator, SpeedMonitor
 from composer.core import Callback
-from composer.loggers import LoggerDestination, WandBLogger
 from composer.utils import dist, get_device
 
 from esm2_composer.attention import select_attention, what_triton_lacks
-from esm2_composer.callbacks import (
-    Divergence,
-    GradientClipping,
-    Preemption,
-    Progress,
-    TensorBoard,
-    TokenMonitor,
-)
+from esm2_composer.callbacks import Divergence, GradientClipping, Preemption, TokenMonitor
 from esm2_composer.checkpoints import (
     Index,
     check_shared,
@@ -46,6 +38,7 @@ from esm2_composer.data import (
 )
 from esm2_composer.errors import UserError, naming
 from esm2_composer.fp8 import use_fp8
+from esm2_composer.loggers import Progress, build_loggers, check_wandb
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, count_parameters
 from esm2_composer.optim import build_adamw, build_schedule
@@ -140,18 +133,6 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     sharded_on_cpu = recipe.fsdp is not None and recipe.fsdp.version == 2 and not on_gpu
     correction = [DivideByRanks()] if sharded_on_cpu and means_are_sums() else []
 
-    callbacks: list[Callback] = [
-        SpeedMonitor(window_size=10, gpu_flops_available=_peak_flops() if on_gpu else None),
-        LRMonitor(),
-        RuntimeEstimator(),
-        *([MemoryMonitor()] if on_gpu else []),
-        GradientClipping(o.clip_norm),
-        TokenMonitor(model, recipe.device_microbatch_tokens),
-        saver,
-        Progress(recipe.updates, interval=max(1, min(100, recipe.updates // 20))),
-    ]
-    callbacks += [Divergence(recipe.callbacks.max_loss_rise), Preemption()]  # these may end the run
-
     with naming_damage(folder, checkpoint):
         trainer = Trainer(
             model=model,
@@ -175,8 +156,12 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
             run_name=recipe.run_name,
             load_path=checkpoint and folder.location(checkpoint),
             load_progress_bar=False,
-            callbacks=callbacks,
-            loggers=_loggers(recipe),
+            callbacks=[
+                saver,
+                Progress(recipe.updates, interval=max(1, min(100, recipe.updates // 20))),
+                *build_callbacks(recipe, model, on_gpu),
+            ],
+            loggers=build_loggers(recipe),
             progress_bar=False,
             dist_timeout=1800,
         )
@@ -190,6 +175,20 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     # Who reads the logs sees the conditions.
     trainer.logger.log_hyperparameters(flatten(dataclasses.asdict(recipe)))
     return trainer, saver
+
+
+def build_callbacks(recipe: Recipe, model: MaskedLanguageModel, on_gpu: bool) -> list[Callback]:
+    """What a run does at every update beside the step, but for saving it and telling people."""
+    return [
+        SpeedMonitor(window_size=10, gpu_flops_available=_peak_flops() if on_gpu else None),
+        LRMonitor(),
+        RuntimeEstimator(),
+        *([MemoryMonitor()] if on_gpu else []),
+        GradientClipping(recipe.optimizer.clip_norm),
+        TokenMonitor(model, recipe.device_microbatch_tokens),
+        Divergence(recipe.callbacks.max_loss_rise),  # this and the next may end the run
+        Preemption(),
+    ]
 
 
 def _peak_flops() -> float | None:
@@ -249,27 +248,6 @@ def _precision(precision: str, on_gpu: bool) -> str:
 def compiles(setting: bool | str, on_gpu: bool) -> bool:
     """What the recipe's `compile` comes to here. `auto` never fails a run for want of a C compiler."""
     return (on_gpu and what_triton_lacks() is None) if setting == "auto" else setting
-
-
-def check_wandb() -> None:
-    """Raise a UserError if W&B would ask for a key that there is nobody to give."""
-    import wandb
-
-    if os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun") and wandb.api.api_key is None:
-        raise UserError(
-            "loggers.wandb: no API key here; set WANDB_API_KEY, run `wandb login`, or set WANDB_MODE=offline"
-        )
-
-
-def _loggers(recipe: Recipe) -> list[LoggerDestination]:
-    loggers: list[LoggerDestination] = []
-    if recipe.tensorboard_folder is not None:
-        loggers.append(TensorBoard(log_dir=recipe.tensorboard_folder, flush_interval=10))
-    if recipe.loggers.wandb is not None:
-        # Every launch is a run of its own to W&B; the group holds them together.
-        settings = dataclasses.asdict(recipe.loggers.wandb)
-        loggers.append(WandBLogger(**{**settings, "group": settings["group"] or recipe.run_name}))
-    return loggers
 
 
 def _show_log() -> None:

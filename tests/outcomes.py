@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from plot_convergence import read_scalars
 
-from esm2_composer.callbacks import LOSS
+from esm2_composer.loggers import LOSS
 from esm2_composer.model import ESM2
 
 

@@ -41,6 +41,17 @@ def test_parity() -> None:
     assert all(0 < max(row["logit_error"], row["gradient_error"]) <= 1e-4 for row in rows)
 
 
+def test_host() -> None:
+    found = measure("host", "--updates", "3", "--rounds", "1", "--ranks", "2")
+    none, ours, composers = found["between_updates"]
+    assert none["over_none"] == 1
+    assert [ours["loggers"], composers["loggers"]] == ["esm2_composer's", "Composer's"]
+    assert all(row["over_none"] == row["seconds"] / none["seconds"] > 0 for row in (ours, composers))
+    assert found["updates"] == 3
+    (ranks,) = found["sums"]
+    assert (ranks["ranks"], ranks["seconds"] > 0) == (2, True)
+
+
 def test_attention() -> None:
     (row,) = measure("attention", "--sizes", "8m", "--tokens", "1024", "--rounds", "1", "--device", "cpu")["rows"]
     assert (row["size"], row["backend"]) == ("8m", "cpu")
@@ -60,6 +71,7 @@ def test_attention_on_a_gpu() -> None:
     [
         (("loader", "--clusters", "10"), "--clusters must be at least"),
         (("startup", "--workers", "0"), "--workers and --global-batch must be at least 1"),
+        (("host", "--ranks", "1"), "--ranks must be at least 2"),
         (("embed", "--size", "9m"), "there are: 8m"),
         (("attention", "--sizes", "9m"), "--sizes are 8m, 35m"),
     ],

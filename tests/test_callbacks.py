@@ -1,19 +1,19 @@
-"""What stops a run, and what people see of it."""
+"""What stops a run, and how to go on then."""
 
-import errno
-import io
 import math
-import os
-import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
-from tensorboard.summary.writer.record_writer import RecordWriter
 
-from esm2_composer.callbacks import LOSS, Diverged, Divergence, Progress, TensorBoard, advice
+from esm2_composer import preemption
+from esm2_composer.callbacks import Diverged, Divergence, Preempted, Preemption, advice
 from esm2_composer.config import Recipe, load_recipe
+from esm2_composer.loggers import LOSS
+from esm2_composer.ranks import end_process_group
 
 
 def watch(losses: list[float], max_rise: float | None = 0.5, done: int = 0) -> tuple[int, int | None]:
@@ -97,67 +97,30 @@ def test_advice_leads_to_another_folder_where_that_is_told(folder):
     assert changed.model.init_from == ("" if stored else f"{folder}/") + "ep0-ba1000-rank0.pt"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_disk_that_is_full_ends_tensorboard_and_not_the_run(tmp_path, monkeypatch, capsys):
-    logger = TensorBoard(log_dir=str(tmp_path), flush_interval=1)
-    clock = SimpleNamespace(batch=1)
-    state = SimpleNamespace(run_name="run", timestamp=clock)
-    logger.init(state, None)
-    logger.log_metrics({"loss": 2.0}, 1)
-    logger.batch_end(state, None)
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(RecordWriter, "write", full)
-    writer = logger.writer.file_writer.event_writer._async_writer._worker
-    for step in range(2, 40):
-        logger.log_metrics({"loss": 2.0}, step)
-        logger.batch_end(state, None)
-    logger.eval_end(state, None)
-    logger.close(state, None)
-    writer.join()
-    told = [line for line in capsys.readouterr().err.splitlines() if "TensorBoard" in line]
-    assert told == ["TensorBoard's events cannot be written (No space left on device); going on without"]
-    (events,) = (tmp_path / "run").glob("events.*")
-    assert "loss" in events.read_bytes().decode(errors="ignore"), "what was written before stays"
+def leave_when_told(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    callback = Preemption()
+    callback.after_train_batch(None, None)
+    if rank:
+        preemption.received.set()  # too late for this update: the other rank could not know
+    callback.batch_end(None, None)
+    callback.after_train_batch(None, None)
+    with pytest.raises(Preempted):
+        callback.batch_end(None, None)
+    (folder / f"{rank} has left").touch()
+    end_process_group()
 
 
-def test_a_tensorboard_folder_that_cannot_be_made_does_not_end_the_run(tmp_path, capsys):
-    (tmp_path / "taken").write_text("mine")
-    logger = TensorBoard(log_dir=str(tmp_path / "taken"))
-    logger.init(SimpleNamespace(run_name="run"), None)
-    logger.log_metrics({"loss": 2.0}, 1)
-    logger.close(None, None)
-    assert capsys.readouterr().err.count("going on without") == 1
+def test_a_rank_that_is_told_in_mid_update_leaves_with_the_others_after_the_next(tmp_path):
+    torch.multiprocessing.start_processes(leave_when_told, (tmp_path,), 2, start_method="fork")
+    assert len(list(tmp_path.glob("* has left"))) == 2
 
 
-class Screen(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize("screen", [Screen(), io.StringIO()], ids=["terminal", "log"])
-def test_a_terminal_shows_a_bar_and_a_log_lines_and_both_every_evaluation(screen, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", screen)
-    progress = Progress(updates=9, interval=2)
-    for update in range(4, 9):  # resumed after 4 updates
-        batch = SimpleNamespace(value=update)
-        state = SimpleNamespace(timestamp=SimpleNamespace(batch=batch), total_loss_dict={LOSS: 2.5})
-        if update == 4:
-            progress.fit_start(state, None)
-        batch.value += 1
-        progress.batch_end(state, None)
-    progress.eval_end(SimpleNamespace(timestamp=state.timestamp, eval_metric_values={"loss": 2.25}), None)
-    progress.close(state, None)
-    told = screen.getvalue().replace("\r", "\n").splitlines()
-    assert "update 9/9: validation loss 2.2500" in [line.strip() for line in told]
-    lines = [line for line in told if line.startswith("update") and "validation" not in line]
-    bars = [line for line in told if "9/9 [" in line and "loss 2.5000" in line]
-    if screen.isatty():
-        assert bars
-        assert not lines
-    else:
-        assert [line.split(":")[0] for line in lines] == ["update 6/9", "update 8/9", "update 9/9"]
-        assert lines[-1] == "update 9/9: loss 2.5000"
-        assert not bars
+def test_a_rank_alone_leaves_after_the_update_in_which_it_is_told(monkeypatch):
+    callback = Preemption()
+    callback.after_train_batch(None, None)
+    callback.batch_end(None, None)
+    callback.after_train_batch(None, None)
+    monkeypatch.setattr(preemption.received, "is_set", lambda: True)
+    with pytest.raises(Preempted):
+        callback.batch_end(None, None)

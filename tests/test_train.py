@@ -29,7 +29,7 @@ from esm2_composer.errors import UserError
 from esm2_composer.plan import GPUS, make_plan
 from esm2_composer.ranks import end_process_group
 from esm2_composer.records import COLUMNS
-from esm2_composer.runner import Done, build_trainer, check_wandb, digest_of_all_nodes
+from esm2_composer.runner import Done, build_trainer, digest_of_all_nodes
 from esm2_composer.sharding import DivideByRanks
 
 DIMENSIONS = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")
@@ -147,16 +147,6 @@ def test_a_finished_run_is_done_before_ranks_meet(shards, finished, monkeypatch)
     _, recipe, *overrides = command(shards)
     with pytest.raises(Done, match="is done: 14 updates, nothing left to train"):
         build_trainer(load_recipe(recipe, overrides))
-
-
-def test_wandb_without_a_key_is_told_before_training(monkeypatch, tmp_path):
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # where `wandb login` leaves it
-    with pytest.raises(UserError, match="set WANDB_API_KEY"):
-        check_wandb()
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    check_wandb()
 
 
 @pytest.mark.slow

@@ -135,19 +135,26 @@ def make_trainer(
     fp8: bool = False,
     sharded: bool = False,
     callbacks: tuple = (),
+    loggers: list | None = None,
 ) -> Any:
-    """Composer's Trainer, with what the runner gives it that does work in a step."""
+    """Composer's Trainer, with all that runs do in a step, TensorBoard included, unless others are given."""
     from composer import Trainer
-    from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
 
-    from esm2_composer.callbacks import GradientClipping, TokenMonitor
     from esm2_composer.fp8 import use_fp8
+    from esm2_composer.loggers import build_loggers
     from esm2_composer.optim import build_adamw, build_schedule
     from esm2_composer.pool import data_spec
+    from esm2_composer.runner import build_callbacks
     from esm2_composer.sharding import parallelism_of
     from esm2_composer.task import MaskedLanguageModel
 
-    recipe = recipe_of(work.size, sharded)
+    on_gpu = work.device == "cuda"
+    events = tempfile.TemporaryDirectory()
+    recipe = dataclasses.replace(
+        recipe_of(work.size, sharded),
+        device_microbatch_tokens=work.microbatch_tokens,
+        tensorboard_folder=events.name,
+    )
     with torch.device(work.device):  # a GPU draws billions of weights in no time
         net = ESM2(dataclasses.replace(SIZES[work.size], attention=attention))
     if fp8:
@@ -157,9 +164,8 @@ def make_trainer(
     model = MaskedLanguageModel(net)
     o = recipe.optimizer
     optimizer = build_adamw(net, o.lr, o.betas, o.eps, o.weight_decay)
-    monitors = [SpeedMonitor(window_size=10), LRMonitor(), TokenMonitor(model, work.microbatch_tokens)]
     loader = DataLoader(Batches(work), batch_size=1, collate_fn=lambda shares: shares[0])
-    return Trainer(
+    trainer = Trainer(
         model=model,
         optimizers=optimizer,
         schedulers=build_schedule(optimizer, **dataclasses.asdict(recipe.schedule)),
@@ -167,18 +173,16 @@ def make_trainer(
         train_dataloader=data_spec(loader, work.microbatch_tokens),
         accumulate_train_batch_on_tokens=True,
         max_duration=f"{work.warmup + work.steps}ba",
-        device="gpu" if work.device == "cuda" else "cpu",
-        precision="amp_bf16" if work.device == "cuda" else "fp32",
-        parallelism_config=parallelism_of(recipe.fsdp, work.device == "cuda"),
-        callbacks=[
-            *monitors,
-            *([MemoryMonitor()] if work.device == "cuda" else []),
-            GradientClipping(o.clip_norm),
-            *callbacks,
-        ],
+        device="gpu" if on_gpu else "cpu",
+        precision="amp_bf16" if on_gpu else "fp32",
+        parallelism_config=parallelism_of(recipe.fsdp, on_gpu),
+        callbacks=[*build_callbacks(recipe, model, on_gpu), *callbacks],
+        loggers=build_loggers(recipe) if loggers is None else loggers,
         progress_bar=False,
         seed=0,
     )
+    trainer.events = events  # a folder that goes with it
+    return trainer
 
 
 def ours(

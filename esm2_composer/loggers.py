@@ -1,0 +1,171 @@
+"""What people see of a run: TensorBoard, Weights & Biases, and lines or a bar on the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from composer.core import Callback, State
+from composer.loggers import Logger, LoggerDestination, TensorboardLogger, WandBLogger
+from composer.utils import dist
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+from esm2_composer.config import Recipe
+from esm2_composer.errors import UserError
+
+LOSS = "loss/train/total"
+PERPLEXITY = "metrics/valid/perplexity"
+
+
+class Deferred(LoggerDestination):
+    """Holds metrics back until the next update has been launched, and then hands on each step's in one call.
+
+    Composer logs between two updates, a few metrics at a time, when a GPU has nothing to do: TensorBoard and W&B
+    would each take about a third of that time (docs/performance.md).
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._held: dict[int | None, dict[str, Any]] = {}
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self._held.setdefault(step, {}).update(metrics)
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        self.hand_on()
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        self.hand_on()
+
+    def close(self, state: State, logger: Logger) -> None:
+        self.hand_on()
+
+    def hand_on(self) -> None:
+        held, self._held = self._held, {}
+        for step, metrics in held.items():
+            super().log_metrics(metrics, step)
+
+
+class WandB(Deferred, WandBLogger):
+    """Composer's logger."""
+
+
+class TensorBoard(Deferred, TensorboardLogger):
+    """Composer's logger, in one file a start, of rank 0: its own begins another at each flush, 50,000 in a
+    published run, and one at each evaluation on every rank, in a folder that looks like another run.
+
+    A full disk ends the logging, not the run.
+    """
+
+    _failed = False
+
+    def init(self, state: State, logger: Logger) -> None:
+        if not dist.get_global_rank():
+            self._attempt(super().init, state, logger)
+
+    def hand_on(self) -> None:
+        self._attempt(super().hand_on)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        self.hand_on()
+        self._flush(logger)
+
+    def _flush(self, logger: Logger) -> None:
+        if self.writer is None:
+            return
+        if self.hyperparameters:
+            self._attempt(self._write_hyperparameters)
+            self.hyperparameters = {}
+        self._attempt(self.writer.flush)
+
+    def _write_hyperparameters(self) -> None:
+        experiment, start, _ = hparams(self.hyperparameters, dict.fromkeys((LOSS, PERPLEXITY)))
+        for summary in (experiment, start):
+            self.writer.file_writer.add_summary(summary)
+
+    def close(self, state: State, logger: Logger) -> None:
+        self.hand_on()
+        if self.writer is not None:
+            self._attempt(self.writer.close)
+            self.writer = None
+
+    def _attempt(self, action: Callable[..., None], *arguments: object) -> None:
+        if self._failed:
+            return
+        try:
+            action(*arguments)
+        except OSError as error:  # may be that of an earlier write, by the writer's thread
+            self._failed = True
+            line = f"TensorBoard's events cannot be written ({error.strerror or error}); going on without"
+            print(line, file=sys.stderr, flush=True)
+
+
+class Progress(Callback):
+    """How far the run is: on a terminal a bar, else a line every `interval` updates; and a line an evaluation.
+
+    Composer's bar shows no result of an evaluation, and leaves a trace in checkpoints.
+    """
+
+    def __init__(self, updates: int, interval: int) -> None:
+        self._updates, self._interval = updates, interval
+        self._start: tuple[float, int] | None = None
+        self._bar: tqdm | None = None
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if not dist.get_global_rank() and sys.stderr.isatty():
+            done = state.timestamp.batch.value
+            self._bar = tqdm(total=self._updates, initial=done, unit=" updates", dynamic_ncols=True)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        update, loss = state.timestamp.batch.value, f"loss {state.total_loss_dict[LOSS]:.4f}"
+        if self._start is None:
+            self._start = (time.monotonic(), update)
+        if self._bar is not None:
+            self._bar.set_postfix_str(loss, refresh=False)
+            self._bar.update()
+        elif not dist.get_global_rank() and (update % self._interval == 0 or update == self._updates):
+            since, first = self._start
+            speed = (update - first) / (time.monotonic() - since) if update > first else 0
+            seconds = (self._updates - update) / speed if speed else 0
+            left = f"{seconds / 60:.0f} min" if seconds > 120 else f"{seconds:.0f} s"
+            self._say(f"update {update}/{self._updates}: {loss}" + (f", {left} left" if seconds else ""))
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        if not dist.get_global_rank():
+            values = ", ".join(f"{name} {float(value):.4f}" for name, value in state.eval_metric_values.items())
+            self._say(f"update {state.timestamp.batch.value}/{self._updates}: validation {values}")
+
+    def close(self, state: State, logger: Logger) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _say(self, line: str) -> None:
+        tqdm.write(line, file=sys.stderr)  # above the bar, if there is one
+        sys.stderr.flush()
+
+
+def build_loggers(recipe: Recipe) -> list[LoggerDestination]:
+    """Those that a recipe asks for."""
+    loggers: list[LoggerDestination] = []
+    if recipe.tensorboard_folder is not None:
+        loggers.append(TensorBoard(log_dir=recipe.tensorboard_folder, flush_interval=10))
+    if recipe.loggers.wandb is not None:
+        # Every launch is a run of its own to W&B; the group holds them together.
+        settings = dataclasses.asdict(recipe.loggers.wandb)
+        loggers.append(WandB(**{**settings, "group": settings["group"] or recipe.run_name}))
+    return loggers
+
+
+def check_wandb() -> None:
+    """Raise a UserError if W&B would ask for a key that there is nobody to give."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun") and wandb.api.api_key is None:
+        raise UserError(
+            "loggers.wandb: no API key here; set WANDB_API_KEY, run `wandb login`, or set WANDB_MODE=offline"
+        )
