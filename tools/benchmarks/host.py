@@ -1,9 +1,9 @@
-"""What a run's host does between two updates, when a GPU that is done has nothing to do: from the optimizer's return
-to the model's next call, without loggers, with TensorBoard's and W&B's as runs have them, and with those two of
-Composer; each in its own process, in turns. W&B writes to a folder that goes with the process.
+"""What a run's host does between two updates, when a GPU that is done has nothing to do: from the optimizer's
+return to the model's next call, without loggers, with TensorBoard's and W&B's as runs have them, and with
+Composer's two; each in its own process, in turns. W&B writes to a folder that goes with the process.
 
-And what an answer of all ranks costs on this machine, for which a run would wait after each update, had it not asked
-before: a number summed by gloo, by the number of ranks.
+And what an answer of all ranks costs on this machine, for which a run would wait after each update, had it not
+asked before: a number summed by gloo, by the number of ranks.
 
 The model is the 8M one, on a CPU, where its steps lie outside the time that is measured. On a GPU the launch of
 kernels and NCCL's sums come on top.
