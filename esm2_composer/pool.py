@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -181,14 +181,16 @@ class Pool:
             parts.append((each[4 * b : 4 * b + t], each[4 * b + t :], each[: 4 * b].view(np.int32)))
         return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
-    def fail(self, error: OneLine) -> NoReturn:
-        """In the place of a call, where there is no share: raise the error on every rank.
-
-        Raised on one alone, the run's exit code would be that of a rank which waited for it, and was ended.
-        """
-        if self._group is not None:
-            self._gather_counts(-1, 0, error)
-        raise error
+    def take(self, shares: Iterator[Sequences]) -> dict[str, Any] | None:
+        """The next share, pooled; None if there is none. What one rank's raises in one line, every rank raises: on
+        one alone, the run's exit code would be that of a rank which waited for it, and was ended."""
+        try:
+            share = next(shares, None)
+        except OneLine as error:
+            if self._group is not None:
+                self._gather_counts(-1, 0, error)
+            raise
+        return None if share is None else self(share)
 
     def _gather_counts(self, sequences: int, tokens: int, error: OneLine | None = None) -> list[np.ndarray]:
         counts = _all_gather(np.array([sequences, tokens], np.int64), self._group)
@@ -233,17 +235,10 @@ class PooledLoader(DataLoader):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         shares = super().__iter__()
 
-        def pool_next() -> dict[str, Any] | None:
-            try:
-                share = next(shares, None)
-            except OneLine as error:
-                self._pool.fail(error)
-            return None if share is None else self._pool(share)
-
         with ThreadPoolExecutor(1, "pool") as thread:
-            ahead = thread.submit(pool_next)
+            ahead = thread.submit(self._pool.take, shares)
             while (batch := ahead.result()) is not None:
-                ahead = thread.submit(pool_next)
+                ahead = thread.submit(self._pool.take, shares)
                 yield batch
 
 

@@ -311,9 +311,22 @@ def test_a_mistake_on_many_ranks_ends_with_its_code(shards, checkpoints, tmp_pat
     assert "error: " in result.stderr
 
 
+def write_shards(folder: Path, *residues: bytes) -> None:
+    with MDSWriter(out=str(folder / "valid"), columns=COLUMNS) as writer:
+        for number, each in enumerate(residues):
+            writer.write({"cluster_id": f"{number}", "lengths": np.array([len(each)], np.int32), "residues": each})
+
+
+def test_a_mistake_that_one_of_two_ranks_meets_ends_with_its_code(checkpoints, tmp_path):
+    write_shards(tmp_path, *[b"MKTAYIAKQ"] * 9, b"mktayiakq")
+    result = composer("-n", "2", ROOT / "tools/evaluate.py", checkpoints["composer.pt"], "--data", tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert "error: " in result.stderr
+    assert "not of ESM-2's alphabet" in result.stderr
+
+
 def test_shards_with_other_letters_are_refused(checkpoints, tmp_path, call):
-    with MDSWriter(out=str(tmp_path / "valid"), columns=COLUMNS) as writer:
-        writer.write({"cluster_id": "a", "lengths": np.array([9], np.int32), "residues": b"mktayiakq"})
+    write_shards(tmp_path, b"mktayiakq")
     assert_user_error(*call(tool.main, checkpoints["composer.pt"], "--data", tmp_path), "not of ESM-2's alphabet")
 
 

@@ -84,7 +84,8 @@ def evaluate_checkpoint() -> None:
     if rank == 0:
         shares = progress(shares, len(loader))
     pool = Pool(args.microbatch_tokens)
-    result = evaluate(net.to(device), (m for share in shares for m in pool(share)["microbatches"]), device)
+    batches = iter(lambda: pool.take(shares), None)
+    result = evaluate(net.to(device), (m for batch in batches for m in batch["microbatches"]), device)
     result |= {key: getattr(args, key) for key in ("data", "split", "seed", "max_length", "replacement")}
     if args.floors:
         (result["floors"],) = data_floors(data, [rule])
