@@ -18,7 +18,7 @@ from esm2_composer.loggers import LOSS
 from esm2_composer.ranks import cpu_group
 from esm2_composer.task import MaskedLanguageModel
 
-EVERY = 10  # updates between two rounds of what costs a little
+EVERY = 10  # updates between two readings of values that cost a synchronisation
 
 
 class Preempted(Exception):
@@ -26,7 +26,7 @@ class Preempted(Exception):
 
 
 class Diverged(Exception):
-    """Raised on all ranks at once, after an update that went wrong; `before` is one before that began."""
+    """Raised on all ranks at once, after an update that went wrong; `before` is an update from before it."""
 
     def __init__(self, reason: str, before: int) -> None:
         super().__init__(reason)
@@ -50,7 +50,7 @@ class Preemption(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         dist.barrier()
-        preemption.start_training()
+        preemption.in_training.set()
         self._fitting = True
 
     def before_dataloader(self, state: State, logger: Logger) -> None:

@@ -86,7 +86,7 @@ class LocalFolder:
     def lock(self) -> None:
         """Keep other runs out until this process ends, where the file system has locks.
 
-        fcntl's, which hold between nodes of a cluster, too, and are not those of loader workers, forked from here.
+        fcntl's locks hold between nodes of a cluster, too, and loader workers, forked from here, do not get them.
 
         Raises:
             Passing: another run is in it, and does not end; or its node died, and the file system has not noticed.
@@ -346,7 +346,7 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
     for name in diverged:
         if (update := updates(name.removeprefix(DIVERGED))) >= newest:
             raise UserError(
-                f"save_folder {folder} holds a run that diverged at update {update}; go on as it told then, in "
+                f"save_folder {folder} holds a run that diverged at update {update}; go on as it advised then, in "
                 f"another save_folder, or remove {name} to go on from update {newest} all the same"
             )
     if not names:

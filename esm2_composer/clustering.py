@@ -154,7 +154,7 @@ def _build(fasta, folder, valid_fraction, seed, threads, max_reject_fraction, sa
 def _stage(fasta, database, max_reject_fraction, say) -> dict[str, Any]:
     """Fill the table `protein` with what can be used; tell what cannot, and why.
 
-    As in a conversion, entries of one id that clean to the same are one; of others nobody can tell which is meant.
+    As in a conversion, entries under one id count once if they clean to the same; if not, the id is rejected.
     """
     counts, report = Counter(), Report()
     database.execute(
@@ -281,7 +281,7 @@ def _mmseqs(command: str, work: Path, files: Sequence[str], options: Sequence[st
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        close_fds=False,  # the lock's is to stay open
+        close_fds=False,  # MMseqs2 inherits the lock's, and so holds it
     )
     if done.returncode:
         last = (done.stdout.strip() or "it says nothing").splitlines()[-1]

@@ -11,8 +11,7 @@ import json
 import math
 import os
 import re
-import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from esm2_composer.errors import UserError
-from esm2_composer.storage import is_remote
+from esm2_composer.files import is_remote
 from esm2_composer.strict import build
 
 T = TypeVar("T")
@@ -236,7 +235,7 @@ def load_recipe(path: str, overrides: Sequence[str] = (), data_is_here: bool = T
     recipe = _with_home(build(Recipe, content, path))
     if recipe.schedule.updates is None:
         recipe = replace(recipe, schedule=replace(recipe.schedule, updates=recipe.updates))
-    for problem in _problems(recipe, data_is_here):
+    if problem := next(_problems(recipe, data_is_here), None):
         raise UserError(f"{path}: {problem}")
     return recipe
 
@@ -282,7 +281,7 @@ def batches(duration: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _problems(r: Recipe, data_is_here: bool) -> typing.Iterator[str]:
+def _problems(r: Recipe, data_is_here: bool) -> Iterator[str]:
     """What is wrong with values that are each of the right type."""
     for key in ("max_duration", "eval_interval", "save_interval"):
         if not batches(getattr(r, key)):
@@ -380,7 +379,7 @@ def _problems(r: Recipe, data_is_here: bool) -> typing.Iterator[str]:
         yield from _data_problems(r.data, r.global_train_batch_size)
 
 
-def _fsdp_problems(fsdp: FSDPSection) -> typing.Iterator[str]:
+def _fsdp_problems(fsdp: FSDPSection) -> Iterator[str]:
     replicate, shard = fsdp.data_parallel_replicate_degree, fsdp.data_parallel_shard_degree
     for key, degree in (("data_parallel_replicate_degree", replicate), ("data_parallel_shard_degree", shard)):
         if degree is not None and degree != -1 and degree < 1:
@@ -391,7 +390,7 @@ def _fsdp_problems(fsdp: FSDPSection) -> typing.Iterator[str]:
         yield "'fsdp.version' is 2, which cannot replicate shards; leave out the data_parallel degrees"
 
 
-def _model_problems(model: ModelSection) -> typing.Iterator[str]:
+def _model_problems(model: ModelSection) -> Iterator[str]:
     given = [name for name, value in model.dimensions.items() if value is not None]
     sources = [model.size is not None, bool(given), model.init_from is not None]
     if sum(sources) != 1:
@@ -413,7 +412,7 @@ def _model_problems(model: ModelSection) -> typing.Iterator[str]:
         )
 
 
-def _data_problems(data: DataSection, batch: int) -> typing.Iterator[str]:
+def _data_problems(data: DataSection, batch: int) -> Iterator[str]:
     if data.local is not None and (is_remote(data.local) or not _can_be_folder(Path(data.local))):
         yield f"'data.local' is {data.local}; it must be a folder"
     if is_remote(data.remote):

@@ -36,13 +36,12 @@ import pyarrow.parquet as pq
 from esm2_composer import layouts
 from esm2_composer.conversion_plan import Plan, make_plan
 from esm2_composer.destinations import LocalSplit, RemoteSplit, open_destination
-from esm2_composer.errors import Passing, StoreAway, UserError
-from esm2_composer.fasta import ReadError
-from esm2_composer.files import sync, write_durably
+from esm2_composer.errors import Passing, ReadError, StoreAway, UserError
+from esm2_composer.files import is_remote, sync, write_durably
 from esm2_composer.layouts import Layout
 from esm2_composer.parts import EngineError, Options, Part, PartBuilder, Processes
 from esm2_composer.records import TOO_MANY_REJECTED, Report
-from esm2_composer.storage import StoreError, is_remote, xxh64
+from esm2_composer.storage import StoreError, xxh64
 
 FORMAT = 1  # to be raised when the same input and options would give other shards
 UPLOADS = 8  # at a time
@@ -127,14 +126,8 @@ def convert(
                 )
             builder = PartBuilder(plan.path.absolute(), work.absolute(), options, layout.rows_are_clusters)
             build = partial(engine.build, builder=builder)
-            report = _convert_parts(plan, work, build, destination, max_reject_fraction, progress)
-            conversion = {
-                "state": state,
-                **report.as_dict(),
-                "parts": plan.parts,
-                "elapsed_seconds": round(time.monotonic() - start, 2),
-            }
-            _join(work, plan.parts, conversion)
+            _convert_parts(plan, work, build, destination, max_reject_fraction, progress)
+            conversion = _join(work, plan, state, start)
             if _hash(destination.other_cluster_ids()) != state["other_split"]:
                 raise UserError(
                     f"{out}: the other split has changed since {options.split} was compared with it, and the two "
@@ -174,7 +167,7 @@ def _locked(work: Path, in_new_folder: bool = False) -> Iterator[None]:
             if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 raise BlockingIOError
             work.mkdir(exist_ok=True)
-        except (BlockingIOError, FileNotFoundError):  # or its end removed this file, and a third may have another
+        except (BlockingIOError, FileNotFoundError):  # or the holder just ended and removed this file
             raise UserError(f"{work}: another conversion is at work there; wait for it or stop it") from None
         except OSError as error:
             path.unlink(missing_ok=True)
@@ -242,8 +235,8 @@ def _convert_parts(
     destination: LocalSplit | RemoteSplit,
     max_reject_fraction: float,
     progress: Progress,
-) -> Report:
-    """Build and publish every part that is not there yet; the report on all of them.
+) -> None:
+    """Build and publish every part that is not there yet.
 
     Raises UserError as soon as too much is rejected, whatever is still to come.
     """
@@ -286,16 +279,6 @@ def _convert_parts(
         )
     if not so_far.counts["clusters_written"]:
         raise UserError(f"no cluster to write: {so_far.reasons() or 'the input is empty'}")
-    return _merged(plan.report, records)
-
-
-def _merged(planned: Report, records: list[Path]) -> Report:
-    """All reports, in the order of the parts."""
-    report = Report()
-    report.merge(planned)
-    for path in records:
-        report.merge(_read_record(path)[1])
-    return report
 
 
 def _read_record(path: Path) -> tuple[list[dict[str, Any]], Report]:
@@ -303,17 +286,27 @@ def _read_record(path: Path) -> tuple[list[dict[str, Any]], Report]:
     return record["shards"], Report.from_dict(record["report"])
 
 
-def _join(work: Path, parts: int, conversion: dict[str, Any]) -> None:
-    """Join what the parts left: the shards are then a split."""
+def _join(work: Path, plan: Plan, state: dict[str, Any], start: float) -> dict[str, Any]:
+    """Join what the parts left, in their order: the shards are then a split; what conversion.json holds."""
     for aside in (work / "shards").glob(".*"):  # of a writer that was killed
         aside.unlink(missing_ok=True)  # or of one on another machine, that has just ended
-    shards = []
+    shards, report = [], Report()
+    report.merge(plan.report)
     schema = pa.schema({"cluster_id": pa.string()})
     with pq.ParquetWriter(work / "shards" / "cluster_ids.parquet", schema, compression="zstd") as ids:
-        for number in range(parts):
-            shards += _read_record(work / "parts" / f"{number:05}.json")[0]
+        for number in range(plan.parts):
+            shards_of_part, report_on_part = _read_record(work / "parts" / f"{number:05}.json")
+            shards += shards_of_part
+            report.merge(report_on_part)
             ids.write_table(pq.read_table(work / "parts" / f"{number:05}.ids"))
     sync(work / "shards" / "cluster_ids.parquet")
+    conversion = {
+        "state": state,
+        **report.as_dict(),
+        "parts": plan.parts,
+        "elapsed_seconds": round(time.monotonic() - start, 2),
+    }
     write_durably(work / "shards" / "conversion.json", f"{json.dumps(conversion, indent=2)}\n".encode())
     index = {"version": 2, "shards": shards}
     write_durably(work / "shards" / "index.json", json.dumps(index, sort_keys=True).encode())
+    return conversion

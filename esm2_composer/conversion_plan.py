@@ -27,7 +27,7 @@ from esm2_composer.records import EXAMPLES_KEPT, Report
 
 # A part is closed with the cluster that reaches one of these: some 30 MB of UniRef, a second or two of work.
 PART_CLUSTERS, PART_MEMBERS = 32_768, 131_072
-# DuckDB's. It takes 2 µs a cluster: more threads would save seconds, and take the memory of a small machine.
+# Of DuckDB, which takes 2 µs a cluster: more threads would save seconds, and take the memory of a small machine.
 MAX_THREADS, MEMORY_A_THREAD = 8, 384 * 2**20
 SCHEMA = pa.schema(
     {

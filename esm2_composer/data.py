@@ -34,7 +34,7 @@ from esm2_composer.records import COLUMNS, LONGEST_COUNTED
 from esm2_composer.shards import CheckedStream, MappedDataset, opening_alone
 
 # Streaming lays an epoch out for this many nodes, or for those of its factors that the batch has too: so a run
-# goes on upon any number of nodes without another factor. Fewer would make a large epoch slow to shuffle.
+# goes on upon any number of nodes with no other prime factors. Fewer would make a large epoch slow to shuffle.
 CANONICAL_NODES = 2**6 * 3 * 5
 
 Sequences = dict[str, torch.Tensor]  # tokens uint8 (T,), labels uint8 (T,), lengths int32 (B,)
@@ -151,13 +151,10 @@ def count_short_clusters(place: str, min_length: int) -> int | None:
     """
     if min_length > LONGEST_COUNTED:  # longer ones are counted as so long
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "conversion.json")
-        try:
-            CloudDownloader.get(place).download(f"{place}/{path.name}", str(path), 60)
-            longest = json.loads(path.read_text())["longest_members"]
-        except Exception:  # no such file; each store raises its own types
-            return None
+    try:
+        longest = json.loads(_fetch(place, "conversion.json"))["longest_members"]
+    except Exception:  # no such file; each store raises its own types
+        return None
     return sum(count for length, count in longest.items() if int(length) < min_length)
 
 
@@ -276,20 +273,25 @@ def check_cache(data: DataSection, splits: Collection[str] = ("train", "valid"))
         cached = Path(local, "index.json")
         if remote is None or not cached.exists():
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "index.json")
-            source = f"{remote}/{path.name}"
-            try:
-                patiently(partial(CloudDownloader.get(remote).download, source, str(path), 60), source)
-            except StoreAway:
-                raise
-            except Exception as error:  # each store raises its own types
-                raise UserError(f"{remote}: cannot be opened as MDS shards ({error})") from error
-            if path.read_bytes() != cached.read_bytes():
-                raise UserError(
-                    f"data.local {data.local} holds other {name} shards than data.remote {data.remote}; "
-                    "take another data.local"
-                )
+        try:
+            index = patiently(partial(_fetch, remote, cached.name), f"{remote}/{cached.name}")
+        except StoreAway:
+            raise
+        except Exception as error:  # each store raises its own types
+            raise UserError(f"{remote}: cannot be opened as MDS shards ({error})") from error
+        if index != cached.read_bytes():
+            raise UserError(
+                f"data.local {data.local} holds other {name} shards than data.remote {data.remote}; "
+                "take another data.local"
+            )
+
+
+def _fetch(place: str, name: str) -> bytes:
+    """A small file of a split, from its folder or URI."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, name)
+        CloudDownloader.get(place).download(f"{place}/{name}", str(path), 60)
+        return path.read_bytes()
 
 
 def open_clusters(remote: str | None, local: str, **arguments: Any) -> ClusterDataset:

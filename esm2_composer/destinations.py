@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from esm2_composer.errors import UserError
-from esm2_composer.storage import Store, StoreError, is_remote
+from esm2_composer.files import is_remote
+from esm2_composer.storage import Store, StoreError
 
 SPLITS = ("train", "valid")
 
@@ -46,7 +47,8 @@ class LocalSplit:
         return _read_conversion(split / "conversion.json")
 
     def other_cluster_ids(self) -> Path | None:
-        """cluster_ids.parquet of the other split, if that is there. Raises UserError if it is there without."""
+        """cluster_ids.parquet of the other split, if that is there. Raises UserError if the other
+        split is there, but no such file."""
         other = self._out / _other(self._split)
         if (other / "cluster_ids.parquet").exists():
             return other / "cluster_ids.parquet"
@@ -55,7 +57,7 @@ class LocalSplit:
         return None
 
     def published(self) -> set[str]:
-        """The names of the shards that are where they shall be."""
+        """The names of the shards that are in their place already."""
         return {path.name for path in (self._work / "shards").iterdir()}
 
     def publish(self, name: str) -> None:
@@ -79,7 +81,10 @@ class RemoteSplit:
         if "index.json" not in self._store.names("index.json"):
             return None
         if "conversion.json" not in self._store.names("conversion.json"):
-            raise UserError(f"{self._out}/{self._split} exists already; remove it, or choose another --out")
+            raise UserError(
+                f"{self._out}/{self._split} exists already and is no finished conversion; remove it, or choose "
+                "another --out"
+            )
         return _read_conversion(self._fetch(self._store, "conversion.json"))
 
     def other_cluster_ids(self) -> Path | None:

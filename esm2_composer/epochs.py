@@ -1,7 +1,7 @@
 """Which clusters the global batches of an epoch hold: a function of (seed, epoch) and the shards' sizes alone.
 
-An epoch is a whole number of global batches. The clusters that would not fill the last one are left out, others
-in each epoch. The rest is shuffled by Streaming's py1e, shard by shard within canonical nodes, and the canonical
+An epoch is a whole number of global batches. The clusters that would not fill the last one are left out, different
+ones each epoch. The rest is shuffled by Streaming's py1e, shard by shard within canonical nodes, and the canonical
 nodes take turns: so a global batch is the same on any number of ranks, and a machine needs only the shards of the
 canonical nodes that fall to it.
 

@@ -38,6 +38,10 @@ class UserError(OneLine):
     """A mistake the user can mend: what is wrong, where, and how to mend it."""
 
 
+class ReadError(UserError):
+    """A file cannot be read, now: a disk or a network fails, or somebody holds a lock. It need not be damaged."""
+
+
 class Passing(OneLine):
     """Neither the user's mistake nor ours: a disk, a network or a store failed, and another start may do."""
 

@@ -31,7 +31,7 @@ FLOOR_CLUSTERS = 2**20  # of a split with more, so many are read for the floors:
 
 @torch.no_grad()
 def evaluate(net: ESM2, microbatches: Iterable[dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """Score `net`, on `device` already, on packed microbatches (see `pool.pack`); of all ranks, if there are any.
+    """Score `net`, on `device` already, on the packed microbatches (see `pool.pack`) of all ranks together.
 
     Returns loss (nats), perplexity, accuracy and number of the selected positions, and the same
         at_mask      of those that show `<mask>`, where a model cannot copy

@@ -16,17 +16,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from esm2_composer.errors import UserError
+from esm2_composer.errors import ReadError, UserError
 
 BLOCK_BYTES = 2**20
 LOOKED_AT = 100  # records, to tell nucleotides by
 NUCLEOTIDES = b"ACGTUNacgtun"  # a quarter of a protein's letters
 UNIPROT = re.compile(r"^(?:sp|tr)\|([^|]+)\|")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-class ReadError(UserError):
-    """A file cannot be read, now: a disk or a network fails, or somebody holds a lock. It need not be damaged."""
 
 
 def read_fasta(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from pathlib import Path
 
 from esm2_composer.errors import UserError
-from esm2_composer.storage import is_remote
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -30,6 +30,11 @@ def sync(path: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def is_remote(uri: str) -> bool:
+    """Whether it is the address of a store: s3://bucket/prefix, or dbfs:/Volumes/..."""
+    return re.match(r"[\w+-]+:/", uri) is not None
 
 
 def refuse_existing(out: Path, kind: str = "file") -> None:

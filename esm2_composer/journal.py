@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esm2_composer.errors import UserError
-from esm2_composer.files import refuse_existing
+from esm2_composer.files import refuse_existing, sync
 
 METADATA_KEY = b"esm2_composer"
 ROW_GROUP_BYTES = 32 * 2**20
@@ -36,8 +36,8 @@ class Journal:
 
         Args:
             origin: what the rows follow from, as JSON.
-            paths: where that lies, which may be elsewhere when the journal is gone on with. Both are kept in the
-                parquet file's metadata.
+            paths: where that lies; elsewhere, perhaps, when the journal is resumed. Both are kept in the parquet
+                file's metadata.
 
         Raises:
             UserError: `out` exists or cannot be written, another process holds its journal, or the journal was
@@ -121,8 +121,7 @@ class Journal:
                 for table in self._row_groups():
                     writer.write_table(table, row_group_size=max(len(table), 1))
                     written += len(table)
-            with open(whole, "rb") as file:
-                os.fsync(file.fileno())  # before the journal goes
+            sync(whole)  # before the journal goes
         except OSError as error:
             whole.unlink(missing_ok=True)
             raise UserError(f"{whole}: cannot be written ({error.strerror or error})") from error

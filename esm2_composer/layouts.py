@@ -19,8 +19,8 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.errors import UserError
-from esm2_composer.fasta import UNIPROT, ReadError, compression, read_blocks, read_fasta
+from esm2_composer.errors import ReadError, UserError
+from esm2_composer.fasta import UNIPROT, compression, read_blocks, read_fasta
 from esm2_composer.files import sync
 from esm2_composer.records import Report
 
@@ -279,10 +279,7 @@ class Sequences:
         with _reading_proteins(self._path):
             query = f"SELECT id, sequence FROM protein WHERE id IN ({marks})"
             for name, sequence in self._database.execute(query, ids):
-                if name in found:
-                    found[name].append(sequence)
-                else:
-                    found[name] = [sequence]
+                found.setdefault(name, []).append(sequence)
         return found
 
     def close(self) -> None:
@@ -296,7 +293,7 @@ def open_proteins(path: Path) -> sqlite3.Connection:
     """
     _refuse_irregular(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise ReadError(f"{path}: no such file")
     database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
     database.text_factory = bytes
     with _reading_proteins(path):
@@ -343,7 +340,7 @@ def _schema(path: Path, wanted: Sequence[str]) -> pa.Schema:
     for name in wanted:
         alike = [other for other in schema.names if other.lower() == name]
         if len(alike) > 1:
-            raise UserError(f"{path}: of the columns {', '.join(alike)} there must be one alone, in any case")
+            raise UserError(f"{path}: the columns {', '.join(alike)} have one name, but for case; keep one")
     return schema
 
 

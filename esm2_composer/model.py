@@ -267,7 +267,8 @@ class ESM2(nn.Module):
         The parts around attention are compiled, the same code for all layers. Attention's kernels are no matter
         for a compiler, and some cannot be traced.
         """
-        # The first layer's `project` is another; so is each for training, evaluation, inference and another type.
+        # Each is compiled anew for training, evaluation, inference mode and other dtypes, `project` for the first
+        # layer too, which has no update yet.
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         for layer in self.layers:
             for part in ("project", "rotate_qkv", "after_attention"):

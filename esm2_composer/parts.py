@@ -179,10 +179,10 @@ def as_done(
     build: Callable[[int], Part],
     numbers: Sequence[int],
     at_once: int,
-    stop: Callable[[], None] = lambda: None,
+    stop: Callable[[], None],
 ) -> Iterator[Part]:
     """What `build` makes of each number, as it is done; at most `at_once` are in the pool, which ends with it.
-    `stop` ends those that are running, should one fail."""
+    `stop` is called at the end, and ends what an error leaves running."""
     waiting = list(reversed(numbers))
     running: set[Future[Part]] = set()
     try:

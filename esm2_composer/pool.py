@@ -1,7 +1,7 @@
 """From all ranks' shares of a global batch to microbatches of equally many tokens.
 
 With a fixed number of UniRef sequences a rank, the slowest of 128 ranks would have half as much again to
-compute as the mean. So the ranks show each other their sequences, under a megabyte or two in all, and deal
+compute as the mean. So the ranks show each other their sequences, a megabyte or two in all, and deal
 them out anew. The loss is a mean over all masked tokens of the global batch, so it does not matter where a
 sequence is computed.
 """
@@ -30,6 +30,8 @@ from esm2_composer.errors import OneLine
 from esm2_composer.ranks import cpu_group
 
 Microbatch = dict[str, Any]  # see `pack`
+
+SWEEPS = 60  # over the piles, at most, to level them
 
 
 def pack(tokens: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> Microbatch:
@@ -102,7 +104,7 @@ def deal(lengths: np.ndarray, hands: int, largest: int) -> list[list[int]]:
     return _level(dealt(rounds), lengths)
 
 
-def _level(piles: list[list[int]], lengths: np.ndarray, sweeps: int = 60) -> list[list[int]]:
+def _level(piles: list[list[int]], lengths: np.ndarray) -> list[list[int]]:
     """Swap sequences between full piles and emptier ones until the fullest is within 0.4 % of the mean.
 
     With many sequences a pile there is nothing to do; with four, as on 512 ranks, LPT alone leaves 4 %.
@@ -113,7 +115,7 @@ def _level(piles: list[list[int]], lengths: np.ndarray, sweeps: int = 60) -> lis
         members[: len(pile), column] = pile
     sizes = np.where(members < 0, 0, np.append(lengths, 0)[members].astype(np.int64))
     goal = max(1.004 * sizes.sum() / len(piles), sizes.max())
-    for sweep in range(sweeps):
+    for sweep in range(SWEEPS):
         fill = sizes.sum(0)
         if fill.max() <= goal:
             break

@@ -7,9 +7,9 @@ One signal to any rank, or a SIGTERM to the launcher, makes the whole run leave 
   moments, until Python has read this, it dies of the signal);
 - in training the ranks agree, after an update or a batch of an evaluation, to stop, save and leave together;
 - whatever hangs then, a rank leaves `GRACE` seconds after a SIGTERM. The launcher would kill it soon after, and
-  checkpoints are there whole or not at all. After the others it does so only if it still waits for training data:
-  a step, an evaluation and a save may take their time. (The end of a terminal ends the launcher, too, and with it
-  comes a SIGTERM.)
+  checkpoints are there whole or not at all. After the other two signals it leaves then only if it still waits for
+  training data: a step, an evaluation and a save may take their time. (The end of a terminal ends the launcher,
+  too, and with it comes a SIGTERM.)
 
 Python calls a signal's handler between two instructions of its main thread, which may be waiting in a collective
 for another rank. So a thread of our own waits for signals; the interpreter writes their numbers to its pipe.
@@ -35,8 +35,8 @@ GRACE = 22.0  # Composer's launcher kills its ranks 30 seconds after it told the
 
 received = threading.Event()
 waiting_for_data = threading.Event()
+in_training = threading.Event()  # from then on there is something to save
 _noticed = threading.Event()
-_in_training = threading.Event()
 _watching = threading.Event()
 
 
@@ -60,11 +60,6 @@ def _open_pipe() -> None:
     os.register_at_fork(after_in_child=_forget)
     if "LOCAL_RANK" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: the launcher's death is a SIGTERM to us
-
-
-def start_training() -> None:
-    """From now on there is something to save."""
-    _in_training.set()
 
 
 def settle() -> None:
@@ -110,7 +105,7 @@ def _on_signal(number: int) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has just gone
             os.kill(pid, signal.SIGUSR1)
             os.kill(pid, number)
-    if not _in_training.is_set():
+    if not in_training.is_set():
         time.sleep(2 if others else 0)  # no rank may lose another one in a collective before it is told why
         _leave("told to leave before the first update; there is nothing to save")
     timer = threading.Timer(GRACE, _time_is_up, [signal.Signals(number)])
@@ -162,7 +157,7 @@ def _same_command(parent: int) -> list[int]:
 
 def _leave(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-    if _in_training.is_set():
+    if in_training.is_set():
         for worker in _same_command(os.getpid()):  # one that hangs would keep the shards' shared memory from the
             with contextlib.suppress(ProcessLookupError):  # next start
                 os.kill(worker, signal.SIGKILL)
@@ -172,7 +167,7 @@ def _leave(line: str) -> None:
 def _leave_if_told_before_training() -> None:
     """Composer's handler may have been faster than our thread, which alone knows with which code to leave."""
     time.sleep(0.05)  # for the thread to have its turn
-    if _noticed.is_set() and not _in_training.is_set():
+    if _noticed.is_set() and not in_training.is_set():
         time.sleep(10)  # by then it has ended this process
 
 

@@ -66,7 +66,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         Done: there is nothing left to train, for which ranks need not meet: other nodes' may have left.
     """
     _show_log()
-    # Composer's, at each resume at an epoch's end, and torch's, for which there is a line of ours.
+    # Composer's, whenever a run resumes at an epoch's end, and torch's about workers, for which we have a line.
     warnings.filterwarnings("ignore", "No batches were trained for global rank")
     warnings.filterwarnings("ignore", "This DataLoader will create")
     device = get_device(None)
@@ -86,7 +86,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     elsewhere = parallelism is not None and recipe.fsdp.sync_module_states and dist.get_global_rank() > 0
     net = build_model(recipe.model, weights=not elsewhere)
     with naming("model.attention"):
-        c, precision = net.config, recipe.precision if on_gpu else "fp32"
+        c, precision = net.config, _precision(recipe.precision, on_gpu)
         computed = {"amp_bf16": torch.bfloat16, "fp32": torch.float32}[precision]
         select_attention(c.attention, "cuda" if on_gpu else "cpu", computed, c.num_heads, c.head_size)
     parameters = count_parameters(net)
@@ -150,7 +150,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
             ),
             max_duration=recipe.max_duration,
             eval_interval=recipe.eval_interval,
-            precision=_precision(recipe.precision, on_gpu),
+            precision=precision,
             parallelism_config=parallelism,
             seed=recipe.seed,
             run_name=recipe.run_name,
@@ -163,7 +163,6 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
             ],
             loggers=build_loggers(recipe),
             progress_bar=False,
-            dist_timeout=1800,
         )
     shown, validated = train.dataset.num_samples, valid.dataset.clusters.num_samples
     say(

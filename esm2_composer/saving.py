@@ -1,7 +1,7 @@
 """Saves checkpoints, keeps the newest and the best of them, and outlives a full disk or a store that fails.
 
 Composer's own saver writes to the final name, counts what it keeps from each start anew, and in a store leaves all
-it ever wrote behind a pointer that lags. Its files are ours too: what it loads is what this writes.
+it ever wrote behind a pointer that lags. The format is Composer's, whose Trainer loads what this writes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ class CheckpointSaver(Callback):
         # Without a checkpoint, an index there belongs to another run, of perhaps other data and rates.
         self._index = on_rank_zero(lambda: Index.read(folder)) if resumes else Index()
         if resumes and self._index == Index():
-            say(f"{folder} has lost its checkpoints.json: what was best so far, and on which data, nobody knows")
+            say(
+                f"{folder} has lost its checkpoints.json: earlier validation losses, and which shards the run was "
+                "trained on, are not known"
+            )
         self._saved: int | None = None
         self._staging = folder.staging()
         self._clear_staging()  # of what a killed run left
@@ -58,7 +61,7 @@ class CheckpointSaver(Callback):
         if self._index.train_shards not in (None, train_shards):
             raise UserError(
                 f"save_folder {self._folder} holds a run on other training shards than data.remote now has; "
-                "give it those, or take another save_folder"
+                "restore those, or take another save_folder"
             )
         self._index.train_shards = train_shards
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import streaming.base.dataset
@@ -214,7 +214,7 @@ class CheckedStream(Stream):
         for shard in shards:
             *_, packed = self._files(shard)
             if self.remote is None and not packed.exists():  # Streaming would remove what was unpacked from it
-                self._fail(f"{packed}: not there")
+                raise UserError(f"{packed}: not there")
             for path, size in self._files(shard).items():
                 if path.exists() and path.stat().st_size != size:
                     self.drop(shard, path, f"{path.stat().st_size} bytes instead of {size}")
@@ -225,7 +225,7 @@ class CheckedStream(Stream):
             return super().prepare_shard(shard)
         except FileNotFoundError as error:
             if error.filename2 is None:  # else another run has unpacked it at the same time
-                self._fail(f"{self._source(shard)}: not there ({error})", error)
+                raise UserError(f"{self._source(shard)}: not there ({error})") from error
         except ValueError as error:
             if "Checksum failure" not in str(error):
                 raise
@@ -234,7 +234,7 @@ class CheckedStream(Stream):
         try:
             return super().prepare_shard(shard)
         except ValueError as error:
-            self._fail(f"{self._source(shard)}: cannot be read ({error})", error)
+            raise UserError(f"{self._source(shard)}: cannot be read ({error})") from error
 
     def drop(self, shard: Reader, damaged: Path, why: str) -> None:
         """Remove a damaged file of a shard, to be fetched or unpacked again.
@@ -244,14 +244,11 @@ class CheckedStream(Stream):
         """
         *_, packed = self._files(shard)
         if self.remote is None and damaged == packed:
-            self._fail(f"{damaged}: damaged ({why}), and there is no copy to fetch")
+            raise UserError(f"{damaged}: damaged ({why}), and there is no copy to fetch")
         if damaged in self._dropped:
-            self._fail(f"{self._source(shard)}: cannot be read ({why})")
+            raise UserError(f"{self._source(shard)}: cannot be read ({why})")
         self._dropped.add(damaged)
         damaged.unlink(missing_ok=True)  # another process may have been faster
-
-    def _fail(self, why: str, cause: Exception | None = None) -> NoReturn:
-        raise UserError(why) from cause
 
     def _source(self, shard: Reader) -> str:
         *_, packed = self._files(shard)

@@ -6,21 +6,16 @@ An upload counts only when the object has been read back and has the same hash.
 from __future__ import annotations
 
 import logging
-import re
 import tempfile
 from pathlib import Path
 
 import xxhash
 
 from esm2_composer.errors import StoreAway, UserError
+from esm2_composer.patience import is_refusal
 
 ATTEMPTS = 5  # with 1, 2, 4 and 8 seconds between them
 DOWNLOAD_SECONDS = 300
-
-
-def is_remote(uri: str) -> bool:
-    """Whether it is the address of a store: s3://bucket/prefix, or dbfs:/Volumes/..."""
-    return re.match(r"[\w+-]+:/", uri) is not None
 
 
 class StoreError(UserError):
@@ -29,8 +24,6 @@ class StoreError(UserError):
 
 def failure(message: str, error: Exception) -> StoreError | StoreAway:
     """StoreAway where the same may do later."""
-    from esm2_composer.patience import is_refusal  # imports boto, which a recipe need not
-
     return (StoreError if is_refusal(error) else StoreAway)(f"{message} ({error})")
 
 

@@ -15,10 +15,11 @@ import xxhash
 import zstd
 
 from esm2_composer.errors import UserError
+from esm2_composer.files import is_remote
 from esm2_composer.layouts import open_parquet, reading
 from esm2_composer.mds import Shard
 from esm2_composer.records import COLUMNS, RESIDUES
-from esm2_composer.storage import Store, is_remote
+from esm2_composer.storage import Store
 from esm2_composer.workers import Workers
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)

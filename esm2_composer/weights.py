@@ -112,7 +112,7 @@ def _naming(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        # What names and numbers of other things lead to; what is damaged or missing has been told apart before.
+        # Where names and shapes of another model lead; files that are damaged or missing have raised before.
         raise UserError(f"{path}: not an ESM-2 ({type(error).__name__}: {error})") from error
 
 

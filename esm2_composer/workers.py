@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Workers(ProcessPoolExecutor):
-    """As a context, it does not wait for what still runs when an error ends it."""
+    """As a context, it ends what still runs when an error leaves it, instead of waiting."""
 
     def __init__(self, count: int, start: Callable[..., None] | None = None, *arguments: Any) -> None:
         """`start`, with the arguments, is called in each process before anything else."""

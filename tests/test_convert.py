@@ -152,11 +152,11 @@ WRONG_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda data: pq.write_table(
             pa.table([[["a"]], ["c"], ["d"]], ["ur90_id", "ur50_id", "ur50_id"]), data / "clusters.parquet"
         ),
-        "clusters.parquet: of the columns ur50_id, ur50_id there must be one alone",
+        "clusters.parquet: the columns ur50_id, ur50_id have one name, but for case",
     ),
     "a column in two cases": (
         lambda data: store_clusters(data, {"UR50_ID": ["c"], "ur50_id": ["d"]}),
-        "clusters.parquet: of the columns UR50_ID, ur50_id there must be one alone",
+        "clusters.parquet: the columns UR50_ID, ur50_id have one name, but for case",
     ),
     "empty parquet file": (lambda data: truncate(data / "clusters.parquet", 0), "not a parquet file"),
     "truncated parquet": (lambda data: truncate(data / "clusters.parquet", 0.8), "not a parquet file"),

@@ -259,7 +259,7 @@ PARQUET = {"ur50_id": ["c"], "ur90_id": ["a"], "sequence": ["M"]}
         ),
         (
             lambda f: Flat(write_clusters(f / "x.parquet", {**PARQUET, "Sequence": ["MK"]})),
-            "x.parquet: of the columns sequence, Sequence there must be one alone, in any case",
+            "x.parquet: the columns sequence, Sequence have one name, but for case; keep one",
         ),
         (lambda f: Flat(f / "\udcff"), r"\udcff: its path is not UTF-8"),
         (lambda f: Fasta([f]), "not a regular file"),

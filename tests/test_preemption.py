@@ -220,7 +220,7 @@ def test_a_rank_that_has_just_gone_is_not_waited_for(monkeypatch):
         told.append((pid, number))
 
     monkeypatch.setattr(preemption, "received", threading.Event())
-    monkeypatch.setattr(preemption, "_in_training", SimpleNamespace(is_set=lambda: True))
+    monkeypatch.setattr(preemption, "in_training", SimpleNamespace(is_set=lambda: True))
     monkeypatch.setattr(preemption, "_other_ranks", lambda: [1, 2])
     monkeypatch.setattr(preemption.os, "kill", kill)
     monkeypatch.setattr(preemption.threading, "Timer", lambda *_: SimpleNamespace(start=lambda: None))

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from esm2_composer.errors import UserError, run_command
-from esm2_composer.storage import is_remote
+from esm2_composer.files import is_remote
 
 SECONDS_BETWEEN_LINES = 15
 

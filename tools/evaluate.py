@@ -18,7 +18,7 @@ from typing import Any
 from esm2_composer import preemption
 from esm2_composer.config import DataSection, lacking
 from esm2_composer.errors import OneLine, UserError, run_command
-from esm2_composer.storage import is_remote
+from esm2_composer.files import is_remote
 
 SEQUENCES_A_RANK = 64  # taken up at a time
 SHOWN = {"at_mask": "  that show <mask>", "at_residue": "  that show a residue"}

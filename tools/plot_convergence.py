@@ -25,8 +25,7 @@ from typing import Any
 
 from esm2_composer.config import DataSection, lacking
 from esm2_composer.errors import UserError, run_command
-from esm2_composer.files import refuse_existing
-from esm2_composer.storage import is_remote
+from esm2_composer.files import is_remote, refuse_existing
 
 PERPLEXITY = "metrics/valid/perplexity"
 
