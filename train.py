@@ -44,8 +44,9 @@ def train() -> int:
         print(describe(recipe, ranks=int(os.environ.get("WORLD_SIZE", 1))))
         return 0
 
-    from esm2_composer.callbacks import Diverged, Preempted, advice
-    from esm2_composer.checkpoints import DIVERGED
+    from esm2_composer.callbacks import Preempted
+    from esm2_composer.divergence import Diverged, advice
+    from esm2_composer.folders import DIVERGED
     from esm2_composer.ranks import say
     from esm2_composer.runner import Done, build_trainer
     from esm2_composer.saving import WAITS_LEAVING

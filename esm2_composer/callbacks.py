@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 
 import torch
 import torch.distributed
@@ -13,7 +12,6 @@ from composer.utils import dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from esm2_composer import preemption
-from esm2_composer.config import Recipe
 from esm2_composer.loggers import LOSS
 from esm2_composer.ranks import cpu_group
 from esm2_composer.task import MaskedLanguageModel
@@ -23,14 +21,6 @@ EVERY = 10  # updates between two readings of values that cost a synchronisation
 
 class Preempted(Exception):
     """Raised on all ranks at once, between two updates."""
-
-
-class Diverged(Exception):
-    """Raised on all ranks at once, after an update that went wrong; `before` is an update from before it."""
-
-    def __init__(self, reason: str, before: int) -> None:
-        super().__init__(reason)
-        self.before = before
 
 
 class Preemption(Callback):
@@ -108,57 +98,6 @@ class GradientClipping(Callback):
         if state.timestamp.batch.value % EVERY == 0:
             norm = self._norm.full_tensor() if hasattr(self._norm, "full_tensor") else self._norm
             logger.log_metrics({"gradient_norm": norm.item()})
-
-
-class Divergence(Callback):
-    """Raises `Diverged` when the loss is no number, or has risen for good.
-
-    "For good": the mean of the last `WINDOW` losses exceeds the lowest such mean of this start by `max_rise`.
-    """
-
-    WINDOW = 20
-
-    def __init__(self, max_rise: float | None) -> None:
-        self._max_rise = math.inf if max_rise is None else max_rise
-        self._losses: deque[float] = deque(maxlen=self.WINDOW)
-        self._lowest = math.inf
-        self._before = 0
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        update = state.timestamp.batch.value
-        loss = state.total_loss_dict[LOSS]  # on the host already, and the same on all ranks
-        if len(self._losses) < self.WINDOW:
-            self._before = update - self.WINDOW  # nothing is known of what was before
-        if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss}", self._before)
-        self._losses.append(loss)
-        if len(self._losses) < self.WINDOW:
-            return
-        mean = sum(self._losses) / self.WINDOW
-        self._lowest = min(self._lowest, mean)
-        if mean <= self._lowest + self._max_rise / 4:  # by less than that it sways, where batches are small
-            self._before = update - self.WINDOW
-        if mean > self._lowest + self._max_rise:
-            told = f"the loss has risen from {self._lowest:.3f} to {mean:.3f}, means of {self.WINDOW} updates"
-            raise Diverged(told, self._before)
-
-
-def advice(recipe: Recipe, checkpoint: str | None, kept: bool = True) -> str:
-    """How to go on after a divergence, from the last checkpoint before it, if there is one; `kept` tells whether
-    the state then was saved."""
-    folder, name = recipe.save_folder.rstrip("/"), f"{recipe.run_name}_2"
-    before, named, after = f"{folder}/".rpartition(f"/{recipe.run_name}/")
-    new_folder = f"{before}/{name}/{after}".rstrip("/") if named and not before.endswith("/") else f"{folder}_2"
-    new_run = f"run_name={name} save_folder={new_folder} optimizer.lr={recipe.optimizer.lr / 2:g}"
-    told = f"The state is kept in {folder} as diverged-*, not to be resumed from. " if kept else ""
-    if checkpoint is None:
-        return f"{told}Start again with a lower rate or a longer warmup, such as: {new_run}"
-    if checkpoint.startswith("s3://"):
-        told += f"Download {checkpoint}. "
-        checkpoint = checkpoint.rpartition("/")[2]
-    architecture = {"size": recipe.model.size, **recipe.model.dimensions}
-    unset = "".join(f"model.{key}=null " for key, value in architecture.items() if value is not None)
-    return f"{told}Go on from the last good weights as a new run: {new_run} {unset}model.init_from={checkpoint}"
 
 
 class TokenMonitor(Callback):

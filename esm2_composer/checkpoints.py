@@ -1,327 +1,27 @@
-"""The folder a run saves to and resumes from: local, or in an S3 store.
+"""Which checkpoint a run goes on from, and which are kept.
 
-A checkpoint is there whole or not at all. It is written elsewhere and then moved to its place; in a store the
-part that makes it whole, the file itself or a sharded one's `.metadata`, comes last. So the newest one listed is
-the one to resume from, whenever the run was killed, and no pointer to it is needed.
-
-Beside the checkpoints lie `recipe.yaml`, what they were trained with, and `checkpoints.json`: the validation
-losses, and which checkpoints are kept for theirs.
+Beside the checkpoints (see `folders`) lie `recipe.yaml`, what they were trained with, and `checkpoints.json`: the
+validation losses, and which checkpoints are kept for theirs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import hashlib
 import json
-import os
-import re
-import shutil
-import socket
-import stat
-import tempfile
-import time
 import uuid
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeVar
 
-import boto3
 import yaml
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
 from omegaconf.errors import OmegaConfBaseException
 
 from esm2_composer.config import Recipe, changes, to_yaml
-from esm2_composer.errors import FULL, Passing, StoreAway, UserError
-from esm2_composer.files import sync, write_durably
-from esm2_composer.patience import patiently
-from esm2_composer.ranks import on_every_rank, on_rank_zero, say
-from esm2_composer.weights import LATEST
+from esm2_composer.errors import UserError
+from esm2_composer.folders import DIVERGED, PROBE, Folder, ask, is_sharded, updates
+from esm2_composer.ranks import on_every_rank, on_rank_zero
 
 RECIPE = "recipe.yaml"
 INDEX = "checkpoints.json"
-LOCK = ".lock"
-DIVERGED = "diverged-"  # how the names of states begin that are to be looked at, and not resumed from
-
-Result = TypeVar("Result")
-
-_NAME = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # a file or, if sharded, a folder
-_STAGING, _PROBE = ".saving", ".seen-"
-LOCK_SECONDS = 30  # in which a run that got SIGTERM leaves, see preemption.GRACE
-
-
-def updates(name: str) -> int:
-    """The number of updates after which the checkpoint of this name was saved."""
-    match = _NAME.fullmatch(name)
-    assert match, name
-    return int(match[1])
-
-
-def _is_diverged(name: str) -> bool:
-    return _NAME.fullmatch(name.removeprefix(DIVERGED)) is not None
-
-
-def is_sharded(name: str) -> bool:
-    return not name.endswith(".pt")
-
-
-class LocalFolder:
-    """Checkpoints in a folder that all ranks see."""
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    def make(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    def lock(self) -> None:
-        """Keep other runs out until this process ends, where the file system has locks.
-
-        fcntl's locks hold between nodes of a cluster, too, and loader workers, forked from here, do not get them.
-
-        Raises:
-            Passing: another run is in it, and does not end; or its node died, and the file system has not noticed.
-        """
-        file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # never closed, which would unlock it
-        with contextlib.suppress(PermissionError):
-            os.fchmod(file, 0o666)  # whoever can write to the folder may resume
-        deadline = None
-        while not _lock(file):
-            holder = os.pread(file, 200, 0).decode(errors="replace") or "another run"
-            told = f"save_folder {self} is in use by {holder}"
-            if deadline is None:
-                say(f"{told}; waiting for its end, {LOCK_SECONDS} s at most")
-                deadline = time.monotonic() + LOCK_SECONDS
-            if time.monotonic() > deadline:
-                raise Passing(
-                    f"{told}; take another save_folder, or end that run; if its node is dead, remove {LOCK} there"
-                )
-            time.sleep(1)
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-
-    def clear(self) -> None:
-        """Clear what a killed run left unfinished."""
-        shutil.rmtree(self.path / _STAGING, ignore_errors=True)
-        for path in self.path.glob(f"{_PROBE}*"):
-            path.unlink(missing_ok=True)
-        for path in self.path.iterdir():
-            if _NAME.fullmatch(path.name) and path.is_dir() and not _is_whole(path):
-                shutil.rmtree(path)
-
-    def names(self) -> list[str]:
-        """The whole checkpoints, oldest first."""
-        found = [path.name for path in self.path.glob("ep*-ba*") if _NAME.fullmatch(path.name) and _is_whole(path)]
-        found.sort(key=updates)
-        while found and _lacks_parts(self.path / found[-1]):  # of the newest alone: it takes reading
-            found.pop()
-        return found
-
-    def diverged(self) -> list[str]:
-        """The states of runs that diverged."""
-        return [path.name for path in self.path.glob(f"{DIVERGED}*") if _is_diverged(path.name)]
-
-    def location(self, name: str) -> str:
-        return str(self.path / name)
-
-    def staging(self) -> Path:
-        """Where all ranks write a checkpoint before it is moved to its place."""
-        return self.path / _STAGING
-
-    def send(self, staged: Path, name: str, rank: int) -> None:
-        """Bring the rank's part of a sharded checkpoint to its place: here, to the disk."""
-        for path in staged.glob(f"__{rank}_*"):
-            sync(path)
-
-    def commit(self, staged: Path, name: str) -> None:
-        """Make a checkpoint whole, once every rank has sent its part."""
-        sync(staged / ".metadata" if staged.is_dir() else staged)
-        place = self.path / name
-        if place.is_dir():
-            shutil.rmtree(place)
-        os.replace(staged, place)
-        sync(self.path)
-        if _NAME.fullmatch(name):
-            link = self.path / f".{LATEST}.new"
-            link.unlink(missing_ok=True)
-            link.symlink_to(name)
-            os.replace(link, self.path / LATEST)
-
-    def remove(self, name: str) -> None:
-        path = self.path / name
-        if path.is_dir():
-            (path / ".metadata").unlink(missing_ok=True)  # no longer whole, should we be killed in between
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-    def read(self, name: str) -> str | None:
-        try:
-            return (self.path / name).read_text()
-        except FileNotFoundError:
-            return None
-
-    def write(self, name: str, text: str) -> None:
-        write_durably(self.path / name, text.encode())
-
-    def is_damaged(self, name: str) -> bool:
-        """Whether a file's content is not that which was written. It takes reading all of it; of a sharded
-        checkpoint nobody can tell."""
-        if is_sharded(name):
-            return False
-        try:
-            with zipfile.ZipFile(self.path / name) as file:
-                return file.testzip() is not None
-        except (zipfile.BadZipFile, OSError):
-            return True
-
-
-def _lock(file: int) -> bool:
-    """Whether no other process has it; True also where nobody can tell."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the second on some systems
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    # Each format writes its table of contents last: this also finds a file that was copied in part.
-    if checkpoint.is_dir():
-        return (checkpoint / ".metadata").exists()
-    return zipfile.is_zipfile(checkpoint)
-
-
-def _lacks_parts(checkpoint: Path) -> bool:
-    """Whether a sharded checkpoint was copied in part, and without files that its table of contents tells of."""
-    if not checkpoint.is_dir():
-        return False
-    told = re.findall(rb"__\d+_\d+\.distcp", (checkpoint / ".metadata").read_bytes())  # a pickle, not to be loaded
-    return not {name.decode() for name in told} <= set(os.listdir(checkpoint))
-
-
-class S3Folder:
-    """Checkpoints in a store that speaks S3; `S3_ENDPOINT_URL` selects another one than Amazon's."""
-
-    def __init__(self, uri: str) -> None:
-        self._uri = uri.rstrip("/")
-        self._bucket, _, prefix = self._uri.removeprefix("s3://").partition("/")
-        self._prefix = f"{prefix}/" if prefix else ""
-        self._client = boto3.client(
-            "s3",
-            endpoint_url=os.environ.get("S3_ENDPOINT_URL"),
-            config=Config(retries={"mode": "standard", "max_attempts": 5}),
-        )
-
-    def __str__(self) -> str:
-        return self._uri
-
-    def make(self) -> None:
-        """Folders of a store need no making."""
-
-    def lock(self) -> None:
-        """A store has no locks."""
-
-    def clear(self) -> None:
-        """Clear what a killed run left unfinished."""
-        whole = set(self.names())
-        names = {key.split("/")[0] for key in self._keys("ep")}
-        for name in sorted(names - whole):
-            if _NAME.fullmatch(name):
-                self.remove(name)
-
-    def names(self) -> list[str]:
-        """The whole checkpoints, oldest first."""
-        keys = (key.removesuffix("/.metadata") for key in self._keys("ep"))
-        return sorted((key for key in keys if _NAME.fullmatch(key)), key=updates)
-
-    def diverged(self) -> list[str]:
-        """The states of runs that diverged."""
-        return sorted(filter(_is_diverged, {key.split("/")[0] for key in self._keys(DIVERGED)}))
-
-    def location(self, name: str) -> str:
-        return f"{self._uri}/{name}"
-
-    def staging(self) -> Path:
-        """Where this node's ranks write a checkpoint before it is uploaded: the same at every start, so that what
-        a killed run left there is cleared.
-
-        Raises:
-            UserError: others can write there, and could change what the next start unpickles.
-        """
-        mine = hashlib.sha256(self._uri.encode()).hexdigest()[:16]
-        private = Path(tempfile.gettempdir(), f"checkpoints-{os.getuid()}-{mine}")
-        with contextlib.suppress(FileExistsError):
-            private.mkdir(0o700)
-        found = private.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-            raise UserError(
-                f"{private} is no folder that only you can write to; remove it, or set TMPDIR to another"
-            )
-        return private / _STAGING
-
-    def send(self, staged: Path, name: str, rank: int) -> None:
-        """Upload the rank's part of a sharded checkpoint."""
-        for path in sorted(staged.glob(f"__{rank}_*")):
-            self._upload(path, f"{name}/{path.name}")
-
-    def commit(self, staged: Path, name: str) -> None:
-        """Make a checkpoint whole, once every rank has sent its part."""
-        if staged.is_dir():
-            self._upload(staged / ".metadata", f"{name}/.metadata")
-        else:
-            self._upload(staged, name)
-
-    def remove(self, name: str) -> None:
-        keys = [key for key in self._keys(name) if key == name or key.startswith(f"{name}/")]
-        for key in sorted(keys, key=lambda key: not key.endswith("/.metadata")):  # first what makes it whole
-            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
-
-    def read(self, name: str) -> str | None:
-        try:
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)
-        except self._client.exceptions.NoSuchKey:
-            return None
-        return answer["Body"].read().decode()
-
-    def write(self, name: str, text: str) -> None:
-        self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=text.encode())
-
-    def is_damaged(self, name: str) -> bool:
-        """A store gives what was sent."""
-        return False
-
-    def _upload(self, path: Path, key: str) -> None:
-        self._client.upload_file(str(path), self._bucket, self._prefix + key)
-
-    def _keys(self, start: str) -> list[str]:
-        """The objects whose names begin so, without the folder's own prefix."""
-        pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self._bucket, Prefix=self._prefix + start
-        )
-        return [entry["Key"].removeprefix(self._prefix) for page in pages for entry in page.get("Contents", ())]
-
-
-Folder = LocalFolder | S3Folder
-
-
-def open_folder(uri: str) -> Folder:
-    """Raises UserError if the store's endpoint or profile is none."""
-    try:
-        return S3Folder(uri) if uri.startswith("s3://") else LocalFolder(uri)
-    except (BotoCoreError, ValueError) as error:
-        raise UserError(f"save_folder {uri}: {error}") from error
 
 
 def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool) -> str | None:
@@ -409,7 +109,7 @@ def check_shared(folder: Folder) -> None:
 
     def write() -> str:
         # A name that nobody has looked up before: NFS believes for a while that what was not there still is not.
-        name = f"{_PROBE}{uuid.uuid4().hex}"
+        name = f"{PROBE}{uuid.uuid4().hex}"
         ask(folder, lambda: folder.write(name, ""))
         return name
 
@@ -435,24 +135,6 @@ def naming_damage(folder: Folder, checkpoint: str | None) -> Iterator[None]:
         if checkpoint is None or not folder.is_damaged(checkpoint):
             raise
         raise _damaged(folder, checkpoint, "remove it, to go on from the one before") from error
-
-
-def ask(folder: Folder, action: Callable[[], Result]) -> Result:
-    """What `action` gives; a store that does not answer is waited for.
-
-    Raises:
-        UserError: the folder cannot be used, or its recipe is damaged.
-        Passing: worth another start: the store is away, or the disk is full.
-    """
-    try:
-        return patiently(action, str(folder)) if isinstance(folder, S3Folder) else action()
-    except StoreAway:
-        raise
-    except OSError as error:
-        kind = Passing if error.errno in FULL else UserError
-        raise kind(f"save_folder {folder} cannot be written ({error.strerror})") from error
-    except (BotoCoreError, ClientError) as error:
-        raise UserError(f"save_folder {folder} cannot be read and written ({error})") from error
 
 
 @dataclass

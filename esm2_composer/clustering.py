@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from esm2_composer.errors import UserError
 from esm2_composer.fasta import read_fasta
 from esm2_composer.files import refuse_existing
-from esm2_composer.layouts import sort_within
+from esm2_composer.proteins import sort_within
 from esm2_composer.records import TOO_MANY_REJECTED, Report, clean
 
 MIN_RESIDUES = 11

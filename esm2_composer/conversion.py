@@ -8,7 +8,7 @@ Work in progress lies in a folder of its own, `.SPLIT.work`; the one run that ma
 `.SPLIT.work.lock` beside it:
 
     state.json    what this conversion is: inputs, options; a rerun with others is refused
-    plan.*, staged.json, sequences.db, ids.parquet, clusters.tsv    see conversion_plan.py and layouts.py
+    plan.*, staged.json, sequences.db, ids.parquet, clusters.tsv    see conversion_plan, layouts and proteins
     parts/        00000.json: shards and report of a finished part; 00000.ids: its clusters, in order
     shards/       the split to be: renamed at the end, or uploaded part by part
 """
@@ -33,13 +33,13 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer import layouts
 from esm2_composer.conversion_plan import Plan, make_plan
 from esm2_composer.destinations import LocalSplit, RemoteSplit, open_destination
 from esm2_composer.errors import Passing, ReadError, StoreAway, UserError
 from esm2_composer.files import is_remote, sync, write_durably
 from esm2_composer.layouts import Layout
 from esm2_composer.parts import EngineError, Options, Part, PartBuilder, Processes
+from esm2_composer.proteins import Counted
 from esm2_composer.records import TOO_MANY_REJECTED, Report
 from esm2_composer.storage import StoreError, xxh64
 
@@ -57,7 +57,7 @@ Progress = Callable[[str, int, int], None]
 class Engine(Protocol):
     """What builds parts: `parts.Processes` of this machine, or `spark.Spark`."""
 
-    def stage(self, layout: Layout, work: Path, progress: layouts.Progress) -> Report:
+    def stage(self, layout: Layout, work: Path, progress: Counted) -> Report:
         """Make the sequences ready for `build`; tells what was found on the way."""
 
     def build(self, numbers: Sequence[int], builder: PartBuilder) -> Iterator[Part]:

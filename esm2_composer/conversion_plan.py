@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esm2_composer.files import sync, write_durably
-from esm2_composer.layouts import Layout, Progress, literal, reading
+from esm2_composer.layouts import Layout, literal, reading
 from esm2_composer.records import EXAMPLES_KEPT, Report
 
 # A part is closed with the cluster that reaches one of these: some 30 MB of UniRef, a second or two of work.
@@ -50,25 +50,6 @@ class Plan:
     rows: int  # where they are clusters, and how many of those name no member
     rows_without_members: int
     report: Report  # of what was rejected before any sequence was looked at
-
-
-def stage(layout: Layout, folder: Path, progress: Progress) -> tuple[Path, Report]:
-    """Make in `folder` what `layout` lacks, unless it is there; the SQLite file of the sequences.
-
-    Args:
-        progress: told how many sequences have been staged.
-
-    Raises:
-        UserError: an input is damaged.
-    """
-    finished = folder / "staged.json"
-    if not finished.exists():
-        report = Report()
-        sequences = layout.stage(folder, report, progress)
-        told = {"sequences": str(sequences.absolute()), "report": report.as_dict()}  # a rerun may start elsewhere
-        write_durably(finished, json.dumps(told).encode())
-    told = json.loads(finished.read_text())
-    return Path(told["sequences"]), Report.from_dict(told["report"])
 
 
 def make_plan(layout: Layout, folder: Path, other_split: Path | None, threads: int, staged: Report) -> Plan:

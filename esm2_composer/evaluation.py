@@ -1,32 +1,24 @@
-"""Perplexity on a validation split, and the floors that a model reaches without learning context.
-
-Perplexity is exp of the mean negative log-likelihood of the true residue over all selected positions. Under an
-80/10/10 mask one selected position in five shows a residue, the true one about half the time, so a model that
-has learnt no context, only to copy, scores well below the residues' own entropy. The floors say how well.
-"""
+"""Perplexity on a validation split: exp of the mean negative log-likelihood of the true residue over all selected
+positions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from esm2_composer import alphabet
-from esm2_composer.config import DataSection
 from esm2_composer.errors import UserError
-from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2
 
 LENGTH_EDGES = (2, 65, 129, 257, 513, 1025)  # tokens at which a bin begins; the last has no end
 LENGTH_BINS = (*(f"{low}-{high - 1}" for low, high in pairwise(LENGTH_EDGES)), f"{LENGTH_EDGES[-1]}-")
 MAX_LOSS = 709  # nats: e to a higher one is no float
-FLOOR_CLUSTERS = 2**20  # of a split with more, so many are read for the floors: their error is then below 0.01
 
 
 @torch.no_grad()
@@ -97,69 +89,3 @@ def _scores(sums: torch.Tensor) -> dict[str, float]:
         "accuracy": correct / count,
         "selected_tokens": int(count),
     }
-
-
-def data_floors(data: DataSection, rules: Iterable[MaskingRule]) -> list[dict[str, float]]:
-    """The floors (see `floors`) of the shards at `data` under each of `rules`.
-
-    Raises:
-        UserError: there are no such shards, they are not of clusters, or the cache holds other ones.
-    """
-    from esm2_composer.data import check_cache
-
-    check_cache(data)
-    train = residue_frequencies(_clusters(*data.split("train")), added=1)  # so that no residue is impossible
-    valid = residue_frequencies(_clusters(*data.split("valid")))
-    return [floors(train, valid, rule) for rule in rules]
-
-
-def _clusters(remote: str | None, local: str) -> Iterator[dict[str, Any]]:
-    """A split's clusters; of one with very many, `FLOOR_CLUSTERS` in blocks spread evenly over its shards."""
-    from esm2_composer.data import open_clusters
-
-    clusters = open_clusters(remote, local, draw=None, batch_size=1)
-    total = clusters.num_samples
-    blocks = 64 if total > FLOOR_CLUSTERS else 1
-    size = min(total, FLOOR_CLUSTERS) // blocks
-    for block in range(blocks):
-        start = block * total // blocks
-        yield from map(clusters.get_item, range(start, start + size))
-
-
-def residue_frequencies(clusters: Iterable[dict[str, Any]], added: int = 0) -> np.ndarray:
-    """Share of each of the 33 ids among residues as drawn, one uniform member a cluster, and `added` more of each
-    letter."""
-    counts = np.zeros(256)
-    for cluster in clusters:
-        residues = np.frombuffer(cluster["residues"], dtype=np.uint8)
-        counts += np.bincount(residues, minlength=256) / len(cluster["lengths"])
-    frequencies = np.zeros(alphabet.VOCAB_SIZE)
-    for letter in alphabet.LETTERS:
-        frequencies[alphabet.TOKENS.index(letter)] = counts[ord(letter)] + added
-    return frequencies / frequencies.sum()
-
-
-def floors(train: np.ndarray, valid: np.ndarray, rule: MaskingRule) -> dict[str, float]:
-    """Perplexities on residues distributed as `valid` of models that know the frequencies `train` only.
-
-    unigram: predicts them at every position. copier: combines them with the visible input token, the best
-    that can be done without context under `rule`.
-
-    Args:
-        train, valid: frequencies of the 33 ids, float (33,).
-    """
-    masked, replaced, kept = rule.split
-    choices = np.arange(alphabet.VOCAB_SIZE) if rule.all_tokens else alphabet.AMINO_ACIDS
-    # joint[s, t]: the true token is t and the input shows s, given that it is not masked
-    joint = np.diag(kept * train)
-    joint[choices] += replaced / len(choices) * train
-    shown = joint.sum(1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        given_shown = -np.log(joint / shown)
-        entropy = -np.log(train)
-    present = valid > 0
-    unigram = float(valid[present] @ entropy[present])
-    after_replacement = float(valid[present] @ given_shown[choices][:, present].mean(0))
-    after_keeping = float(valid[present] @ given_shown.diagonal()[present])
-    copier = masked * unigram + replaced * after_replacement + kept * after_keeping
-    return {"unigram": math.exp(unigram), "copier": math.exp(copier)}

@@ -46,3 +46,9 @@ def refuse_existing(out: Path, kind: str = "file") -> None:
         raise UserError(f"{out}: write to a local disk, and copy")
     if os.path.lexists(out) or out.name == "..":
         raise UserError(f"{out} exists already; remove it, or choose another {kind}")
+
+
+def refuse_irregular(path: Path) -> None:
+    """Inputs are read more than once, and not by us alone: no folder will do, and no pipe, which would hang."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file")

@@ -8,12 +8,12 @@ made in a scratch folder: whoever looks sequences up by id need not know where t
 from __future__ import annotations
 
 import contextlib
+import json
 import re
-import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import duckdb
 import pyarrow as pa
@@ -21,16 +21,12 @@ import pyarrow.parquet as pq
 
 from esm2_composer.errors import ReadError, UserError
 from esm2_composer.fasta import UNIPROT, compression, read_blocks, read_fasta
-from esm2_composer.files import sync
+from esm2_composer.files import refuse_irregular, write_durably
+from esm2_composer.proteins import Counted, open_proteins, store_proteins
 from esm2_composer.records import Report
 
-# What is held at once. Sequences, of which any may be long, are counted in bytes where their lengths are known.
-ROWS_AT_ONCE, BYTES_AT_ONCE = 20_000, 64 * 2**20
 FLAT_ROWS_AT_ONCE = 1_000
 BUFFER_BYTES = 2**20
-
-# Told how many sequences have been read.
-Progress = Callable[[int], None]
 
 
 class Layout(Protocol):
@@ -41,11 +37,33 @@ class Layout(Protocol):
     rows_are_clusters: bool  # a second row of a cluster is then worth telling
     members_may_be_shared: bool  # False where a member is a cluster by construction
 
-    def stage(self, scratch: Path, report: Report, progress: Progress) -> Path:
+    def stage(self, scratch: Path, report: Report, progress: Counted) -> Path:
         """Make in `scratch` what the layout lacks; the path of the SQLite file."""
 
     def view(self, database: duckdb.DuckDBPyConnection, scratch: Path) -> None:
         """Create the view `named`."""
+
+
+def stage(layout: Layout, folder: Path, progress: Counted) -> tuple[Path, Report]:
+    """Make in `folder` what `layout` lacks, unless it is there; the SQLite file of the sequences.
+
+    Args:
+        progress: told how many sequences have been staged.
+
+    Raises:
+        UserError: an input is damaged.
+    """
+    finished = folder / "staged.json"
+    if not finished.exists():
+        report = Report()
+        sequences = layout.stage(folder, report, progress)
+        content = {
+            "sequences": str(sequences.absolute()),
+            "report": report.as_dict(),
+        }  # a rerun may start elsewhere
+        write_durably(finished, json.dumps(content).encode())
+    content = json.loads(finished.read_text())
+    return Path(content["sequences"]), Report.from_dict(content["report"])
 
 
 class BioNeMo:
@@ -75,7 +93,7 @@ class BioNeMo:
                 raise UserError(f"{clusters}: column 'ur50_id' is {kind}; it must be a string")
         open_proteins(sequences).close()
 
-    def stage(self, scratch: Path, report: Report, progress: Progress) -> Path:
+    def stage(self, scratch: Path, report: Report, progress: Counted) -> Path:
         return self.inputs["sequences"][0]
 
     def view(self, database: duckdb.DuckDBPyConnection, scratch: Path) -> None:
@@ -109,8 +127,8 @@ class Flat:
                 if not _is_string(schema.field(name).type):
                     raise UserError(f"{file}: column '{name}' is {schema.field(name).type}; it must be a string")
 
-    def stage(self, scratch: Path, report: Report, progress: Progress) -> Path:
-        return _store(scratch / "sequences.db", self._proteins(), report, progress)
+    def stage(self, scratch: Path, report: Report, progress: Counted) -> Path:
+        return store_proteins(scratch / "sequences.db", self._proteins(), report, progress)
 
     def _proteins(self) -> Iterator[tuple[str | None, str | None]]:
         for file in self.inputs["flat"]:
@@ -160,12 +178,12 @@ class Fasta:
         self.source = cluster_tsv or fasta[0]
         self.members_may_be_shared = cluster_tsv is not None
         for path in chain.from_iterable(self.inputs.values()):
-            _refuse_irregular(path)
+            refuse_irregular(path)
             if not path.is_file():
                 raise UserError(f"{path}: no such file")
 
-    def stage(self, scratch: Path, report: Report, progress: Progress) -> Path:
-        return _store(scratch / "sequences.db", self._proteins(report), report, progress)
+    def stage(self, scratch: Path, report: Report, progress: Counted) -> Path:
+        return store_proteins(scratch / "sequences.db", self._proteins(report), report, progress)
 
     def _proteins(self, report: Report) -> Iterator[tuple[str, bytes]]:
         for path in self.inputs["fasta"]:
@@ -212,128 +230,6 @@ def _accession(column: str) -> str:
     return f"coalesce(nullif(regexp_extract({bare}, '{UNIPROT.pattern}', 1), ''), nullif({bare}, ''))"
 
 
-def _store(
-    path: Path, proteins: Iterator[tuple[str | None, str | bytes | None]], report: Report, progress: Progress
-) -> Path:
-    """Write the SQLite file of `proteins`, ids maybe repeated, and beside it ids.parquet."""
-    path.unlink(missing_ok=True)  # of a run that did not end
-    schema = pa.schema({"id": pa.string()})
-    with (
-        contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database,
-        pq.ParquetWriter(path.with_name("ids.parquet"), schema, compression="zstd") as ids,
-    ):
-        sort_within(path.parent, database)
-        database.executescript(
-            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN;"
-            "CREATE TABLE protein (id TEXT, sequence TEXT)"
-        )
-        for rows in _batches(proteins):
-            database.executemany("INSERT INTO protein VALUES (?, ?)", rows)
-            ids.write_table(pa.table({"id": [name for name, _ in rows]}, schema))
-            report.counts["sequences_read"] += len(rows)
-            progress(report.counts["sequences_read"])
-        database.execute("CREATE INDEX protein_id ON protein (id)")  # SQLite sorts on disk
-        database.execute("COMMIT")
-    sync(path)
-    sync(path.with_name("ids.parquet"))
-    return path
-
-
-def sort_within(folder: Path, database: sqlite3.Connection) -> None:
-    """Let SQLite put in `folder` what it sorts and has no memory for; its own choice, /var/tmp, may be small."""
-    path = str(folder.absolute()).replace("'", "''")
-    with contextlib.suppress(UnicodeEncodeError):  # SQLite has no word for such a path
-        database.execute(f"PRAGMA temp_store_directory = '{path}'")
-
-
-def _batches(
-    proteins: Iterator[tuple[str | None, str | bytes | None]],
-) -> Iterator[list[tuple[str | None, str | bytes | None]]]:
-    batch, size = [], 0
-    for protein in proteins:
-        batch.append(protein)
-        size += len(protein[1] or "")
-        if len(batch) >= ROWS_AT_ONCE or size >= BYTES_AT_ONCE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-class Sequences:
-    """Look-up of sequences in an SQLite file with the table protein (id, sequence)."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises UserError if it is not one, or has no index to look ids up."""
-        self._path = path
-        self._database = open_proteins(path)
-
-    def look_up(self, ids: Sequence[str]) -> dict[bytes, list]:
-        """Every sequence under each id that there is; sequences are bytes, or what else a wrong table holds.
-
-        Args:
-            ids: at most 32,766, which is as many parameters as SQLite takes.
-        """
-        found: dict[bytes, list] = {}
-        marks = ",".join("?" * len(ids))
-        with _reading_proteins(self._path):
-            query = f"SELECT id, sequence FROM protein WHERE id IN ({marks})"
-            for name, sequence in self._database.execute(query, ids):
-                found.setdefault(name, []).append(sequence)
-        return found
-
-    def close(self) -> None:
-        self._database.close()
-
-
-def open_proteins(path: Path) -> sqlite3.Connection:
-    """Open the SQLite file for reading; ids and sequences come as bytes.
-
-    Raises UserError if it will not do, ReadError if the system cannot read it.
-    """
-    _refuse_irregular(path)
-    if not path.is_file():
-        raise ReadError(f"{path}: no such file")
-    database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-    database.text_factory = bytes
-    with _reading_proteins(path):
-        columns = {row[1].lower() for row in database.execute("PRAGMA table_info(protein)")}
-        if not {b"id", b"sequence"} <= columns:
-            raise UserError(f"{path}: no table 'protein' with columns 'id' and 'sequence'")
-        steps = database.execute("EXPLAIN QUERY PLAN SELECT sequence FROM protein WHERE id = 'a'")
-        if any(step.startswith(b"SCAN") or b"USING AUTOMATIC" in step for *_, step in steps):  # a view has several
-            raise UserError(
-                f"{path}: table 'protein' has no index on 'id', so each look-up would read it whole; "
-                "CREATE INDEX protein_id ON protein (id)"
-            )
-    return database
-
-
-def read_proteins(path: Path, first: int, last: int) -> Iterator[tuple[bytes | None, Any]]:
-    """(id, sequence) of the rows `first` to `last`, both included, in the order of the file."""
-    with contextlib.closing(open_proteins(path)) as database, _reading_proteins(path):
-        query = "SELECT id, sequence FROM protein WHERE rowid BETWEEN ? AND ?"
-        yield from database.execute(query, (first, last))
-
-
-def protein_rows(path: Path) -> tuple[int, int]:
-    """The first and the last row of the SQLite file, (0, -1) if it has none.
-
-    Raises UserError if rows have no numbers.
-    """
-    query = "SELECT min(rowid), max(rowid), EXISTS (SELECT 1 FROM protein) FROM protein"
-    with contextlib.closing(open_proteins(path)) as database, _reading_proteins(path):
-        try:
-            first, last, any_row = database.execute(query).fetchone()
-        except sqlite3.OperationalError as error:
-            if "no such column" not in str(error):
-                raise
-            raise UserError(f"{path}: table 'protein' has no row numbers ({error})") from error
-    if any_row and not isinstance(first, int):  # a view has null
-        raise UserError(f"{path}: table 'protein' has no row numbers; is it a view?")
-    return (first, last) if any_row else (0, -1)
-
-
 def _schema(path: Path, wanted: Sequence[str]) -> pa.Schema:
     """Raises UserError if two columns have a wanted name, in any case: DuckDB would take the first."""
     schema = open_parquet(path).schema_arrow
@@ -344,15 +240,9 @@ def _schema(path: Path, wanted: Sequence[str]) -> pa.Schema:
     return schema
 
 
-def _refuse_irregular(path: Path) -> None:
-    """Inputs are read more than once, and not by us alone: no folder will do, and no pipe, which would hang."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: not a regular file")
-
-
 def open_parquet(path: Path) -> pq.ParquetFile:
     """Raises UserError if it is none, ReadError if the system cannot read it."""
-    _refuse_irregular(path)
+    refuse_irregular(path)
     try:
         return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)  # else it reads whole row groups
     except FileNotFoundError:
@@ -390,16 +280,6 @@ def _is_passing(error: Exception) -> bool:
         return "Could not read enough bytes" not in str(error)  # a length in the file says more than there is
     out_of_memory = duckdb.OutOfMemoryException, MemoryError
     return isinstance(error, out_of_memory) or getattr(error, "errno", None) is not None
-
-
-@contextlib.contextmanager
-def _reading_proteins(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.OperationalError as error:  # locked, or the disk fails; damage has other types
-        raise ReadError(f"{path}: cannot be read ({error})") from error
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"{path}: cannot be read as an SQLite database ({error})") from error
 
 
 def literal(paths: Sequence[Path]) -> list[str]:

@@ -18,11 +18,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.conversion_plan import read_part, stage
+from esm2_composer.conversion_plan import read_part
 from esm2_composer.errors import UserError
 from esm2_composer.files import write_durably
-from esm2_composer.layouts import Layout, Progress, Sequences
+from esm2_composer.layouts import Layout, stage
 from esm2_composer.mds import ShardWriter
+from esm2_composer.proteins import Counted, Sequences
 from esm2_composer.records import Member, Report, build_record, choose_members
 from esm2_composer.workers import Workers
 
@@ -155,7 +156,7 @@ class Processes:
     def __init__(self, workers: int) -> None:
         self._workers = workers
 
-    def stage(self, layout: Layout, work: Path, progress: Progress) -> Report:
+    def stage(self, layout: Layout, work: Path, progress: Counted) -> Report:
         """Make the sequences ready to be looked up."""
         self._sequences, report = stage(layout, work, progress)
         return report

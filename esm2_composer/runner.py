@@ -16,16 +16,8 @@ from composer.core import Callback
 from composer.utils import dist, get_device
 
 from esm2_composer.attention import select_attention, what_triton_lacks
-from esm2_composer.callbacks import Divergence, GradientClipping, Preemption, TokenMonitor
-from esm2_composer.checkpoints import (
-    Index,
-    check_shared,
-    find_checkpoint,
-    naming_damage,
-    open_folder,
-    take_over,
-    updates,
-)
+from esm2_composer.callbacks import GradientClipping, Preemption, TokenMonitor
+from esm2_composer.checkpoints import Index, check_shared, find_checkpoint, naming_damage, take_over
 from esm2_composer.config import DataSection, ModelSection, Recipe, batches, flatten
 from esm2_composer.data import (
     ClusterDraw,
@@ -36,8 +28,11 @@ from esm2_composer.data import (
     make_cache,
     train_loader,
 )
+from esm2_composer.divergence import Divergence
 from esm2_composer.errors import UserError, naming
+from esm2_composer.folders import open_folder, updates
 from esm2_composer.fp8 import use_fp8
+from esm2_composer.fsdp import DivideByRanks, means_are_sums, parallelism_of
 from esm2_composer.loggers import Progress, build_loggers, check_wandb
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, count_parameters
@@ -47,7 +42,6 @@ from esm2_composer.pool import data_spec
 from esm2_composer.preemption import shelter_worker
 from esm2_composer.ranks import on_rank_zero, say
 from esm2_composer.saving import CheckpointSaver
-from esm2_composer.sharding import DivideByRanks, means_are_sums, parallelism_of
 from esm2_composer.task import MaskedLanguageModel
 
 

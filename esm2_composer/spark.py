@@ -27,10 +27,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from esm2_composer.conversion_plan import stage
 from esm2_composer.errors import UserError
-from esm2_composer.layouts import Flat, Layout, Progress, open_parquet, protein_rows, read_flat, read_proteins
+from esm2_composer.layouts import Flat, Layout, open_parquet, read_flat, stage
 from esm2_composer.parts import EngineError, Part, PartBuilder, as_done
+from esm2_composer.proteins import Counted, protein_rows, read_proteins
 from esm2_composer.records import Report
 
 ROWS_A_SLICE = 100_000
@@ -74,7 +74,7 @@ class Spark:
         with contextlib.suppress(self._failure, OSError):
             self._context.cancelAllJobs()
 
-    def stage(self, layout: Layout, work: Path, progress: Progress) -> Report:
+    def stage(self, layout: Layout, work: Path, progress: Counted) -> Report:
         """Find the slices. Flat parquet is read where it lies; for FASTA an SQLite file is made first, here."""
         if isinstance(layout, Flat):
             files = [(path.absolute(), open_parquet(path).metadata) for path in layout.inputs["flat"]]

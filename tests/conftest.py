@@ -15,14 +15,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import boto3
 import numpy as np
 import psutil
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from streaming import MDSWriter
 from streaming.base.shared import memory
 
 from esm2_composer.errors import run_command
+from esm2_composer.folders import Folder, open_folder
 from esm2_composer.records import COLUMNS
 
 ROOT = Path(__file__).parent.parent
@@ -41,12 +44,12 @@ TERMINAL = pytest.StashKey[int]()
 WITHOUT_STREAMING = {
     *("test_alphabet", "test_attention", "test_benchmark", "test_benchmark_convert", "test_benchmark_step"),
     *("test_build_clusters", "test_callbacks", "test_checkpoints", "test_config", "test_conversion_plan"),
-    *("test_convert", "test_docs", "test_embed", "test_epochs", "test_errors", "test_export_hf", "test_fasta"),
-    "test_files",
-    *("test_layouts", "test_masking", "test_mds", "test_model", "test_optim", "test_parts", "test_patience"),
-    *("test_plan", "test_pool", "test_precision", "test_ranks", "test_records", "test_running"),
-    *("test_sample_data", "test_sharded_checkpoint", "test_sharding", "test_spark", "test_strict"),
-    *("test_triton_attention", "test_verification", "test_weights", "test_workers"),
+    *("test_convert", "test_divergence", "test_docs", "test_embed", "test_epochs", "test_errors"),
+    *("test_export_hf", "test_fasta", "test_files", "test_folders", "test_fsdp", "test_layouts", "test_loggers"),
+    *("test_masking", "test_mds", "test_model", "test_optim", "test_parts", "test_patience", "test_plan"),
+    *("test_pool", "test_precision", "test_proteins", "test_ranks", "test_records", "test_running"),
+    *("test_sample_data", "test_sharded_checkpoint", "test_spark", "test_strict", "test_triton_attention"),
+    *("test_verification", "test_weights", "test_workers"),
 }
 
 
@@ -307,3 +310,30 @@ def fresh(tmp_path: Path, written: Path) -> Callable[[], str]:
         return str(shutil.copytree(written, tmp_path / f"copy{next(names)}"))
 
     return copy
+
+
+@pytest.fixture(scope="module")
+def store():
+    """A bucket on a loopback S3 endpoint, told to boto3 by the environment."""
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "S3_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        boto3.client("s3", endpoint_url=settings["S3_ENDPOINT_URL"]).create_bucket(Bucket="bucket")
+        yield
+    server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request, store, tmp_path) -> Folder:
+    folder = open_folder(str(tmp_path / "run") if request.param == "local" else f"s3://bucket/{tmp_path.name}/run")
+    folder.make()
+    return folder

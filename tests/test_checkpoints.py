@@ -1,118 +1,29 @@
-"""Both kinds of folder list whole checkpoints only; the newest and the best are kept; another run is refused."""
+"""A run goes on from its newest checkpoint; the newest and the best are kept; another run is refused."""
 
-import errno
 import os
 import socket
-import subprocess
-import sys
-import tempfile
-import threading
 from pathlib import Path
 
-import boto3
-import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import ROOT
-from moto.server import ThreadedMotoServer
+from save_folders import listing, save, stage
 
-from esm2_composer import checkpoints, patience
+from esm2_composer import patience
 from esm2_composer.checkpoints import (
-    DIVERGED,
-    LATEST,
     RECIPE,
-    Folder,
     Index,
-    LocalFolder,
-    ask,
     best,
     check_shared,
     find_checkpoint,
     naming_damage,
-    open_folder,
     superseded,
     take_over,
 )
 from esm2_composer.config import Recipe, load_recipe, to_yaml
-from esm2_composer.errors import Passing, StoreAway, UserError
+from esm2_composer.errors import StoreAway, UserError
+from esm2_composer.folders import DIVERGED, LocalFolder, open_folder
 from esm2_composer.saving import CheckpointSaver
-
-
-@pytest.fixture(scope="module")
-def store():
-    """A bucket on a loopback S3 endpoint, told to boto3 by the environment."""
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "S3_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        boto3.client("s3", endpoint_url=settings["S3_ENDPOINT_URL"]).create_bucket(Bucket="bucket")
-        yield
-    server.stop()
-
-
-@pytest.fixture(params=["local", "s3"])
-def folder(request, store, tmp_path) -> Folder:
-    folder = open_folder(str(tmp_path / "run") if request.param == "local" else f"s3://bucket/{tmp_path.name}/run")
-    folder.make()
-    return folder
-
-
-def stage(tmp_path: Path, name: str) -> Path:
-    """A checkpoint as it is before it is moved to its place."""
-    staged = tmp_path / "staged" / name
-    if name.endswith(".pt"):
-        staged.parent.mkdir(exist_ok=True)
-        torch.save({"state": torch.ones(100)}, staged)
-    else:
-        staged.mkdir(parents=True)
-        for part in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
-            (staged / part).write_bytes(part.encode())
-    return staged
-
-
-def save(folder: Folder, tmp_path: Path, name: str, whole: bool = True) -> None:
-    staged = stage(tmp_path, name)
-    for rank in (0, 1):
-        folder.send(staged, name, rank)
-    if whole:
-        folder.commit(staged, name)
-
-
-@pytest.mark.parametrize("end", ["-rank0.pt", ""])
-def test_checkpoints_are_listed_by_their_updates_and_removed_alone(folder, tmp_path, end):
-    for update in (10, 9, 100, 1):
-        save(folder, tmp_path, f"ep0-ba{update}{end}")
-    assert folder.names() == [f"ep0-ba{update}{end}" for update in (1, 9, 10, 100)]
-    folder.remove(f"ep0-ba1{end}")
-    assert folder.names() == [f"ep0-ba{update}{end}" for update in (9, 10, 100)]
-
-
-def test_a_sharded_checkpoint_is_there_when_the_last_part_is(folder, tmp_path):
-    save(folder, tmp_path, "ep0-ba10")
-    save(folder, tmp_path, "ep0-ba20", whole=False)
-    assert folder.names() == ["ep0-ba10"]
-    folder.clear()  # the next start does
-    assert not any("ba20" in name for name in listing(folder))
-
-
-def listing(folder: Folder) -> list[str]:
-    return os.listdir(folder.path) if isinstance(folder, LocalFolder) else folder._keys("")
-
-
-def test_a_checkpoint_cut_short_in_a_copy_is_none(tmp_path):
-    folder = LocalFolder(str(tmp_path))
-    save(folder, tmp_path, "ep0-ba10-rank0.pt")
-    (tmp_path / "ep0-ba20-rank0.pt").write_bytes((tmp_path / "ep0-ba10-rank0.pt").read_bytes()[:-100])
-    assert folder.names() == ["ep0-ba10-rank0.pt"]
 
 
 @pytest.mark.filterwarnings("ignore")  # torch: it says that there is a single process
@@ -126,15 +37,6 @@ def test_a_sharded_checkpoint_without_a_part_is_not_resumed_from(recipe, tmp_pat
     for name in ("ep0-ba20", "ep0-ba30"):
         sorted(Path(folder.location(name)).glob("*.distcp"))[-1].unlink()
     assert find_checkpoint(folder, True, recipe, True) == "ep0-ba10"
-
-
-def test_the_link_leads_to_the_newest_and_never_to_a_diverged_state(tmp_path):
-    folder = LocalFolder(str(tmp_path))
-    for name in ("ep0-ba10-rank0.pt", "ep0-ba20-rank0.pt"):
-        save(folder, tmp_path, name)
-    folder.commit(stage(tmp_path, "ep0-ba30-rank0.pt"), "diverged-ep0-ba30-rank0.pt")
-    assert (tmp_path / LATEST).readlink() == Path("ep0-ba20-rank0.pt")
-    assert folder.names()[-1] == "ep0-ba20-rank0.pt"
 
 
 def test_a_run_that_diverged_is_not_gone_on_with_unless_that_is_wanted(folder, recipe, tmp_path):
@@ -162,26 +64,6 @@ def test_what_a_killed_run_staged_is_cleared_at_the_next_start(folder):
     assert not left.parent.exists()
 
 
-@pytest.mark.parametrize("taken", ["link", "open to others", "theirs"])
-def test_a_place_for_uploads_that_others_can_write_to_is_refused(store, tmp_path, monkeypatch, taken):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    folder = open_folder("s3://bucket/run")
-    private = folder.staging().parent
-    assert private.stat().st_mode & 0o077 == 0
-    assert folder.staging().parent == private, "at the next start, too"
-    if taken == "link":
-        private.rename(tmp_path / "elsewhere")
-        private.symlink_to(tmp_path / "elsewhere")
-    elif taken == "open to others":
-        private.chmod(0o770)
-    else:
-        me = os.getuid()
-        private.rename(str(private).replace(f"-{me}-", f"-{me + 1}-"))
-        monkeypatch.setattr(os, "getuid", lambda: me + 1)
-    with pytest.raises(UserError, match="is no folder that only you can write to"):
-        folder.staging()
-
-
 def test_the_newest_before_an_update_is_told_or_none_if_the_store_is_away(folder, tmp_path, monkeypatch):
     for update in (10, 20, 30):
         save(folder, tmp_path, f"ep0-ba{update}-rank0.pt")
@@ -197,41 +79,6 @@ def test_the_newest_before_an_update_is_told_or_none_if_the_store_is_away(folder
     assert saver.newest_before(29) is None
 
 
-HOLDER = """
-import os, sys, time
-from esm2_composer.checkpoints import LocalFolder
-LocalFolder(sys.argv[1]).lock()
-if os.fork():
-    print(flush=True)
-time.sleep(30)
-"""
-
-
-def test_a_folder_in_use_is_waited_for_and_then_refused(tmp_path, monkeypatch, capsys):
-    """By its owner, not by a worker that it has forked, and that outlives it."""
-    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, cwd=ROOT) as holder:
-        (worker,) = holder.stdout.readline() and psutil.Process(holder.pid).children()
-        in_use = f"{tmp_path} is in use by process {holder.pid} on {socket.gethostname()}; "
-        monkeypatch.setattr(checkpoints, "LOCK_SECONDS", 0)
-        with pytest.raises(Passing, match=in_use):
-            LocalFolder(str(tmp_path)).lock()
-        monkeypatch.setattr(checkpoints, "LOCK_SECONDS", 10)
-        threading.Timer(2, holder.kill).start()
-        LocalFolder(str(tmp_path)).lock()
-        assert worker.is_running()
-        worker.kill()
-    assert f"{in_use}waiting for its end, 10 s at most" in capsys.readouterr().err
-    assert (tmp_path / ".lock").stat().st_mode & 0o777 == 0o666, "others of a group may go on with the run"
-
-
-def test_a_file_system_without_locks_is_gone_on_with(tmp_path, monkeypatch):
-    def none(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(checkpoints.fcntl, "lockf", none)
-    LocalFolder(str(tmp_path)).lock()
-
-
 def test_a_folder_is_shared_if_every_node_sees_what_rank_zero_writes(folder, monkeypatch):
     """Even a node that believes what it once did not see not to be there, as those of NFS do."""
     read, unseen = type(folder).read, {RECIPE}
@@ -244,34 +91,11 @@ def test_a_folder_is_shared_if_every_node_sees_what_rank_zero_writes(folder, mon
         check_shared(folder)
 
 
-def test_what_tells_whether_a_folder_is_shared_is_cleared(tmp_path):
-    (tmp_path / ".seen-0f").touch()
-    LocalFolder(str(tmp_path)).clear()
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_is_worth_another_start(tmp_path, monkeypatch):
-    def full(_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    folder = LocalFolder(str(tmp_path))
-    with pytest.raises(Passing, match=r"cannot be written \(No space left on device\)"):
-        ask(folder, lambda: folder.write(RECIPE, "a: 1"))
-    assert not list(tmp_path.iterdir())
-
-
 def test_what_a_run_saved_while_it_ended_is_gone_on_from(folder, recipe, tmp_path, monkeypatch):
     assert find_checkpoint(folder, True, recipe, False) is None
     monkeypatch.setattr(folder, "lock", lambda: save(folder, tmp_path, "ep0-ba10-rank0.pt"))
     folder.write(RECIPE, to_yaml(recipe))
     assert take_over(folder, True, recipe, False) == "ep0-ba10-rank0.pt"
-
-
-def test_small_files_are_read_back(folder):
-    assert folder.read("a.json") is None
-    folder.write("a.json", "ä")
-    assert folder.read("a.json") == "ä"
 
 
 def test_the_index_is_read_back(folder):

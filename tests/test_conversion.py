@@ -36,7 +36,8 @@ from esm2_composer import conversion_plan, parts
 from esm2_composer.conversion import Interrupted, Options, convert
 from esm2_composer.conversion_plan import make_plan
 from esm2_composer.errors import UserError
-from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout, Sequences
+from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout
+from esm2_composer.proteins import Sequences
 from esm2_composer.records import LENGTH_LABELS, Report
 
 SPLIT_FILES = {

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from esm2_composer import layouts
 from esm2_composer.conversion_plan import make_plan
 from esm2_composer.errors import UserError
 from esm2_composer.fasta import read_fasta
-from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout, Sequences, protein_rows, read_flat, reading
+from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout, read_flat, reading
+from esm2_composer.proteins import Sequences
 from esm2_composer.records import Report
 
 
@@ -143,42 +143,6 @@ def test_long_rows_of_parquet_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     assert peak - before < 0.7 * (tmp_path / "x.parquet").stat().st_size
 
 
-def test_what_is_staged_at_once_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layouts, "BYTES_AT_ONCE", 10)
-    monkeypatch.setattr(layouts, "ROWS_AT_ONCE", 3)
-    (tmp_path / "f").write_text(
-        "".join(f">{i}\n{sequence}\n" for i, sequence in enumerate(["M"] * 4 + ["M" * 9] * 3))
-    )
-    read: list[int] = []
-    path = Fasta([tmp_path / "f"]).stage(tmp_path, Report(), read.append)
-    assert read == [3, 5, 7]
-    assert Sequences(path).look_up(list("0123456")) == {
-        **{name.encode(): [b"M"] for name in "0123"},
-        **{name.encode(): [b"M" * 9] for name in "456"},
-    }
-
-
-def test_what_sqlite_sorts_lies_in_the_scratch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: set[Path] = set()
-
-    def look() -> None:
-        for file in Path("/proc/self/fd").iterdir():
-            with contextlib.suppress(OSError):  # that of the folder itself
-                opened.add(file.readlink())
-
-    class Watched(sqlite3.Connection):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            self.set_progress_handler(look, 1000)
-
-    monkeypatch.setattr(sqlite3, "connect", Watched)
-    scratch = tmp_path / "it's scratch"
-    scratch.mkdir()
-    (tmp_path / "f").write_text("".join(f">{i:0500}\nMK\n" for i in range(5000)))
-    Fasta([tmp_path / "f"]).stage(scratch, Report(), lambda read: None)
-    assert {path.parent for path in opened if path.name.startswith("etilqs")} == {scratch}
-
-
 # --- FASTA ---
 
 FASTA = b">a first protein\nMK\nV\n\n>b\nMK\n>c no sequence\n>\nML\n>d\tx>y\nM K*"
@@ -301,43 +265,3 @@ def test_a_disk_that_fails_is_no_damage_and_a_wrong_length_is(tmp_path: Path) ->
 def test_ctrl_c_in_a_query_is_no_damage(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), reading(tmp_path):
         raise RuntimeError("Query interrupted")  # DuckDB raises that
-
-
-def test_a_table_without_index_is_refused(tmp_path: Path) -> None:
-    with contextlib.closing(sqlite3.connect(tmp_path / "p.db")) as database:
-        database.execute("CREATE TABLE protein (id TEXT, sequence TEXT)")
-        with pytest.raises(UserError, match=r"no index on 'id'.*CREATE INDEX"):
-            Sequences(tmp_path / "p.db")
-        database.execute("CREATE INDEX any ON protein (id)")
-        assert Sequences(tmp_path / "p.db").look_up(["a"]) == {}
-
-
-VIEW = "CREATE TABLE p (id TEXT PRIMARY KEY, number INTEGER); CREATE VIEW protein AS "
-TABLES = (
-    "CREATE TABLE q (number INTEGER PRIMARY KEY, sequence TEXT); CREATE TABLE r (number INTEGER, sequence TEXT);"
-)
-
-
-@pytest.mark.parametrize(
-    ("view", "indexed"),
-    [
-        ("SELECT id, 'M' AS sequence FROM p", True),
-        ("SELECT id, 'M' AS sequence FROM p UNION ALL SELECT id, 'M' FROM p", True),
-        ("SELECT id, sequence FROM p JOIN q USING (number)", True),
-        ("SELECT id, sequence FROM p JOIN r USING (number)", False),
-        ("SELECT id, 'M' AS sequence FROM p UNION ALL SELECT number, sequence FROM r", False),
-    ],
-)
-def test_a_view_must_look_up_by_index_too(tmp_path: Path, view: str, indexed: bool) -> None:
-    with contextlib.closing(sqlite3.connect(tmp_path / "p.db")) as database, database:
-        database.executescript(
-            f"{TABLES} {VIEW} {view}; INSERT INTO p VALUES ('a', 1); INSERT INTO q VALUES (1, 'M')"
-        )
-    if indexed:
-        assert Sequences(tmp_path / "p.db").look_up(["a"])[b"a"][0] == b"M"
-    else:
-        with pytest.raises(UserError, match="no index on 'id'"):
-            Sequences(tmp_path / "p.db")
-    if indexed:
-        with pytest.raises(UserError, match="table 'protein' has no row numbers; is it a view"):
-            protein_rows(tmp_path / "p.db")

@@ -10,8 +10,9 @@ from test_layouts import write_layout
 from esm2_composer import parts
 from esm2_composer.conversion_plan import make_plan
 from esm2_composer.errors import UserError
-from esm2_composer.layouts import BioNeMo, Sequences
+from esm2_composer.layouts import BioNeMo
 from esm2_composer.parts import Options, PartBuilder
+from esm2_composer.proteins import Sequences
 from esm2_composer.records import Report
 
 

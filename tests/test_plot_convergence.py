@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from esm2_composer.config import DataSection
-from esm2_composer.evaluation import data_floors
+from esm2_composer.floors import data_floors
 from esm2_composer.masking import MaskingRule
 
 CURVE = {0: 34.0, 50: 19.5, 100: 17.25}

@@ -15,14 +15,14 @@ from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from conftest import ROOT, Run, composer, python
 from plot_convergence import PUBLISHED, read_scalars
 
-from esm2_composer.callbacks import LOSS
 from esm2_composer.config import load_recipe
 from esm2_composer.data import ClusterDraw, canonical_nodes
 from esm2_composer.errors import UserError
+from esm2_composer.fsdp import fsdp_options
+from esm2_composer.loggers import LOSS
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import SIZES, ESM2Config, rotary_frequencies
 from esm2_composer.runner import build_model, cluster_draw, compiles
-from esm2_composer.sharding import fsdp_options
 
 RECIPES = sorted(path.stem for path in (ROOT / "yamls").glob("*.yaml"))
 

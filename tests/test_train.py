@@ -23,14 +23,14 @@ from streaming import MDSWriter
 from transformers import AutoModelForMaskedLM
 
 from esm2_composer import runner
-from esm2_composer.callbacks import PERPLEXITY
 from esm2_composer.config import DataSection, load_recipe
 from esm2_composer.errors import UserError
+from esm2_composer.fsdp import DivideByRanks
+from esm2_composer.loggers import PERPLEXITY
 from esm2_composer.plan import GPUS, make_plan
 from esm2_composer.ranks import end_process_group
 from esm2_composer.records import COLUMNS
 from esm2_composer.runner import Done, build_trainer, digest_of_all_nodes
-from esm2_composer.sharding import DivideByRanks
 
 DIMENSIONS = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")
 
@@ -243,7 +243,7 @@ def test_a_damaged_shard_that_one_of_two_ranks_reads_is_one_line_and_exit_code_2
 def test_sharded_gradients_that_come_as_sums_are_divided(
     shards, tmp_path, monkeypatch, sharding, sums, corrections
 ):
-    """Whether the trainer is told to: what comes of it is in test_sharding.py and test_global_batch.py."""
+    """Whether the trainer is told to: what comes of it is in test_fsdp.py and test_global_batch.py."""
 
     class Told(Exception):
         pass

@@ -64,7 +64,8 @@ def evaluate_checkpoint() -> None:
     from composer.utils import dist
 
     from esm2_composer.data import ClusterDraw, check_cache, evaluation_loader
-    from esm2_composer.evaluation import data_floors, evaluate
+    from esm2_composer.evaluation import evaluate
+    from esm2_composer.floors import data_floors
     from esm2_composer.masking import MaskingRule
     from esm2_composer.model import ESM2
     from esm2_composer.pool import Pool

@@ -196,7 +196,7 @@ def same_place(a: str, b: str) -> bool:
 
 def read_data(data: str, local: str | None, runs: list[Run]) -> tuple[dict[str, float], int]:
     """The floors of the shards at `data` under the runs' masking rules, and the number of validation clusters."""
-    from esm2_composer.evaluation import data_floors
+    from esm2_composer.floors import data_floors
     from esm2_composer.masking import MaskingRule
 
     section = DataSection(remote=data, local=local)

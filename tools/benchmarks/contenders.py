@@ -141,11 +141,11 @@ def make_trainer(
     from composer import Trainer
 
     from esm2_composer.fp8 import use_fp8
+    from esm2_composer.fsdp import parallelism_of
     from esm2_composer.loggers import build_loggers
     from esm2_composer.optim import build_adamw, build_schedule
     from esm2_composer.pool import data_spec
     from esm2_composer.runner import build_callbacks
-    from esm2_composer.sharding import parallelism_of
     from esm2_composer.task import MaskedLanguageModel
 
     on_gpu = work.device == "cuda"

@@ -13,10 +13,10 @@ from composer.devices import DeviceCPU
 from composer.loggers import Logger
 from torch.distributed.fsdp import fully_shard
 
-from esm2_composer import sharding
+from esm2_composer import fsdp
 from esm2_composer.callbacks import GradientClipping
+from esm2_composer.fsdp import DivideByRanks, means_are_sums
 from esm2_composer.ranks import end_process_group
-from esm2_composer.sharding import DivideByRanks, means_are_sums
 
 
 def be_rank(rank: int, ranks: int, folder: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_sharded_gradient_is_the_mean_over_ranks(ranks: int, tmp_path: Path) -
 
 
 def test_gradients_are_divided_before_they_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharding.dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(fsdp.dist, "get_world_size", lambda: 4)
     model = torch.nn.Linear(2, 1, bias=False)
     state = State(model, 0, "", DeviceCPU(), algorithms=[DivideByRanks()], callbacks=[GradientClipping(1.0)])
     state.set_dataloader([None], "train")
