@@ -26,7 +26,8 @@ class Deferred(LoggerDestination):
     """Holds metrics back until the next update has been launched, and then hands on each step's in one call.
 
     Composer logs between two updates, a few metrics at a time, when a GPU has nothing to do: TensorBoard and W&B
-    would each take about a third of that time (docs/performance.md).
+    would each take about a third of that time (docs/performance.md). Before a checkpoint is saved, all is to be
+    handed on: a run that resumes from it does not make it again.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -53,6 +54,13 @@ class Deferred(LoggerDestination):
 
 class WandB(Deferred, WandBLogger):
     """Composer's logger."""
+
+
+def hand_on_all(state: State) -> None:
+    """Have the run's loggers write what they hold."""
+    for callback in state.callbacks:
+        if isinstance(callback, Deferred):
+            callback.hand_on()
 
 
 class TensorBoard(Deferred, TensorboardLogger):

@@ -22,6 +22,7 @@ from esm2_composer.checkpoints import Index, best, superseded
 from esm2_composer.config import Recipe, batches
 from esm2_composer.errors import OneLine, Passing, UserError
 from esm2_composer.folders import Folder, ask, updates
+from esm2_composer.loggers import hand_on_all
 from esm2_composer.ranks import on_rank_zero, say
 
 WAITS = (2, 4, 8, 16)  # seconds before trying to save again
@@ -119,6 +120,7 @@ class CheckpointSaver(Callback):
 
     def save(self, state: State, prefix: str = "", waits: Sequence[int] = WAITS) -> bool:
         """Save a checkpoint, to be resumed from unless its name gets a prefix; tell whether that succeeded."""
+        hand_on_all(state)
         update = state.timestamp.batch.value
         sharded = state.fsdp_sharded_state_dict_enabled
         staged = f"ep{state.timestamp.epoch.value}-ba{update}" + ("" if sharded else "-rank0.pt")

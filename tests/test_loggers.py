@@ -13,7 +13,7 @@ from plot_convergence import read_scalars
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from esm2_composer.errors import UserError
-from esm2_composer.loggers import LOSS, Deferred, Progress, TensorBoard, check_wandb
+from esm2_composer.loggers import LOSS, Deferred, Progress, TensorBoard, check_wandb, hand_on_all
 
 
 class Told(LoggerDestination):
@@ -42,6 +42,14 @@ def test_metrics_wait_for_the_next_launch_and_each_steps_come_in_one_call(event)
     assert logger.calls == expected
     getattr(logger, event)(None, None)
     assert logger.calls == expected
+
+
+def test_all_loggers_are_made_to_write_what_they_hold():
+    loggers = [DeferredTold(), DeferredTold()]
+    for logger in loggers:
+        logger.log_metrics({"loss": 2.0}, 6)
+    hand_on_all(SimpleNamespace(callbacks=[*loggers, Progress(9, 1)]))
+    assert [logger.calls for logger in loggers] == [[(6, {"loss": 2.0})]] * 2
 
 
 def test_what_was_held_at_the_end_is_in_the_file(tmp_path):
