@@ -37,7 +37,8 @@ from esm2_composer.shards import CheckedStream, MappedDataset, opening_alone
 # goes on upon any number of nodes with no other prime factors. Fewer would make a large epoch slow to shuffle.
 CANONICAL_NODES = 2**6 * 3 * 5
 
-Sequences = dict[str, torch.Tensor]  # tokens uint8 (T,), labels uint8 (T,), lengths int32 (B,)
+# A part of a global batch: tokens uint8 (T,), labels uint8 (T,), lengths int32 (B,).
+Share = dict[str, torch.Tensor]
 
 
 Sample = tuple[np.ndarray, int]  # tokens uint8 (T,) of a window, and the word that keys its mask
@@ -68,7 +69,7 @@ class ClusterDraw:
         first = choose(window_word, max(len(tokens) - self.max_length, 0) + 1)
         return tokens[first : first + self.max_length], mask_word
 
-    def collate(self, samples: Sequence[Sample]) -> Sequences:
+    def collate(self, samples: Sequence[Sample]) -> Share:
         """Lay windows end to end, and mask them all at once."""
         tokens = np.concatenate([*(tokens for tokens, _ in samples), np.empty(0, np.uint8)])
         lengths = np.array([len(tokens) for tokens, _ in samples], np.int32)
@@ -132,7 +133,7 @@ class EvaluationBatches(IterableDataset):
     def __len__(self) -> int:
         return math.ceil(self.clusters.num_samples / self._batch_size)
 
-    def __iter__(self) -> Iterator[Sequences]:
+    def __iter__(self) -> Iterator[Share]:
         worker = torch.utils.data.get_worker_info()
         batches = range(worker.id if worker else 0, len(self), worker.num_workers if worker else 1)
         for batch in batches:

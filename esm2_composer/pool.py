@@ -25,7 +25,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from esm2_composer import alphabet
-from esm2_composer.data import Sequences
+from esm2_composer.data import Share
 from esm2_composer.errors import OneLine
 from esm2_composer.ranks import cpu_group
 
@@ -147,7 +147,7 @@ class Pool:
         # The default group may be NCCL's, which has no CPU tensors.
         self._group = cpu_group()
 
-    def __call__(self, share: Sequences) -> dict[str, Any]:
+    def __call__(self, share: Share) -> dict[str, Any]:
         """The rank's new share, cut into microbatches (see `pack`), with its own counts."""
         tokens, labels, lengths = (share[key].numpy() for key in ("tokens", "labels", "lengths"))
         if self._group is not None:
@@ -183,7 +183,7 @@ class Pool:
             parts.append((each[4 * b : 4 * b + t], each[4 * b + t :], each[: 4 * b].view(np.int32)))
         return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
-    def take(self, shares: Iterator[Sequences]) -> dict[str, Any] | None:
+    def take(self, shares: Iterator[Share]) -> dict[str, Any] | None:
         """The next share, pooled; None if there is none. What one rank's raises in one line, every rank raises: on
         one alone, the run's exit code would be that of a rank which waited for it, and was ended."""
         try:

@@ -77,8 +77,8 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     if done >= recipe.updates and done in Index.read(folder).losses:
         raise Done(recipe, done)
     torch.manual_seed(recipe.seed)  # the same on every rank: sharded ranks must agree on the weights
-    elsewhere = parallelism is not None and recipe.fsdp.sync_module_states and dist.get_global_rank() > 0
-    net = build_model(recipe.model, weights=not elsewhere)
+    receives_weights = parallelism is not None and recipe.fsdp.sync_module_states and dist.get_global_rank() > 0
+    net = build_model(recipe.model, weights=not receives_weights)
     with naming("model.attention"):
         c, precision = net.config, _precision(recipe.precision, on_gpu)
         computed = {"amp_bf16": torch.bfloat16, "fp32": torch.float32}[precision]

@@ -23,7 +23,7 @@ from esm2_composer import alphabet
 from esm2_composer.config import DataSection
 from esm2_composer.data import (
     ClusterDraw,
-    Sequences,
+    Share,
     check_cache,
     count_short_clusters,
     evaluation_loader,
@@ -177,7 +177,7 @@ def test_a_batch_of_nothing_has_the_same_types() -> None:
     assert [batch[key].dtype for key in ("tokens", "labels", "lengths")] == [torch.uint8, torch.uint8, torch.int32]
 
 
-def sequences(batch: Sequences) -> list[tuple[bytes, bytes]]:
+def sequences(batch: Share) -> list[tuple[bytes, bytes]]:
     """(inputs, labels) of each sequence."""
     lengths = batch["lengths"].tolist()
     parts = zip(batch["tokens"].split(lengths), batch["labels"].split(lengths), strict=True)

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from esm2_composer import alphabet
-from esm2_composer.data import Sequences
+from esm2_composer.data import Share
 from esm2_composer.errors import UserError
 from esm2_composer.pool import Microbatch, Pool, PooledLoader, data_spec, deal, pack
 from esm2_composer.ranks import end_process_group
@@ -169,7 +169,7 @@ def test_pack_has_the_types_the_model_takes(count: int) -> None:
 # Pool, on one rank
 
 
-def share_of(sequences: list[tuple[np.ndarray, np.ndarray]]) -> Sequences:
+def share_of(sequences: list[tuple[np.ndarray, np.ndarray]]) -> Share:
     """(tokens, labels) pairs, end to end."""
     tokens, labels = zip(*sequences, strict=True) if sequences else ((), ())
     empty = np.empty(0, np.uint8)
@@ -180,7 +180,7 @@ def share_of(sequences: list[tuple[np.ndarray, np.ndarray]]) -> Sequences:
     }
 
 
-def random_share(count: int) -> Sequences:
+def random_share(count: int) -> Share:
     """Distinct sequences, about a seventh of their tokens selected; the last has none."""
     rng = np.random.default_rng(count)
     samples = []
@@ -193,7 +193,7 @@ def random_share(count: int) -> Sequences:
     return share_of(samples)
 
 
-def sequences_of_share(share: Sequences) -> list[tuple[list[int], list[int]]]:
+def sequences_of_share(share: Share) -> list[tuple[list[int], list[int]]]:
     lengths = share["lengths"].tolist()
     pairs = zip(share["tokens"].split(lengths), share["labels"].split(lengths), strict=True)
     return [(tokens.tolist(), labels.tolist()) for tokens, labels in pairs]
@@ -271,7 +271,7 @@ class Watched:
     def __len__(self) -> int:
         return len(self.asked)
 
-    def __getitem__(self, number: int) -> Sequences:
+    def __getitem__(self, number: int) -> Share:
         self.asked[number].set()
         return random_share(1 + number)
 
@@ -280,7 +280,7 @@ def test_the_next_batch_is_fetched_and_pooled_while_one_is_in_hand(monkeypatch: 
     shares = Watched(5)
     pooled = [threading.Event() for _ in range(5)]
 
-    def watched(of: Pool, share: Sequences) -> dict[str, Any]:
+    def watched(of: Pool, share: Share) -> dict[str, Any]:
         batch = call(of, share)
         pooled[batch["num_sequences"] - 1].set()
         return batch
