@@ -1,10 +1,11 @@
 """Validation perplexity by update: python tools/plot_convergence.py RUN... [--reference 8m|650m|3b] [--out FILE]
 
-RUN is a TensorBoard folder, or a folder that holds one, also of a run that goes on. Beside it
+RUN is a TensorBoard folder, or a folder that holds one; the run may still be going on. Shown beside its curve:
 
 --reference  the published curve of a size, and in which conditions a run differs from it
---data       the floors of that data: what a model reaches that knows residue frequencies only (unigram), and
-             one that copies what it sees as well (copier). Below the second, a model has learnt about proteins.
+--data       the floors of that data: what a model reaches that knows only residue frequencies (unigram), and one
+             that also copies the residues it sees (copier). Only below the second has a model learnt about
+             proteins.
 """
 
 from __future__ import annotations
