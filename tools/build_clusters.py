@@ -1,9 +1,9 @@
 """Cluster FASTA files with MMseqs2, as UniRef is built: python tools/build_clusters.py --fasta F... --out DIR
 
 DIR, a new folder, will hold train_clusters.parquet and train.db, valid_clusters.parquet and validation.db, which
-tools/convert.py reads, and report.json. Members are the representatives of clusters at 90 % identity; these in turn,
-clustered at 50 %, give the clusters. A share of the clusters is set aside for validation, and training members that
-match a validation sequence are removed. The same input, seed and MMseqs2 give the same clusters.
+tools/convert.py reads, and report.json. Members are the representatives of clusters at 90 % identity; these in
+turn, clustered at 50 %, give the clusters. A share of the clusters is set aside for validation, and training
+members that match a validation sequence are removed. The same input, seed and MMseqs2 give the same clusters.
 """
 
 from __future__ import annotations
