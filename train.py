@@ -1,8 +1,8 @@
 """Train ESM-2 from a recipe: composer train.py yamls/NAME.yaml [key.subkey=value ...]
 
 Exit codes: 0 done, also when it was done before; 2 a mistake in the recipe or its data; 3 the loss diverged;
-75 told to leave: the same command goes on; 130 Ctrl-C, which saves nothing; 1 another failure, such as one to save
-when told to leave.
+75 told to leave: the same command goes on; 130 Ctrl-C, which saves nothing; 1 another failure, also if told
+to leave and unable to save.
 """
 
 from esm2_composer import preemption
