@@ -26,7 +26,7 @@ class Deferred(LoggerDestination):
     """Holds metrics back until the next update has been launched, and then hands on each step's in one call.
 
     Composer logs between two updates, a few metrics at a time, when a GPU has nothing to do: TensorBoard and W&B
-    would each take about a third of that time (docs/performance.md). Before a checkpoint is saved, all is to be
+    would each take a quarter of that time (docs/performance.md). Before a checkpoint is saved, all is to be
     handed on: a run that resumes from it does not make it again.
     """
 
@@ -53,7 +53,7 @@ class Deferred(LoggerDestination):
 
 
 class WandB(Deferred, WandBLogger):
-    """Composer's logger."""
+    """Composer's logger, deferred."""
 
 
 def hand_on_all(state: State) -> None:
