@@ -296,7 +296,8 @@ def test_a_cache_of_other_shards_is_refused(shards, checkpoints, tmp_path, call,
     assert_user_error(*call(tool.main, checkpoints["composer.pt"], *arguments), f"holds other {split} shards")
 
 
-@pytest.mark.parametrize("checkpoint", [pytest.param(Path("/nowhere"), marks=pytest.mark.slow), None])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", [Path("/nowhere"), None])
 def test_a_mistake_on_many_ranks_ends_with_its_code(shards, checkpoints, tmp_path, checkpoint):
     """Told by each rank before they meet (no such weights), or after (no such shards)."""
     if checkpoint is None:
