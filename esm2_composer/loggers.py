@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
 import sys
@@ -49,11 +50,18 @@ class Deferred(LoggerDestination):
     def hand_on(self) -> None:
         held, self._held = self._held, {}
         for step, metrics in held.items():
-            super().log_metrics(metrics, step)
+            self._write(metrics, step)
+
+    def _write(self, metrics: dict[str, Any], step: int | None) -> None:
+        super().log_metrics(metrics, step)
 
 
 class WandB(Deferred, WandBLogger):
-    """Composer's logger, deferred."""
+    """Composer's logger."""
+
+    def init(self, state: State, logger: Logger) -> None:
+        super().init(state, logger)
+        atexit.register(self.hand_on)  # W&B ends its run at exit, before Composer closes the loggers
 
 
 def hand_on_all(state: State) -> None:
@@ -76,8 +84,8 @@ class TensorBoard(Deferred, TensorboardLogger):
         if not dist.get_global_rank():
             self._attempt(super().init, state, logger)
 
-    def hand_on(self) -> None:
-        self._attempt(super().hand_on)
+    def _write(self, metrics: dict[str, Any], step: int | None) -> None:
+        self._attempt(super()._write, metrics, step)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         self.hand_on()

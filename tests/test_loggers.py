@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from composer.loggers import LoggerDestination
+from conftest import ROOT, python
 from plot_convergence import read_scalars
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -93,7 +94,10 @@ def test_a_tensorboard_folder_that_cannot_be_made_does_not_end_the_run(tmp_path,
     (tmp_path / "taken").write_text("mine")
     logger = TensorBoard(log_dir=str(tmp_path / "taken"))
     logger.init(SimpleNamespace(run_name="run"), None)
-    logger.log_metrics({"loss": 2.0}, 1)
+    for step in range(3):
+        logger.log_metrics({"loss": 2.0}, step)
+        logger.after_train_batch(None, None)
+        assert not logger._held, "it would fill the memory"
     logger.close(None, None)
     assert capsys.readouterr().err.count("going on without") == 1
 
@@ -127,6 +131,23 @@ def test_a_terminal_shows_a_bar_and_a_log_lines_and_both_every_evaluation(screen
         assert [line.split(":")[0] for line in lines] == ["update 6/9", "update 8/9", "update 9/9"]
         assert lines[-1] == "update 9/9: loss 2.5000"
         assert not bars
+
+
+FAILS = """
+from types import SimpleNamespace
+from esm2_composer.loggers import WandB
+logger = WandB(project="test")
+logger.init(SimpleNamespace(run_name="run"), None)
+logger.log_metrics({"loss/at/the/end": 2.0}, 1)
+raise RuntimeError("a defect")
+"""
+
+
+def test_what_was_held_when_a_run_failed_is_in_wandbs_file(tmp_path):
+    result = python("-c", FAILS, cwd=tmp_path, WANDB_MODE="offline", PYTHONPATH=str(ROOT))
+    assert [line for line in result.stderr.splitlines() if "Error" in line] == ["RuntimeError: a defect"]
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"loss/at/the/end" in file.read_bytes()
 
 
 def test_wandb_without_a_key_is_told_before_training(monkeypatch, tmp_path):
