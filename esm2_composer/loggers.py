@@ -24,7 +24,7 @@ PERPLEXITY = "metrics/valid/perplexity"
 
 
 class Deferred(LoggerDestination):
-    """Holds metrics back until the next update has been launched, and then hands on each step's in one call.
+    """Holds metrics back until the next backward pass has been launched; then hands on each step's in one call.
 
     Composer logs between two updates, a few metrics at a time, when a GPU has nothing to do: TensorBoard and W&B
     would each take a quarter of that time (docs/performance.md). Before a checkpoint is saved, all is to be

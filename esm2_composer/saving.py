@@ -83,6 +83,7 @@ class CheckpointSaver(Callback):
         return self._folder.location(names[-1]) if names else None
 
     def eval_end(self, state: State, logger: Logger) -> None:
+        hand_on_all(state)  # once the index has this evaluation, no start makes it again
         update = state.timestamp.batch.value
         loss = float(state.eval_metric_values["loss"])
         if math.isfinite(loss):

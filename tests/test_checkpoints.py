@@ -3,6 +3,7 @@
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,23 @@ def test_what_a_killed_run_staged_is_cleared_at_the_next_start(folder):
     assert open_folder(f"{folder}2").staging() != folder.staging()
     CheckpointSaver(again, interval=10, keep_newest=1, keep_best=0, resumes=False)
     assert not left.parent.exists()
+
+
+def test_metrics_are_handed_on_before_an_evaluation_or_a_checkpoint_counts(tmp_path, monkeypatch):
+    """What a killed run saved, the next start does not make again."""
+    folder, order = LocalFolder(str(tmp_path)), []
+    saver = CheckpointSaver(folder, interval=10, keep_newest=1, keep_best=0, resumes=False)
+    monkeypatch.setattr("esm2_composer.saving.hand_on_all", lambda _: order.append("metrics"))
+    monkeypatch.setattr(saver, "_tidy", lambda: order.append("index"))
+    monkeypatch.setattr(saver, "_try_to_save", lambda *_: order.append("checkpoint"))
+    clock = SimpleNamespace(batch=SimpleNamespace(value=10), epoch=SimpleNamespace(value=0))
+    state = SimpleNamespace(
+        timestamp=clock, eval_metric_values={"loss": 2.0}, fsdp_sharded_state_dict_enabled=False
+    )
+    saver.eval_end(state, None)
+    assert order == ["metrics", "index"]
+    saver.save(state)
+    assert order[2:] == ["metrics", "checkpoint", "index"]
 
 
 def test_the_newest_before_an_update_is_told_or_none_if_the_store_is_away(folder, tmp_path, monkeypatch):
