@@ -57,10 +57,8 @@ def stage(layout: Layout, folder: Path, progress: Counted) -> tuple[Path, Report
     if not finished.exists():
         report = Report()
         sequences = layout.stage(folder, report, progress)
-        content = {
-            "sequences": str(sequences.absolute()),
-            "report": report.as_dict(),
-        }  # a rerun may start elsewhere
+        path = str(sequences.absolute())  # a rerun may start elsewhere
+        content = {"sequences": path, "report": report.as_dict()}
         write_durably(finished, json.dumps(content).encode())
     content = json.loads(finished.read_text())
     return Path(content["sequences"]), Report.from_dict(content["report"])

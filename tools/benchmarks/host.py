@@ -1,17 +1,18 @@
 """What a run's host does between two updates, when a GPU that is done has nothing to do: from the optimizer's
 return to the model's next call, without loggers, with TensorBoard's and W&B's as runs have them, and with
-Composer's two; each in its own process, in turns. W&B writes to a folder that goes with the process.
+Composer's two; each in its own process, in turns. And how long an update takes in all, since runs' loggers write
+later, while a GPU still computes. W&B writes to a folder that goes with the process.
 
 And what an answer of all ranks costs on this machine, for which a run would wait after each update, had it not
 asked before: a number summed by gloo, by the number of ranks.
 
-The model is the 8M one, on a CPU, where its steps lie outside the time that is measured. On a GPU the launch of
-kernels and NCCL's sums come on top.
+On a CPU the model's steps lie outside the time between two updates. On a GPU the layers are compiled, as in runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import tempfile
@@ -21,40 +22,55 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.contenders import Work, make_trainer
-from benchmarks.step import in_own_process
+from benchmarks.step import check_place, in_own_process
 
 from esm2_composer.errors import UserError
 
 WARMUP = 20  # updates
+SEQUENCE = 320  # tokens of one, at most
 LOGGERS = ("none", "esm2_composer's", "Composer's")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", default="8m", help="8m, 35m, 150m, 650m, 3b or 15b (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
+    parser.add_argument("--tokens", type=int, default=16, help="of an update (%(default)s)")
     parser.add_argument("--updates", type=int, default=100, help="that count, a round (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="(%(default)s)")
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 8, 32], help="that sum a number (2 8 32)")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    for name in ("updates", "rounds"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
+    for name, least in (("tokens", 3), ("updates", 1), ("rounds", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} must be at least {least}")
     if min(args.ranks, default=2) < 2:
         raise UserError("--ranks must be at least 2")
-    seconds: dict[str, list[float]] = {name: [] for name in LOGGERS}
+    check_place(args)
+    sequences = -(-args.tokens // SEQUENCE)
+    lengths = [len(part) for part in np.array_split(range(args.tokens), sequences)]
+    work = Work(args.size, args.device, [lengths], args.tokens, warmup=WARMUP, steps=args.updates + 1)
+    gaps: dict[str, list[float]] = {name: [] for name in LOGGERS}
+    updates: dict[str, list[float]] = {name: [] for name in LOGGERS}
     for _ in range(args.rounds):
         for name in LOGGERS:
-            seconds[name] += in_own_process(between_updates, name, args.updates)
-    medians = {name: statistics.median(each) for name, each in seconds.items()}
+            found = in_own_process(time_updates, name, work)
+            gaps[name] += found[0]
+            updates[name] += found[1]
+    medians = {name: statistics.median(each) for name, each in gaps.items()}
     return {
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "size": args.size,
+        "tokens": args.tokens,
         "updates": args.updates * args.rounds,
-        "between_updates": [
+        "by_loggers": [
             {
                 "loggers": name,
-                "seconds": median,
-                "spread": [float(q) / median - 1 for q in np.percentile(seconds[name], [10, 90])],
+                "seconds_between_updates": median,
+                "spread": [float(q) / median - 1 for q in np.percentile(gaps[name], [10, 90])],
                 "over_none": median / medians["none"],
+                "seconds_per_update": statistics.median(updates[name]),
             }
             for name, median in medians.items()
         ],
@@ -62,19 +78,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def between_updates(loggers: str, updates: int) -> list[float]:
-    """Seconds between the optimizer's return and the model's next call, after each of so many updates."""
+def time_updates(loggers: str, work: Work) -> tuple[list[float], list[float]]:
+    """Seconds between the optimizer's return and the model's next call, after each update that counts, and from
+    the model's call in one update to that in the next."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": folder, "WANDB_SILENT": "true"}
-        work = Work("8m", "cpu", [[9, 7]], microbatch_tokens=1024, warmup=WARMUP, steps=updates + 1)
-        trainer = make_trainer(work, loggers=make_loggers(loggers, folder))
+        trainer = make_trainer(work, work.device == "cuda", loggers=make_loggers(loggers, folder))
         (optimizer,) = trainer.state.optimizers
         ends, starts = [], []
         optimizer.register_step_post_hook(lambda *_: ends.append(time.perf_counter()))
         trainer.state.model.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
         trainer.fit()
         trainer.close()
-    return [start - end for end, start in zip(ends, starts[1:], strict=False)][WARMUP:]
+    gaps = [start - end for end, start in zip(ends, starts[1:], strict=False)]
+    updates = [after - before for before, after in itertools.pairwise(starts)]
+    return gaps[work.warmup :], updates[work.warmup :]
 
 
 def make_loggers(name: str, folder: str) -> list:
@@ -82,12 +100,10 @@ def make_loggers(name: str, folder: str) -> list:
 
     from esm2_composer.loggers import TensorBoard, WandB
 
-    board, wandb = {
-        "none": (None, None),
-        "esm2_composer's": (TensorBoard, WandB),
-        "Composer's": (TensorboardLogger, WandBLogger),
-    }[name]
-    return [board(log_dir=folder, flush_interval=10), wandb(project="host")] if board else []
+    if name == "none":
+        return []
+    board, wandb = (TensorBoard, WandB) if name == "esm2_composer's" else (TensorboardLogger, WandBLogger)
+    return [board(log_dir=folder, flush_interval=10), wandb(project="host")]
 
 
 def sum_of_ranks(ranks: int) -> float:
@@ -114,14 +130,15 @@ def _sum(rank: int, ranks: int, folder: str) -> None:
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        f"the host between two updates, {result['updates']} of each kind, torch {result['torch']}",
-        f"{'loggers of TensorBoard and W&B':34} {'ms':>8} {'10 to 90 %':>14} {'of none':>8}",
+        f"ESM-2 {result['size']} on {result['device']}, torch {result['torch']}: "
+        f"{result['updates']} updates of {result['tokens']:,} tokens with each",
+        f"{'loggers':16} {'between updates, ms':>20} {'10 to 90 %':>12} {'of none':>8} {'an update, ms':>14}",
     ]
-    for row in result["between_updates"]:
+    for row in result["by_loggers"]:
         low, high = row["spread"]
         lines.append(
-            f"{row['loggers']:34} {1000 * row['seconds']:8.2f} {f'{low:+.0%} {high:+.0%}':>14} "
-            f"{row['over_none']:7.2f}x"
+            f"{row['loggers']:16} {1000 * row['seconds_between_updates']:20.2f} {f'{low:+.0%} {high:+.0%}':>12} "
+            f"{row['over_none']:7.2f}x {1000 * row['seconds_per_update']:14.2f}"
         )
     lines += [f"a number summed by {row['ranks']} ranks: {1000 * row['seconds']:.2f} ms" for row in result["sums"]]
     return "\n".join(lines)

@@ -112,11 +112,15 @@ def attempt(name: str, work: Work) -> Outcome | Failure:
         return Failure("its process was killed, as happens when the host's memory is full")
 
 
-def check(args: argparse.Namespace) -> None:
+def check_place(args: argparse.Namespace) -> None:
     if args.size not in SIZES:
         raise UserError(f"--size {args.size}; there are: {', '.join(SIZES)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU here")
+
+
+def check(args: argparse.Namespace) -> None:
+    check_place(args)
     for name, least in (("batches", 1), ("sequences", 1), ("steps", 1), ("microbatch_tokens", LONGEST)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -132,7 +136,7 @@ def make_work(args: argparse.Namespace, limits: Limits) -> Work:
         device=args.device,
         batches=[_batch(sequences, microbatch, seed) for seed in range(args.batches)],
         microbatch_tokens=microbatch,
-        warmup=5 if on_gpu else 1,
+        warmup=2 * args.batches if on_gpu else 1,
         steps=args.steps or (20 if on_gpu else 2),
     )
 
