@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections import Counter
+from functools import partialmethod
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -284,6 +285,17 @@ def test_transformers_without_sdpa_takes_part_with_it_too(knows, monkeypatch):
         on_gpu = {name for name in contenders("cuda", size) if not any(part in name for part in optional)}
         assert on_gpu == everywhere | more
     assert max(map(len, on_gpu)) <= step.NAME
+
+
+def test_transformers_layers_share_one_compiled_graph(monkeypatch):
+    """Or two: transformers 4.53 remembers a length, and is compiled anew for any other."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile, backend="eager"))
+    assert len(padded(TINY, compiled=True).seconds) == 2
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.parametrize("attention", [None, "eager", "sdpa"])

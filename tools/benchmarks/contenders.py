@@ -264,13 +264,13 @@ def padded(
     """On batches padded to `width` tokens, or to the longest of a microbatch."""
     with torch.device(work.device):
         model, used = make(work.size, attention)
-    # transformers 4.53 keeps the last length, and is compiled anew for each: beyond torch's limit, not at all.
-    torch._dynamo.config.recompile_limit = 64
-    forward = torch.compile(model, dynamic=width is None) if compiled else model
+    if compiled:  # one graph for all layers, as ours: the whole of 33 at once takes many minutes
+        for layer in model.esm.encoder.layer:
+            layer.compile(dynamic=width is None)
     batches = [padded_microbatches(lengths, width, work.microbatch_tokens) for lengths in work.batches]
 
     def logits(inputs: torch.Tensor) -> torch.Tensor:
-        return forward(input_ids=inputs, attention_mask=(inputs != PAD).long())["logits"]
+        return model(input_ids=inputs, attention_mask=(inputs != PAD).long())["logits"]
 
     return train_plainly(work, model, logits, batches, used)
 
