@@ -16,6 +16,7 @@ Work in progress lies in a folder of its own, `.SPLIT.work`; the one run that ma
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -45,6 +46,7 @@ from esm2_composer.storage import StoreError, xxh64
 
 FORMAT = 1  # to be raised when the same input and options would give other shards
 UPLOADS = 8  # at a time
+SECONDS_TO_STOP = 10  # of workers that nobody waits for, as Spark's
 
 # What neither the input nor the options are to blame for.
 PASSING = (ReadError, OSError, MemoryError, sqlite3.OperationalError, duckdb.IOException)
@@ -140,12 +142,24 @@ def convert(
             raise Interrupted(f"{error}; {KEPT}") from error
         except UserError as error:
             uploaded = is_remote(out) and any((work / "parts").glob("*.json"))
-            shutil.rmtree(work)
+            _remove(work)
             if uploaded:
                 raise UserError(f"{error}; shards stay at {out}/{options.split}, without index.json") from error
             raise
-        shutil.rmtree(work)
+        _remove(work)
     return conversion
+
+
+def _remove(work: Path) -> None:
+    """Remove the work folder, to which a worker that was told to stop, maybe on another machine, may write yet."""
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    while work.exists():
+        try:
+            shutil.rmtree(work)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,7 +38,9 @@ from esm2_composer import conversion_plan, parts
 from esm2_composer.conversion import Interrupted, Options, convert
 from esm2_composer.conversion_plan import make_plan
 from esm2_composer.errors import UserError
+from esm2_composer.files import write_durably
 from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout
+from esm2_composer.parts import Part, PartBuilder, Processes
 from esm2_composer.proteins import Sequences
 from esm2_composer.records import LENGTH_LABELS, Report
 
@@ -559,8 +563,10 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 CONVERT = """
 import sys
+import threading
 import time
 import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from esm2_composer import conversion, conversion_plan, parts
 from esm2_composer.layouts import BioNeMo
@@ -696,6 +702,30 @@ def test_no_file_is_open_in_work_that_is_removed(tmp_path: Path, monkeypatch: py
         convert(Fasta([tmp_path / "f"]), str(tmp_path / "out"), Options(), max_reject_fraction=0.5)
     assert removed == [".train.work"] * 3
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
+
+
+def test_workers_that_write_on_for_a_moment_hide_no_mistake(tmp_path: Path) -> None:
+    """Spark's are told to stop, and not waited for."""
+    writers = []
+
+    class Lingering(Processes):
+        def build(self, numbers: Sequence[int], builder: PartBuilder) -> Iterator[Part]:
+            def write_on() -> None:
+                with contextlib.suppress(FileNotFoundError):  # the folder has gone
+                    while time.monotonic() < stop:
+                        write_durably(builder.work / "shards" / "late", b"")
+
+            stop = time.monotonic() + 1
+            writers.extend(threading.Thread(target=write_on) for _ in range(4))
+            for writer in writers:
+                writer.start()
+            raise UserError("a mistake")
+
+    with pytest.raises(UserError, match="a mistake"):
+        convert(small(tmp_path), str(tmp_path / "out"), Options(), engine=Lingering(1))
+    for writer in writers:
+        writer.join()
+    assert not (tmp_path / "out").exists()
 
 
 def test_unfinished_work_of_another_input_is_refused(tmp_path: Path, many: BioNeMo) -> None:
