@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import yaml
 from omegaconf.errors import OmegaConfBaseException
+from torch.distributed.checkpoint import CheckpointException
 
 from esm2_composer.config import Recipe, changes, to_yaml
 from esm2_composer.errors import UserError
@@ -128,10 +129,10 @@ def _damaged(folder: Folder, name: str, remedy: str) -> UserError:
 
 @contextlib.contextmanager
 def naming_damage(folder: Folder, checkpoint: str | None) -> Iterator[None]:
-    """While a checkpoint is loaded: if that fails and its file is damaged, raise a UserError that names it."""
+    """While a checkpoint is loaded: if that fails and it is damaged, raise a UserError that names it."""
     try:
         yield
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the second is no Exception
         if checkpoint is None or not folder.is_damaged(checkpoint):
             raise
         raise _damaged(folder, checkpoint, "remove it, to go on from the one before") from error

@@ -27,6 +27,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from esm2_composer import sharded_checkpoint
 from esm2_composer.errors import FULL, Passing, StoreAway, UserError
 from esm2_composer.files import sync, write_durably
 from esm2_composer.patience import patiently
@@ -161,10 +162,9 @@ class LocalFolder:
         write_durably(self.path / name, text.encode())
 
     def is_damaged(self, name: str) -> bool:
-        """Whether a file's content is not that which was written. It takes reading all of it; of a sharded
-        checkpoint nobody can tell."""
+        """Whether a checkpoint's content is not that which was written. It takes reading all of it."""
         if is_sharded(name):
-            return False
+            return sharded_checkpoint.is_damaged(self.path / name)
         try:
             with zipfile.ZipFile(self.path / name) as file:
                 return file.testzip() is not None

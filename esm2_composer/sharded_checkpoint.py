@@ -1,12 +1,14 @@
-"""A model's tensors from a folder of `torch.distributed.checkpoint`, without running code from it.
+"""A folder of `torch.distributed.checkpoint`, read without running code from it: a model's tensors, and damage.
 
 Its `.metadata` is a pickle, which torch would load as it is. Here only the types that such a file needs are made.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,20 @@ def read_sharded(folder: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
         reason = (str(error).splitlines() or [type(error).__name__])[-1]
         raise UserError(f"{folder}: cannot be read as a sharded checkpoint ({reason})") from error
     return tensors
+
+
+def is_damaged(folder: Path) -> bool:
+    """Whether any file's content is not that which was written. It takes reading all of it."""
+    try:
+        for stored in _SafeReader(folder).read_metadata().storage_data.values():
+            with open(folder / stored.relative_path, "rb") as file:
+                file.seek(stored.offset)
+                entry = file.read(stored.length)  # what torch.save made, a zip file with checksums
+            if zipfile.ZipFile(io.BytesIO(entry)).testzip() is not None:
+                return True
+    except Exception:  # of unpickling, any
+        return True
+    return False
 
 
 class _SafeReader(dcp.FileSystemReader):

@@ -12,7 +12,7 @@ import boto3
 import psutil
 import pytest
 import torch
-from conftest import Run, command, python
+from conftest import Run, command, composer, python
 from moto.server import DomainDispatcherApplication, create_backend_app
 from outcomes import assert_same_weights, assert_user_error, final_weights, losses
 from werkzeug.serving import make_server
@@ -343,3 +343,24 @@ def test_twenty_random_kills_end_in_the_same_weights_as_none(shards, tmp_path):
     assert writing
     assert_same_weights(final_weights(tmp_path / "killed"), final_weights(tmp_path / "none"))
     assert losses(tmp_path / "killed") == losses(tmp_path / "none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["cut", "other bytes"])
+def test_a_sharded_checkpoint_damaged_inside_is_named_and_without_it_the_run_goes_on(shards, tmp_path, damage):
+    sharded = ("fsdp.version=2", "fsdp.state_dict_type=sharded", "schedule.updates=8", "eval_interval=8ba")
+    arguments = ("-n", "2", *command(shards, *sharded, "save_interval=4ba", "max_duration=8ba"))
+    assert composer(*arguments, cwd=tmp_path).returncode == 0
+    newest = tmp_path / "runs/demo/checkpoints/ep1-ba8"
+    part = newest / "__1_0.distcp"
+    content = part.read_bytes()
+    middle = len(content) // 2
+    rest = bytes(3000) + content[middle + 3000 :] if damage == "other bytes" else b""
+    part.write_bytes(content[:middle] + rest)
+    longer = (*arguments, "max_duration=10ba")
+    refused = composer(*longer, cwd=tmp_path)
+    assert_user_error(refused, "ep1-ba8 is damaged; remove it, to go on from the one before")
+    shutil.rmtree(newest)
+    again = composer(*longer, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (newest.parent / "ep1-ba10").exists()

@@ -11,8 +11,11 @@ from test_weights import Payload, assert_same_weights
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from esm2_composer.checkpoints import naming_damage
 from esm2_composer.errors import UserError
+from esm2_composer.folders import LocalFolder
 from esm2_composer.model import ESM2
+from esm2_composer.sharded_checkpoint import is_damaged
 
 
 @pytest.fixture
@@ -59,3 +62,26 @@ def test_a_sharded_checkpoint_without_one_of_its_files_is_refused(sharded):
     next(sharded.glob("*.distcp")).unlink()
     with pytest.raises(UserError, match="cannot be read as a sharded checkpoint"):
         ESM2.from_pretrained(sharded)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "other bytes", "another table of contents"])
+def test_damage_inside_is_found(sharded, damage):
+    assert not is_damaged(sharded)
+    (part,) = sharded.glob("*.distcp")
+    content = part.read_bytes()
+    if damage == "gone":
+        part.unlink()
+    elif damage == "cut":
+        part.write_bytes(content[:-1])
+    elif damage == "other bytes":
+        middle = len(content) // 2
+        part.write_bytes(content[:middle] + bytes(3000) + content[middle + 3000 :])
+    else:
+        (sharded / ".metadata").write_bytes(b"no pickle")
+    assert is_damaged(sharded)
+    assert LocalFolder(str(sharded.parent)).is_damaged(sharded.name)
+    with (
+        pytest.raises(UserError, match="ep0-ba1 is damaged; remove it, to go on from the one before"),
+        naming_damage(LocalFolder(str(sharded.parent)), sharded.name),
+    ):
+        raise dcp.CheckpointException("", {})
