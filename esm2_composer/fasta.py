@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
 
 from esm2_composer.errors import ReadError, UserError
+from esm2_composer.records import refusing_nucleotides
 
 BLOCK_BYTES = 2**20
-LOOKED_AT = 100  # records, to tell nucleotides by
-NUCLEOTIDES = b"ACGTUNacgtun"  # a quarter of a protein's letters
 UNIPROT = re.compile(r"^(?:sp|tr)\|([^|]+)\|")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -41,18 +40,7 @@ def read_fasta(path: Path) -> Iterator[tuple[str, bytes]]:
         raise UserError(f"{path}: not FASTA, it does not begin with '>'")
     _split_header(rest, path, 1)  # or a file of such lines, one record to us, would fill the memory first
     records = enumerate(_records(chain([rest[1:]], blocks)), 1)
-    letters = nucleotides = 0
-    for count, record in islice(records, LOOKED_AT):
-        name, sequence = _parse(record, path, count)
-        letters += len(sequence)
-        nucleotides += len(sequence) - len(sequence.translate(None, NUCLEOTIDES))
-        yield name, sequence
-    if letters >= 300 and nucleotides > 0.9 * letters:
-        raise UserError(
-            f"{path}: looks like nucleotides ({100 * nucleotides // letters} % A, C, G, T, U or N); give proteins"
-        )
-    for count, record in records:
-        yield _parse(record, path, count)
+    yield from refusing_nucleotides(path, (_parse(record, path, count) for count, record in records))
 
 
 def _records(blocks: Iterator[bytes]) -> Iterator[bytes]:

@@ -23,7 +23,7 @@ from esm2_composer.errors import ReadError, UserError
 from esm2_composer.fasta import UNIPROT, compression, read_blocks, read_fasta
 from esm2_composer.files import refuse_irregular, write_durably
 from esm2_composer.proteins import Counted, open_proteins, store_proteins
-from esm2_composer.records import Report
+from esm2_composer.records import Report, refusing_nucleotides
 
 FLAT_ROWS_AT_ONCE = 1_000
 BUFFER_BYTES = 2**20
@@ -153,11 +153,15 @@ def _search(folder: Path, seen: set[Path]) -> Iterator[Path]:
 
 
 def read_flat(file: Path, row_group: int | None = None) -> Iterator[tuple[str | None, str | None]]:
-    """(member id, sequence) of the rows, all or those of a row group. Raises UserError if they are damaged."""
+    """(member id, sequence) of the rows, all or those of a row group.
+
+    Raises UserError if they are damaged or of nucleotides.
+    """
     groups = None if row_group is None else [row_group]
     with reading(file):
-        for batch in open_parquet(file).iter_batches(FLAT_ROWS_AT_ONCE, groups, ["ur90_id", "sequence"]):
-            yield from zip(batch["ur90_id"].to_pylist(), batch["sequence"].to_pylist(), strict=True)
+        batches = open_parquet(file).iter_batches(FLAT_ROWS_AT_ONCE, groups, ["ur90_id", "sequence"])
+        rows = (zip(batch["ur90_id"].to_pylist(), batch["sequence"].to_pylist(), strict=True) for batch in batches)
+        yield from refusing_nucleotides(file, chain.from_iterable(rows))
 
 
 class Fasta:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from esm2_composer.errors import ReadError, UserError
 from esm2_composer.files import refuse_irregular, sync
-from esm2_composer.records import Report
+from esm2_composer.records import LOOKED_AT, Report, refusing_nucleotides
 
 # What is held at once. Sequences, of which any may be long, are counted in bytes where their lengths are known.
 ROWS_AT_ONCE, BYTES_AT_ONCE = 20_000, 64 * 2**20
@@ -116,6 +116,8 @@ def open_proteins(path: Path) -> sqlite3.Connection:
                 f"{path}: table 'protein' has no index on 'id', so each look-up would read it whole; "
                 "CREATE INDEX protein_id ON protein (id)"
             )
+        rows = database.execute("SELECT id, sequence FROM protein LIMIT ?", (LOOKED_AT,))
+        list(refusing_nucleotides(path, rows))
     return database
 
 

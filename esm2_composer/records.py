@@ -7,7 +7,7 @@ The rules for a sequence: white space is removed, letters are made upper-case, a
 (leucine or isoleucine, no token of ESM-2) becomes X (any). What then holds anything but the 20 amino acids and
 X, B, U, Z, O, or nothing at all, is rejected. docs/data.md has the rules for ids and clusters.
 
-Imports numpy alone, so that any engine can build records in its own workers.
+Needs numpy alone, so that any engine can build records in its own workers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import hashlib
 import heapq
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
+
+from esm2_composer.errors import UserError
 
 COLUMNS = {"cluster_id": "str", "lengths": "ndarray:int32", "residues": "bytes"}
 EXAMPLES_KEPT = 20
@@ -33,6 +35,8 @@ LONGEST_COUNTED = 1022  # more than data.min_length asks for, but where data.max
 LENGTH_LABELS = [f"{low}-{high - 1}" for low, high in pairwise(LENGTH_EDGES)] + [f"{LENGTH_EDGES[-1]}-"]
 
 RESIDUES = b"ACDEFGHIKLMNPQRSTVWYXBUZO"
+NUCLEOTIDES = b"ACGTUNacgtun"  # a quarter of a protein's letters
+LOOKED_AT = 100  # sequences of a file, to tell nucleotides by
 _TO_UPPER = bytes.maketrans(b"abcdefghijklmnopqrstuvwxyz", b"ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _WHITE_SPACE = b" \t\r\n\v\f"
 
@@ -63,6 +67,26 @@ def clean(raw: bytes) -> tuple[bytes, list[str]]:
     if not is_clean(residues):
         raise ValueError("bad residue")
     return residues, changes
+
+
+def refusing_nucleotides(path: object, proteins: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+    """Hand on (id, sequence); what is no text is not looked at.
+
+    Raises UserError, once the first of them are through, if those are of nucleotides.
+    """
+    proteins = iter(proteins)
+    letters = nucleotides = 0
+    for name, sequence in islice(proteins, LOOKED_AT):
+        raw = sequence.encode() if isinstance(sequence, str) else sequence
+        if isinstance(raw, bytes):
+            letters += len(raw)
+            nucleotides += len(raw) - len(raw.translate(None, NUCLEOTIDES))
+        yield name, sequence
+    if letters >= 300 and nucleotides > 0.9 * letters:
+        raise UserError(
+            f"{path}: looks like nucleotides ({100 * nucleotides // letters} % A, C, G, T, U or N); give proteins"
+        )
+    yield from proteins
 
 
 def is_clean(raw: bytes | None) -> bool:

@@ -237,6 +237,17 @@ def test_wrong_files_are_refused(tmp_path: Path, make: Callable[[Path], object],
     assert message in str(caught.value)
 
 
+GENES = {"ur50_id": ["a", "b", "c"], "ur90_id": ["a", "b", "c"], "sequence": ["ACGTN" * 80, None, "MKV"]}
+
+
+def test_nucleotides_in_parquet_are_refused_and_few_of_them_are_not(tmp_path: Path) -> None:
+    write_clusters(tmp_path / "x.parquet", GENES)
+    with pytest.raises(UserError, match=r"x\.parquet: looks like nucleotides \(99 % A, C, G, T, U or N\)"):
+        list(read_flat(tmp_path / "x.parquet"))
+    few = {**GENES, "sequence": ["ACGT" * 70, None, "MKV"]}
+    assert len(list(read_flat(write_clusters(tmp_path / "few.parquet", few)))) == 3
+
+
 NO_TEXT = pa.array([b"M\xff"]).view(pa.string())
 
 
