@@ -16,7 +16,6 @@ Work in progress lies in a folder of its own, `.SPLIT.work`; the one run that ma
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -142,7 +141,10 @@ def convert(
             raise Interrupted(f"{error}; {KEPT}") from error
         except UserError as error:
             uploaded = is_remote(out) and any((work / "parts").glob("*.json"))
-            _remove(work)
+            try:
+                _remove(work)
+            except Interrupted as stays:
+                raise UserError(f"{error}; {stays}") from error
             if uploaded:
                 raise UserError(f"{error}; shards stay at {out}/{options.split}, without index.json") from error
             raise
@@ -151,14 +153,17 @@ def convert(
 
 
 def _remove(work: Path) -> None:
-    """Remove the work folder, to which a worker that was told to stop, maybe on another machine, may write yet."""
+    """Remove the work folder, to which a worker that was told to stop, maybe on another machine, may write yet.
+
+    Raises Interrupted if that cannot be done.
+    """
     deadline = time.monotonic() + SECONDS_TO_STOP
     while work.exists():
         try:
             shutil.rmtree(work)
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or time.monotonic() > deadline:
-                raise
+            if time.monotonic() > deadline:
+                raise Interrupted(f"{work} cannot be removed ({error})") from error
             time.sleep(0.1)
 
 
