@@ -133,7 +133,9 @@ def naming_damage(folder: Folder, checkpoint: str | None) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as error:  # the second is no Exception
-        if checkpoint is None or not folder.is_damaged(checkpoint):
+        # Of a sharded one, every failure to load it is of that type; to read it all for another would take long.
+        of_another = checkpoint and is_sharded(checkpoint) and not isinstance(error, CheckpointException)
+        if checkpoint is None or of_another or not folder.is_damaged(checkpoint):
             raise
         raise _damaged(folder, checkpoint, "remove it, to go on from the one before") from error
 

@@ -162,14 +162,17 @@ class LocalFolder:
         write_durably(self.path / name, text.encode())
 
     def is_damaged(self, name: str) -> bool:
-        """Whether a checkpoint's content is not that which was written. It takes reading all of it."""
+        """Whether a checkpoint's content is not that which was written. It takes reading all of it; False where
+        that is not to be found out."""
         if is_sharded(name):
             return sharded_checkpoint.is_damaged(self.path / name)
         try:
             with zipfile.ZipFile(self.path / name) as file:
                 return file.testzip() is not None
-        except (zipfile.BadZipFile, OSError):
+        except zipfile.BadZipFile:
             return True
+        except OSError:
+            return False
 
 
 def _lock(file: int) -> bool:

@@ -44,7 +44,8 @@ def read_sharded(folder: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
 
 
 def is_damaged(folder: Path) -> bool:
-    """Whether any file's content is not that which was written. It takes reading all of it."""
+    """Whether a file is missing, or its content is not that which was written. It takes reading all of it; False
+    where that is not to be found out."""
     try:
         for stored in _SafeReader(folder).read_metadata().storage_data.values():
             with open(folder / stored.relative_path, "rb") as file:
@@ -52,6 +53,8 @@ def is_damaged(folder: Path) -> bool:
                 entry = file.read(stored.length)  # what torch.save made, a zip file with checksums
             if zipfile.ZipFile(io.BytesIO(entry)).testzip() is not None:
                 return True
+    except (OSError, MemoryError, _Refused) as error:
+        return isinstance(error, FileNotFoundError)
     except Exception:  # of unpickling, any
         return True
     return False
@@ -83,9 +86,13 @@ _METADATA_TYPES = {
 }
 
 
+class _Refused(pickle.UnpicklingError):
+    """Of a type that such a file does not need, as far as is known here."""
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in _METADATA_TYPES:
-            raise pickle.UnpicklingError(f"it would run code: {module}.{name}")
+            raise _Refused(f"it would run code: {module}.{name}")
         return super().find_class(module, name)

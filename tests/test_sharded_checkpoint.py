@@ -1,5 +1,6 @@
 """Sharded checkpoints are read, and nothing in them is run."""
 
+import errno
 import pickle
 
 import pytest
@@ -11,6 +12,7 @@ from test_weights import Payload, assert_same_weights
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from esm2_composer import sharded_checkpoint
 from esm2_composer.checkpoints import naming_damage
 from esm2_composer.errors import UserError
 from esm2_composer.folders import LocalFolder
@@ -85,3 +87,26 @@ def test_damage_inside_is_found(sharded, damage):
         naming_damage(LocalFolder(str(sharded.parent)), sharded.name),
     ):
         raise dcp.CheckpointException("", {})
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ESTALE, "stale"), OSError(errno.EIO, "fails"), MemoryError()])
+def test_a_file_system_that_fails_is_no_damage(sharded, monkeypatch, fault):
+    def fails(*_):
+        raise fault
+
+    monkeypatch.setattr(sharded_checkpoint, "open", fails, raising=False)
+    assert not is_damaged(sharded)
+
+
+def test_a_type_that_is_not_known_is_no_damage(sharded):
+    (sharded / ".metadata").write_bytes(pickle.dumps(torch.device("cpu")))
+    assert not is_damaged(sharded)
+
+
+def test_what_has_nothing_to_do_with_loading_is_not_looked_into(sharded):
+    next(sharded.glob("*.distcp")).write_bytes(b"")
+    with (
+        pytest.raises(torch.OutOfMemoryError),
+        naming_damage(LocalFolder(str(sharded.parent)), sharded.name),
+    ):
+        raise torch.OutOfMemoryError
