@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from esm2_composer.errors import ReadError, UserError
 from esm2_composer.fasta import UNIPROT, compression, read_blocks, read_fasta
 from esm2_composer.files import refuse_irregular, write_durably
-from esm2_composer.proteins import Counted, open_proteins, store_proteins
-from esm2_composer.records import Report, refusing_nucleotides
+from esm2_composer.proteins import Counted, first_proteins, store_proteins
+from esm2_composer.records import LOOKED_AT, Report, refuse_nucleotides
 
 FLAT_ROWS_AT_ONCE = 1_000
 BUFFER_BYTES = 2**20
@@ -89,7 +89,7 @@ class BioNeMo:
                 raise UserError(f"{clusters}: column 'ur90_id' is {kind}; it must be a list of strings")
             if name == "ur50_id" and not _is_string(kind):
                 raise UserError(f"{clusters}: column 'ur50_id' is {kind}; it must be a string")
-        open_proteins(sequences).close()
+        refuse_nucleotides(sequences, first_proteins(sequences, LOOKED_AT))
 
     def stage(self, scratch: Path, report: Report, progress: Counted) -> Path:
         return self.inputs["sequences"][0]
@@ -124,6 +124,7 @@ class Flat:
                     raise UserError(f"{file}: no column '{name}'; it has {', '.join(schema.names)}")
                 if not _is_string(schema.field(name).type):
                     raise UserError(f"{file}: column '{name}' is {schema.field(name).type}; it must be a string")
+            refuse_nucleotides(file, read_flat(file))
 
     def stage(self, scratch: Path, report: Report, progress: Counted) -> Path:
         return store_proteins(scratch / "sequences.db", self._proteins(), report, progress)
@@ -153,15 +154,11 @@ def _search(folder: Path, seen: set[Path]) -> Iterator[Path]:
 
 
 def read_flat(file: Path, row_group: int | None = None) -> Iterator[tuple[str | None, str | None]]:
-    """(member id, sequence) of the rows, all or those of a row group.
-
-    Raises UserError if they are damaged or of nucleotides.
-    """
+    """(member id, sequence) of the rows, all or those of a row group. Raises UserError if they are damaged."""
     groups = None if row_group is None else [row_group]
     with reading(file):
-        batches = open_parquet(file).iter_batches(FLAT_ROWS_AT_ONCE, groups, ["ur90_id", "sequence"])
-        rows = (zip(batch["ur90_id"].to_pylist(), batch["sequence"].to_pylist(), strict=True) for batch in batches)
-        yield from refusing_nucleotides(file, chain.from_iterable(rows))
+        for batch in open_parquet(file).iter_batches(FLAT_ROWS_AT_ONCE, groups, ["ur90_id", "sequence"]):
+            yield from zip(batch["ur90_id"].to_pylist(), batch["sequence"].to_pylist(), strict=True)
 
 
 class Fasta:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from esm2_composer.errors import ReadError, UserError
 from esm2_composer.files import refuse_irregular, sync
-from esm2_composer.records import LOOKED_AT, Report, refusing_nucleotides
+from esm2_composer.records import Report
 
 # What is held at once. Sequences, of which any may be long, are counted in bytes where their lengths are known.
 ROWS_AT_ONCE, BYTES_AT_ONCE = 20_000, 64 * 2**20
@@ -116,9 +116,13 @@ def open_proteins(path: Path) -> sqlite3.Connection:
                 f"{path}: table 'protein' has no index on 'id', so each look-up would read it whole; "
                 "CREATE INDEX protein_id ON protein (id)"
             )
-        rows = database.execute("SELECT id, sequence FROM protein LIMIT ?", (LOOKED_AT,))
-        list(refusing_nucleotides(path, rows))
     return database
+
+
+def first_proteins(path: Path, count: int) -> Iterator[tuple[bytes | None, Any]]:
+    """(id, sequence) of up to so many rows."""
+    with contextlib.closing(open_proteins(path)) as database, _reading_proteins(path):
+        yield from database.execute("SELECT id, sequence FROM protein LIMIT ?", (count,))
 
 
 def read_proteins(path: Path, first: int, last: int) -> Iterator[tuple[bytes | None, Any]]:

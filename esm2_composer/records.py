@@ -69,12 +69,11 @@ def clean(raw: bytes) -> tuple[bytes, list[str]]:
     return residues, changes
 
 
-def refusing_nucleotides(path: object, proteins: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-    """Hand on (id, sequence); what is no text is not looked at.
+def refusing_nucleotides(path: object, proteins: Iterator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+    """Hand on (id, sequence) of a file; what is no text is not looked at.
 
-    Raises UserError, once the first of them are through, if those are of nucleotides.
+    Raises UserError, once the first LOOKED_AT are through, if those are of nucleotides.
     """
-    proteins = iter(proteins)
     letters = nucleotides = 0
     for name, sequence in islice(proteins, LOOKED_AT):
         raw = sequence.encode() if isinstance(sequence, str) else sequence
@@ -87,6 +86,12 @@ def refusing_nucleotides(path: object, proteins: Iterable[tuple[Any, Any]]) -> I
             f"{path}: looks like nucleotides ({100 * nucleotides // letters} % A, C, G, T, U or N); give proteins"
         )
     yield from proteins
+
+
+def refuse_nucleotides(path: object, proteins: Iterator[tuple[Any, Any]]) -> None:
+    """Raises UserError if the first LOOKED_AT are of nucleotides."""
+    for _ in islice(refusing_nucleotides(path, proteins), LOOKED_AT + 1):
+        pass
 
 
 def is_clean(raw: bytes | None) -> bool:

@@ -243,9 +243,20 @@ GENES = {"ur50_id": ["a", "b", "c"], "ur90_id": ["a", "b", "c"], "sequence": ["A
 def test_nucleotides_in_parquet_are_refused_and_few_of_them_are_not(tmp_path: Path) -> None:
     write_clusters(tmp_path / "x.parquet", GENES)
     with pytest.raises(UserError, match=r"x\.parquet: looks like nucleotides \(99 % A, C, G, T, U or N\)"):
-        list(read_flat(tmp_path / "x.parquet"))
-    few = {**GENES, "sequence": ["ACGT" * 70, None, "MKV"]}
-    assert len(list(read_flat(write_clusters(tmp_path / "few.parquet", few)))) == 3
+        Flat(tmp_path / "x.parquet")
+    Flat(write_clusters(tmp_path / "few.parquet", {**GENES, "sequence": ["ACGT" * 70, None, "MKV"]}))
+
+
+def test_nucleotides_in_sqlite_are_refused_whatever_else_is_there(tmp_path: Path) -> None:
+    clusters = write_clusters(tmp_path / "c.parquet", {"ur50_id": ["a"]})
+    with contextlib.closing(sqlite3.connect(tmp_path / "p.db")) as database, database:
+        database.execute("CREATE TABLE protein (id TEXT PRIMARY KEY, sequence)")
+        database.executemany("INSERT INTO protein VALUES (?, ?)", [("a", "ACGT" * 60), ("b", None), ("c", 5)])
+    BioNeMo(clusters, tmp_path / "p.db")  # so few letters may be anything
+    with contextlib.closing(sqlite3.connect(tmp_path / "p.db")) as database, database:
+        database.execute("INSERT INTO protein VALUES ('d', ?)", ("NNNN" * 20,))
+    with pytest.raises(UserError, match=r"p\.db: looks like nucleotides \(100 % A, C, G, T, U or N\)"):
+        BioNeMo(clusters, tmp_path / "p.db")
 
 
 NO_TEXT = pa.array([b"M\xff"]).view(pa.string())
@@ -253,9 +264,14 @@ NO_TEXT = pa.array([b"M\xff"]).view(pa.string())
 
 def test_text_that_is_none_is_damage(tmp_path: Path) -> None:
     """Arrow takes the bytes of a string for granted until somebody looks at them."""
-    layout = Flat(write_clusters(tmp_path / "x.parquet", {**PARQUET, "sequence": NO_TEXT}))
+    ids = [str(number) for number in range(2000)]  # what comes first is looked at at once
+    late = pa.array([b"M"] * 1999 + [b"M\xff"]).view(pa.string())
+    layout = Flat(write_clusters(tmp_path / "x.parquet", {"ur50_id": ids, "ur90_id": ids, "sequence": late}))
     with pytest.raises(UserError, match=r"x\.parquet: damaged \('utf-8' codec can't decode"):
         layout.stage(tmp_path, Report(), lambda read: None)
+    write_clusters(tmp_path / "x.parquet", {**PARQUET, "sequence": NO_TEXT})
+    with pytest.raises(UserError, match=r"x\.parquet: damaged \('utf-8' codec can't decode"):
+        Flat(tmp_path / "x.parquet")
     layout = BioNeMo(*write_layout(tmp_path, {"ur50_id": NO_TEXT}, {}))
     with pytest.raises(UserError, match=r"clusters\.parquet: damaged"):
         make_plan(layout, tmp_path, None, 1, Report())

@@ -61,17 +61,6 @@ def test_a_table_without_index_is_refused(tmp_path: Path) -> None:
         assert Sequences(tmp_path / "p.db").look_up(["a"]) == {}
 
 
-def test_a_table_of_nucleotides_is_refused_whatever_else_is_in_it(tmp_path: Path) -> None:
-    with contextlib.closing(sqlite3.connect(tmp_path / "p.db")) as database, database:
-        database.execute("CREATE TABLE protein (id TEXT PRIMARY KEY, sequence)")
-        database.executemany("INSERT INTO protein VALUES (?, ?)", [("a", "ACGT" * 60), ("b", None), ("c", 5)])
-    assert Sequences(tmp_path / "p.db").look_up(["c"]) == {b"c": [5]}  # so few letters may be anything
-    with contextlib.closing(sqlite3.connect(tmp_path / "p.db")) as database, database:
-        database.execute("INSERT INTO protein VALUES ('d', ?)", ("NNNN" * 20,))
-    with pytest.raises(UserError, match=r"p\.db: looks like nucleotides \(100 % A, C, G, T, U or N\)"):
-        Sequences(tmp_path / "p.db")
-
-
 VIEW = "CREATE TABLE p (id TEXT PRIMARY KEY, number INTEGER); CREATE VIEW protein AS "
 TABLES = (
     "CREATE TABLE q (number INTEGER PRIMARY KEY, sequence TEXT); CREATE TABLE r (number INTEGER, sequence TEXT);"
