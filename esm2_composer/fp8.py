@@ -1,40 +1,157 @@
-"""The layers' matrix products in fp8, by torchao: an option for GPUs of compute capability 8.9 on (H100, B200).
+"""The layers' matrix products in fp8: an option for GPUs of compute capability 8.9 on (H100, B200).
 
 Weights, optimizer, norms, attention and the head stay as they are; the inputs and weights of the four products of
-a layer are rounded to e4m3 and their gradients to e5m2, each tensor under a scale of its own, found anew at each
-use. What it gives up: a scale belongs to a whole microbatch, so other sequences beside one change its last digits,
-and so do other numbers of ranks.
+a layer are rounded to e4m3 and their gradients to e5m2 (Micikevicius et al., FP8 Formats for Deep Learning, 2022),
+each tensor under a scale of its own, found anew at each use. What it gives up: a scale belongs to a whole
+microbatch, so other sequences beside one change its last digits, and so do other numbers of ranks.
+
+On a CPU the numbers are rounded as on a GPU, and multiplied in fp32: for tests.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+import torch.nn.functional as F
 
+from esm2_composer.attention import worst
 from esm2_composer.errors import UserError
 from esm2_composer.model import ESM2
 
+FINE, WIDE = torch.float8_e4m3fn, torch.float8_e5m2
+TOLERANCE = 1e-2  # relative, of a product in bf16
 
-def use_fp8(net: ESM2, emulate: bool = False) -> None:
-    """Exchange the linear modules of the layers for ones that compute in fp8; parameters and names stay.
+
+def use_fp8(net: ESM2) -> None:
+    """Let the layers' linear modules multiply in fp8; parameters and names stay.
 
     Args:
-        net: to be changed before it is compiled, sharded or given to an optimizer.
-        emulate: round as fp8 does, but multiply in higher precision, on any device: for tests.
+        net: to be changed before it is compiled.
 
     Raises:
-        UserError: torchao is not installed, this GPU has no fp8, or a dimension is no multiple of 16.
+        UserError: a dimension is no multiple of 16, this GPU has no fp8, or its products are off.
     """
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError as error:
-        raise UserError(f"fp8: torchao cannot be imported ({error}); pip install 'esm2-composer[fp8]'") from error
-    if not emulate and torch.cuda.get_device_capability() < (8, 9):
-        raise UserError(f"fp8: {torch.cuda.get_device_name()} has no fp8 products; an H100 or newer has")
-    if net.config.hidden_size % 16 or net.config.ffn_hidden_size % 16:
+    sizes = net.config.hidden_size, net.config.ffn_hidden_size
+    if any(size % 16 for size in sizes):
         raise UserError("fp8: hidden_size and ffn_hidden_size must be multiples of 16")
-    # The products that give the weights' gradients sum over tokens, whose number need not be a multiple of 16 ...
-    config = Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
-    for layer in net.layers:  # ... and the head's inputs are few, and too fine for fp8
-        convert_to_float8_training(layer, config=config)
-    assert not any(type(module) is nn.Linear for layer in net.layers for module in layer.modules())
+    if torch.cuda.is_available():
+        if torch.cuda.get_device_capability() < (8, 9):
+            raise UserError(f"fp8: {torch.cuda.get_device_name()} has no fp8 products; an H100 or newer has")
+        if not (error := product_error(*sizes, "cuda")) < TOLERANCE:
+            raise UserError(f"fp8: products on {torch.cuda.get_device_name()} are off by {error:.1e}")
+    for layer in net.layers:  # the head's inputs are few, and too fine for fp8
+        for module in (layer.qkv, layer.out, layer.fc1, layer.fc2):
+            module.product = product
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """x (T, K), weight (N, K), bias (N,) -> x weight^T + bias, (T, N), as `F.linear`; under autocast too."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return torch.ops.esm2_composer.fp8_product(x, weight, bias)[0]
+
+
+@torch.library.custom_op("esm2_composer::fp8_product", mutates_args=())
+def fp8_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x weight^T + bias, (T, N) in the type of x (see `product`); and, for the backward pass, the transposes of x
+    and weight in fp8, (K, T to the next multiple of 16) and (K, N), and their scales, fp32 ()."""
+    rounded, x_transposed, x_scale = _round(x, FINE)
+    rounded_weight, weight_transposed, weight_scale = _round(weight, FINE)
+    out = _multiply(rounded, rounded_weight, x_scale, weight_scale, x.dtype, bias)
+    return out, x_transposed, weight_transposed, x_scale, weight_scale
+
+
+@fp8_product.register_fake
+def _(x, weight, bias):
+    (tokens, k), n = x.shape, weight.shape[0]
+    x_transposed = x.new_empty(k, _to_16(tokens), dtype=FINE)
+    x_scale, weight_scale = (x.new_empty((), dtype=torch.float32) for _ in range(2))
+    return x.new_empty(tokens, n), x_transposed, x.new_empty(k, n, dtype=FINE), x_scale, weight_scale
+
+
+@torch.library.custom_op("esm2_composer::fp8_product_backward", mutates_args=())
+def fp8_product_backward(
+    grad: torch.Tensor,
+    x_transposed: torch.Tensor,
+    weight_transposed: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of x, (T, K), and weight, (N, K), in the type of grad, (T, N)."""
+    rounded, transposed, scale = _round(grad, WIDE)
+    # Summed in full precision, which takes longer: gradients need it, outputs do not.
+    grad_x = _multiply(rounded, weight_transposed, scale, weight_scale, grad.dtype)
+    grad_weight = _multiply(transposed, x_transposed, scale, x_scale, grad.dtype)
+    return grad_x, grad_weight
+
+
+@fp8_product_backward.register_fake
+def _(grad, x_transposed, weight_transposed, x_scale, weight_scale):
+    k, n = weight_transposed.shape
+    return grad.new_empty(grad.shape[0], k), grad.new_empty(n, k)
+
+
+def _keep(ctx, inputs: tuple, output: tuple) -> None:
+    _, weight, bias = inputs
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.weight_type, ctx.bias_type = weight.dtype, bias.dtype
+
+
+def _gradients(ctx, grad: torch.Tensor, *_) -> tuple:
+    grad_x, grad_weight = fp8_product_backward(grad, *ctx.saved_tensors)
+    grad_bias = grad.sum(0).to(ctx.bias_type) if ctx.needs_input_grad[2] else None
+    return grad_x, grad_weight.to(ctx.weight_type), grad_bias
+
+
+fp8_product.register_autograd(_gradients, setup_context=_keep)
+
+
+def _round(x: torch.Tensor, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `triton_fp8.round_both`."""
+    if x.is_cuda:
+        from esm2_composer.triton_fp8 import round_both
+
+        return round_both(x, kind)
+    scale = x.abs().max().float().clamp(min=1e-12) / torch.finfo(kind).max
+    rounded = (x.float() / scale).to(kind)
+    filled = F.pad(rounded.float(), (0, 0, 0, _to_16(len(x)) - len(x)))
+    return rounded, filled.t().contiguous().to(kind), scale
+
+
+def _to_16(number: int) -> int:
+    return (number + 15) // 16 * 16
+
+
+def _multiply(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    kind: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """a b^T of a (M, K) and b (N, K), with their scales, plus the bias (N,)."""
+    if a.is_cuda:
+        fast = bias is not None
+        bias = bias.to(kind) if fast else None
+        return torch._scaled_mm(a, b.t(), a_scale, b_scale, bias, out_dtype=kind, use_fast_accum=fast)
+    out = (a.float() * a_scale) @ (b.float() * b_scale).t()
+    return (out if bias is None else out + bias).to(kind)
+
+
+def product_error(k: int, n: int, device: str) -> float:
+    """The largest relative error of a product and its gradients on this device in bf16, beside a CPU's in fp32 of
+    the same fp8 numbers; NaN if any is."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        generator = torch.Generator().manual_seed(0)
+        sizes = (300, k), (n, k), (n,), (300, n)
+        drawn = [torch.randn(size, generator=generator).bfloat16() for size in sizes]
+        found = []
+        for place, kind in ((device, torch.bfloat16), ("cpu", torch.float32)):
+            *inputs, grad = (x.to(place, kind).requires_grad_() for x in drawn)
+            out = product(*inputs)
+            found.append((out, *torch.autograd.grad(out, inputs, grad)))
+    pairs = zip(*found, strict=True)
+    return worst(*(((ours.cpu().float() - exact).norm() / exact.norm()).item() for ours, exact in pairs))

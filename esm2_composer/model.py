@@ -102,6 +102,15 @@ def add_norm(
     return x, norm(x)
 
 
+class Linear(nn.Linear):
+    """`fp8` puts another product in the place of this one."""
+
+    product = staticmethod(F.linear)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x, self.weight, self.bias)
+
+
 class Layer(nn.Module):
     """One pre-norm transformer block: attention, then a GELU feed-forward."""
 
@@ -110,11 +119,11 @@ class Layer(nn.Module):
         d = config.hidden_size
         self.num_heads, self.head_size = config.num_heads, config.head_size
         self.attention_norm = nn.LayerNorm(d, eps=LAYER_NORM_EPS)
-        self.qkv = nn.Linear(d, 3 * d)
-        self.out = nn.Linear(d, d)
+        self.qkv = Linear(d, 3 * d)
+        self.out = Linear(d, d)
         self.ffn_norm = nn.LayerNorm(d, eps=LAYER_NORM_EPS)
-        self.fc1 = nn.Linear(d, config.ffn_hidden_size)
-        self.fc2 = nn.Linear(config.ffn_hidden_size, d)
+        self.fc1 = Linear(d, config.ffn_hidden_size)
+        self.fc2 = Linear(config.ffn_hidden_size, d)
 
     def forward(self, x, update, tables, attention, cu_seqlens, max_seqlen) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream x (T, D) and what is to be added to it, update (T, D) or None, the bits of
@@ -149,8 +158,8 @@ class Layer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x (T, D) and the attention's output (T, H, K) -> x (T, D), and what is to be added to it (T, D)."""
         x, normed = add_norm(x, self.out(mixed.flatten(1)), self.ffn_norm, triton)
-        if triton and type(self.fc1) is nn.Linear:  # in fp8 it is another
-            hidden = F.linear(normed, self.fc1.weight, self.fc1.bias.detach())
+        if triton:
+            hidden = self.fc1.product(normed, self.fc1.weight, self.fc1.bias.detach())
             return x, self.fc2(torch.ops.esm2_composer.gelu(hidden, self.fc1.bias))
         return x, self.fc2(F.gelu(self.fc1(normed)))
 

@@ -176,14 +176,13 @@ def test_a_contender_times_the_steps_that_count(contender):
 
 
 def test_the_fp8_contender_computes_in_fp8(monkeypatch):
-    pytest.importorskip("torchao")
     assert "esm2_composer, fp8, compiled" in contenders("cuda", "8m")
-    emulated = []
+    changed = []
     use_fp8 = fp8.use_fp8
-    monkeypatch.setattr(fp8, "use_fp8", lambda net: (emulated.append(net), use_fp8(net, emulate=True)))
+    monkeypatch.setattr(fp8, "use_fp8", lambda net: (changed.append(net), use_fp8(net)))
     assert len(ours(TINY, fp8=True).seconds) == TINY.steps
-    (net,) = emulated
-    assert type(net.layers[0].fc1).__name__ == "Float8Linear"
+    (net,) = changed
+    assert net.layers[0].fc1.product is fp8.product
 
 
 def test_figures_are_medians_by_batch():
@@ -288,13 +287,14 @@ def test_transformers_without_sdpa_takes_part_with_it_too(knows, monkeypatch):
 
 
 def test_transformers_layers_share_one_compiled_graph(monkeypatch):
-    """Or two: transformers 4.53 remembers a length, and is compiled anew for any other."""
+    """Transformers 4.53 remembers a length and is compiled anew for others; a lone sequence has its own."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile, backend="eager"))
-    assert len(padded(TINY, compiled=True).seconds) == 2
-    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    many = dataclasses.replace(TINY, batches=[[40, 9, 20, 21, 60, 80], [30, 12, 50, 51]], microbatch_tokens=100)
+    assert len(padded(many, compiled=True).seconds) == 2
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from esm2_composer.alphabet import AMINO_ACIDS, CLS, EOS
 from esm2_composer.errors import UserError
-from esm2_composer.fp8 import use_fp8
+from esm2_composer.fp8 import product, use_fp8
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, ESM2Config
 from esm2_composer.optim import build_adamw, build_schedule
@@ -68,7 +68,7 @@ def train(
     torch.manual_seed(0)
     net = ESM2(config)
     if fp8:
-        use_fp8(net, emulate=device == "cpu")
+        use_fp8(net)
     if compile_options:
         net.compile_layers(**compile_options)
     net.to(device)
@@ -162,10 +162,8 @@ def test_the_loss_of_200_steps_in_machine_code_follows_fp32() -> None:
 def test_on_a_gpu_the_loss_of_200_compiled_steps_follows_fp32(fp8: bool) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    if fp8:
-        pytest.importorskip("torchao")
-        if torch.cuda.get_device_capability() < (8, 9):
-            pytest.skip("no fp8 here")
+    if fp8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8 here")
     made, config = batches(200, sequences=50), ESM2Config(6, 320, 20, 1280)
     # At 1e-3 the mutants are soon known by heart, and then a small step to the side is a large share of the loss.
     exact = train(config, made, "cuda", bf16=False, rate=1e-4)
@@ -178,13 +176,11 @@ def test_fp8_is_for_the_layers_products_and_leaves_names_and_compiling_as_they_a
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     plain, net = ESM2(SMALL), ESM2(SMALL)
-    use_fp8(net, emulate=True)
+    use_fp8(net)
     assert list(net.state_dict()) == list(plain.state_dict())
-    kinds = {
-        type(module).__name__ for layer in net.layers for module in (layer.qkv, layer.out, layer.fc1, layer.fc2)
-    }
-    assert kinds == {"Float8Linear"}
-    assert type(net.head.dense) is torch.nn.Linear
+    linear = {name: module for name, module in net.named_modules() if isinstance(module, torch.nn.Linear)}
+    others = {name for name, module in linear.items() if getattr(module, "product", None) is not product}
+    assert others == {"head.dense", "contact_head"}
     net.compile_layers(backend="aot_eager")
     for batch in batches(3, sequences=2):  # token counts that are no multiple of 16
         net(batch["tokens"], batch["cu_seqlens"], batch["max_seqlen"]).sum().backward()
@@ -203,7 +199,7 @@ def test_fp8_and_compiled_layers_can_be_sharded(one_rank) -> None:
     for _ in range(2):
         torch.manual_seed(0)
         nets.append(ESM2(SMALL))
-        use_fp8(nets[-1], emulate=True)
+        use_fp8(nets[-1])
     nets[1].compile_layers(backend="aot_eager")
     shard(nets[1], "FULL")
     losses = [loss(net) for net in nets]
@@ -217,7 +213,8 @@ def test_fp8_and_compiled_layers_can_be_sharded(one_rank) -> None:
 
 def test_what_has_no_fp8_is_refused(monkeypatch) -> None:
     with pytest.raises(UserError, match="multiples of 16"):
-        use_fp8(ESM2(ESM2Config(1, 72, 3, 288)), emulate=True)
+        use_fp8(ESM2(ESM2Config(1, 72, 3, 288)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
     with pytest.raises(UserError, match="NVIDIA A100 has no fp8"):

@@ -76,7 +76,6 @@ def contenders(device: str, size: str) -> dict[str, Callable[[Work], Outcome]]:
         found["esm2_composer, compiled, FSDP"] = partial(ours, compiled=True, sharded=True)
     if on_gpu:
         found["esm2_composer, compiled, torch's attention"] = partial(ours, compiled=True, attention="torch")
-    if on_gpu and importlib.util.find_spec("torchao"):
         found["esm2_composer, fp8, compiled"] = partial(ours, compiled=True, fp8=True)
     if on_gpu and importlib.util.find_spec("flash_attn"):
         found["esm2_composer, flash-attn, compiled"] = partial(ours, compiled=True, attention="flash")
@@ -265,6 +264,8 @@ def padded(
     with torch.device(work.device):
         model, used = make(work.size, attention)
     if compiled:  # one graph for all layers, as ours: the whole of 33 at once takes many minutes
+        # At a fixed width there is one for each number of sequences; beyond torch's limit it would not compile.
+        torch._dynamo.config.recompile_limit = 64
         for layer in model.esm.encoder.layer:
             layer.compile(dynamic=width is None)
     batches = [padded_microbatches(lengths, width, work.microbatch_tokens) for lengths in work.batches]

@@ -1,0 +1,66 @@
+"""Rounding to fp8 in Triton: a matrix and its transpose at once.
+
+A product of fp8 numbers reads both its matrices along the dimension that it sums over, so a layer's inputs,
+weights and gradients are wanted in both orders. Two passes over memory: one finds the largest number, one writes
+both.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+NUMBERS, BLOCKS = 4096, 8  # of a program that looks for the largest: in a block, and blocks
+ROWS, COLUMNS = 64, 128  # a tile of one that rounds
+WARPS = 4
+
+
+@triton.jit
+def _largest(x, largest, numbers, NUMBERS: tl.constexpr, BLOCKS: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * NUMBERS * BLOCKS
+    best = tl.zeros((NUMBERS,), tl.float32)
+    for block in range(BLOCKS):
+        places = first + block * NUMBERS + tl.arange(0, NUMBERS)
+        best = tl.maximum(best, tl.abs(tl.load(x + places, places < numbers, 0.0).to(tl.float32)))
+    tl.atomic_max(largest, tl.max(best))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _round(
+    x, largest, rounded, transposed, scale, rows, limit,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of x (rows, WIDTH), which goes to `rounded`, and to `transposed`, (WIDTH, rows), rows filled up with
+    zeros to a multiple of 16. Times `scale`, they are x."""
+    own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    places = own.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+    inside = columns[None, :] < WIDTH
+    there = (own < rows)[:, None] & inside
+    factor = limit / tl.maximum(tl.load(largest), 1e-12)
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        tl.store(scale, 1 / factor)
+    numbers = (tl.load(x + places, there, 0.0).to(tl.float32) * factor).to(rounded.dtype.element_ty)
+    tl.store(rounded + places, numbers, there)
+    filled = tl.cdiv(rows, 16) * 16
+    places = columns.to(tl.int64)[None, :] * filled + own[:, None]
+    tl.store(transposed + places, numbers, (own < filled)[:, None] & inside)
+
+
+def round_both(x: torch.Tensor, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (R, C), C a multiple of 16 -> x / scale rounded, (R, C); its transpose, (C, R to the next multiple of 16),
+    filled with zeros; and the scale, fp32 ()."""
+    (rows, width), x = x.shape, x.contiguous()
+    rounded = x.new_empty(x.shape, dtype=kind)
+    transposed = x.new_empty(width, triton.cdiv(rows, 16) * 16, dtype=kind)
+    largest, scale = x.new_zeros((), dtype=torch.float32), x.new_empty((), dtype=torch.float32)
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        _largest[(triton.cdiv(x.numel(), NUMBERS * BLOCKS),)](
+            x, largest, x.numel(), NUMBERS=NUMBERS, BLOCKS=BLOCKS, num_warps=WARPS
+        )
+        _round[(triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS))](
+            x, largest, rounded, transposed, scale, rows, torch.finfo(kind).max,
+            WIDTH=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+        )  # fmt: skip
+    return rounded, transposed, scale

@@ -1,0 +1,75 @@
+"""triton_fp8.py: a matrix and its transpose are rounded alike, whatever the number of rows; interpreted here, and
+compiled for a GPU that is not here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def test_interpreted_they_are_exact() -> None:
+    here = Path(__file__).parent
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{here}:{here.parent}"}
+    command = [sys.executable, "-c", "import test_triton_fp8 as t; t.check_rounding()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "8 sizes and types\n"
+
+
+def check_rounding() -> None:
+    """On numbers that fp8 has, since the interpreter rounds others wrongly (it loses carries)."""
+    from esm2_composer.triton_fp8 import NUMBERS, round_both
+
+    generator, checked = torch.Generator().manual_seed(0), 0
+    for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
+        for rows, columns in ((5, 16), (64, 128), (100, 144), (3, 16 * NUMBERS)):
+            bits = torch.randint(0, 256, (rows, columns), generator=generator).to(torch.uint8)
+            numbers = bits.view(kind).float()
+            numbers = torch.where(numbers.isfinite() & (numbers.abs() > 2**-6), numbers, 0.0)
+            largest = torch.finfo(kind).max
+            numbers[-1, -1] = -largest
+            rounded, transposed, scale = round_both(numbers / 2**20, kind)
+            assert scale == 2**-20
+            assert torch.equal(rounded.float(), numbers)
+            filled = (rows + 15) // 16 * 16
+            assert transposed.shape == (columns, filled)
+            assert torch.equal(transposed[:, :rows].float(), numbers.t())
+            assert not transposed[:, rows:].float().any()
+            checked += 1
+    rounded, _, scale = round_both(torch.zeros(5, 16), torch.float8_e4m3fn)
+    assert not rounded.float().any()
+    assert scale.isfinite()
+    strided = torch.full((16, 10), 3.5)[:, ::2].t()  # as a compiler may leave it
+    assert torch.equal(round_both(strided, torch.float8_e4m3fn)[0].float(), torch.full((5, 16), 448.0))
+    print(checked, "sizes and types")
+
+
+@pytest.mark.parametrize("kind", ["fp8e4nv", "fp8e5"])
+@pytest.mark.parametrize("kernel", ["_largest", "_round"])
+def test_they_compile_for_a_gpu(kernel: str, kind: str) -> None:
+    """For an H100, which this does not take: to loads of 16 bytes, and the instruction that rounds."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from esm2_composer import triton_fp8 as module
+
+    function = getattr(module, kernel)
+    types = dict.fromkeys(("largest", "scale"), "*fp32") | dict.fromkeys(("rounded", "transposed"), f"*{kind}")
+    types |= {"rows": "i32", "numbers": "i64", "limit": "fp32"}
+    values = {name: getattr(module, name) for name in ("NUMBERS", "BLOCKS", "ROWS", "COLUMNS")} | {"WIDTH": 1280}
+    names = function.arg_names
+    signature = {name: "constexpr" if name.isupper() else types.get(name, "*bf16") for name in names}
+    constants = {(i,): values[name] for i, name in enumerate(names) if name.isupper()}
+    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name == "numbers"]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(function, signature, constants, attributes)
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": module.WARPS})
+    assert "ld.global.v4.b32" in made.asm["ptx"] or "ld.global.v4.u32" in made.asm["ptx"]
+    if kernel == "_round":
+        assert f"cvt.rn.satfinite.{'e4m3x2' if kind == 'fp8e4nv' else 'e5m2x2'}.f32" in made.asm["ptx"]
+    assert made.metadata.shared <= 48 * 1024
