@@ -2,7 +2,7 @@
 
     python tools/benchmark.py step       training steps, beside transformers
     python tools/benchmark.py profile    where a training step's time goes, and what each part could take at best
-    python tools/benchmark.py host       what loggers cost between two updates and in a whole one, and ranks' answers
+    python tools/benchmark.py host       the time between two updates, by loggers and number of ranks
     python tools/benchmark.py attention  rotation and attention of a layer, by every kernel
     python tools/benchmark.py loader     from shards to balanced microbatches, beside transformers' collator
     python tools/benchmark.py startup    from launch to the first batch of 65 million clusters
