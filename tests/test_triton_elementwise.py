@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels import compile_for
 
 from esm2_composer.attention import TOLERANCE
 
@@ -142,9 +143,6 @@ def test_their_check_sees_rounding_only_where_they_are_right(which, change, monk
 @pytest.mark.parametrize("kernel", ["_add_norm", "_add_norm_backward", "_gelu", "_gelu_backward"])
 def test_they_compile_for_gpus_to_wide_loads(kernel: str, columns: int, stream: str) -> None:
     """For an A100 and an H100, neither of which this takes."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     from esm2_composer import triton_elementwise as module
 
     function, width = getattr(module, kernel), module._width(columns)
@@ -161,15 +159,9 @@ def test_they_compile_for_gpus_to_wide_loads(kernel: str, columns: int, stream: 
     values |= {"ROWS": module.GELU_ROWS, "COLUMNS": module.GELU_COLUMNS}
     values["STAGES"] = module._stages(columns, 4 if stream == "*fp32" else 2)
     values["SUMMED"] = module.GELU_SUMMED if "gelu" in kernel else module.NORM_ROWS
-    names = function.arg_names
-    signature = {name: "constexpr" if name.isupper() else types.get(name, "*bf16") for name in names}
-    constants = {(i,): values[name] for i, name in enumerate(names) if name.isupper()}
-    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name == "numbers"]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(function, signature, constants, attributes)
     warps = module.WARPS if "gelu" in kernel else width["num_warps"]
     for capability in (80, 90):
-        made = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        made = compile_for(capability, function, types, values, warps)
         assert "ld.global.v4.b32" in made.asm["ptx"] or "ld.global.v4.u32" in made.asm["ptx"]
         assert made.metadata.shared <= 99 * 1024  # what an L40S has
 

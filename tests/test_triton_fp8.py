@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernels import compile_for
 
 
 def test_interpreted_they_are_exact() -> None:
@@ -53,22 +54,13 @@ def check_rounding() -> None:
 @pytest.mark.parametrize("kernel", ["_largest", "_round"])
 def test_they_compile_for_a_gpu(kernel: str, kind: str) -> None:
     """For an H100, which this does not take: to loads of 16 bytes, and the instruction that rounds."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     from esm2_composer import triton_fp8 as module
 
     function = getattr(module, kernel)
     types = dict.fromkeys(("largest", "scale"), "*fp32") | dict.fromkeys(("rounded", "transposed"), f"*{kind}")
     types |= {"rows": "i32", "numbers": "i64", "limit": "fp32"}
     values = {name: getattr(module, name) for name in ("NUMBERS", "BLOCKS", "ROWS", "COLUMNS")} | {"WIDTH": 1280}
-    names = function.arg_names
-    signature = {name: "constexpr" if name.isupper() else types.get(name, "*bf16") for name in names}
-    constants = {(i,): values[name] for i, name in enumerate(names) if name.isupper()}
-    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name == "numbers"]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(function, signature, constants, attributes)
-    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": module.WARPS})
+    made = compile_for(90, function, types, values, module.WARPS)
     assert "ld.global.v4.b32" in made.asm["ptx"] or "ld.global.v4.u32" in made.asm["ptx"]
     if kernel == "_round":
         assert f"cvt.rn.satfinite.{'e4m3x2' if kind == 'fp8e4nv' else 'e5m2x2'}.f32" in made.asm["ptx"]
