@@ -4,8 +4,8 @@ from typing import Any
 
 
 def compile_for(capability: int, function: Any, types: dict[str, str], values: dict[str, int], warps: int) -> Any:
-    """A kernel compiled for GPUs of a compute capability, as it is called: with aligned pointers, and a multiple of
-    16 as `numbers`. Arguments in capitals have `values`; the others are bf16 unless in `types`."""
+    """A kernel compiled for GPUs of a compute capability, as it is called: pointers are aligned, `numbers` is a
+    multiple of 16. Arguments in capitals have `values`; the others are bf16 unless in `types`."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
