@@ -1,4 +1,4 @@
-"""The layers' matrix products in fp8: an option for GPUs of compute capability 8.9 on (H100, B200).
+"""The layers' matrix products in fp8: an option for GPUs of compute capability 9.0 on (H100, B200).
 
 Weights, optimizer, norms, attention and the head stay as they are; the inputs and weights of the four products of
 a layer are rounded to e4m3 and their gradients to e5m2 (Micikevicius et al., FP8 Formats for Deep Learning, 2022),
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from esm2_composer.attention import worst
+from esm2_composer.attention import what_triton_lacks, worst
 from esm2_composer.errors import UserError
 from esm2_composer.model import ESM2
 
@@ -28,19 +28,31 @@ def use_fp8(net: ESM2) -> None:
         net: to be changed before it is compiled.
 
     Raises:
-        UserError: a dimension is no multiple of 16, this GPU has no fp8, or its products are off.
+        UserError: a dimension is no multiple of 16, or this GPU cannot do it.
     """
     sizes = net.config.hidden_size, net.config.ffn_hidden_size
     if any(size % 16 for size in sizes):
         raise UserError("fp8: hidden_size and ffn_hidden_size must be multiples of 16")
     if torch.cuda.is_available():
-        if torch.cuda.get_device_capability() < (8, 9):
-            raise UserError(f"fp8: {torch.cuda.get_device_name()} has no fp8 products; an H100 or newer has")
-        if not (error := product_error(*sizes, "cuda")) < TOLERANCE:
-            raise UserError(f"fp8: products on {torch.cuda.get_device_name()} are off by {error:.1e}")
+        _check_gpu(*sizes)
     for layer in net.layers:  # the head's inputs are few, and too fine for fp8
         for module in (layer.qkv, layer.out, layer.fc1, layer.fc2):
             module.product = product
+
+
+def _check_gpu(k: int, n: int) -> None:
+    gpu = torch.cuda.get_device_name()
+    if torch.cuda.get_device_capability() < (9, 0):  # on an 8.9, Triton rounds through fp16, towards zero
+        raise UserError(f"fp8: {gpu} has no fp8 products that will do; an H100 or newer has")
+    if lack := what_triton_lacks():
+        raise UserError(f"fp8: {lack} is missing")
+    try:
+        error = product_error(k, n, "cuda")
+    except Exception as failure:  # compilers fail in many ways
+        told = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+        raise UserError(f"fp8: products on {gpu} fail ({told})") from failure
+    if not error < TOLERANCE:
+        raise UserError(f"fp8: products on {gpu} are off by {error:.1e}")
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -137,21 +149,23 @@ def _multiply(
         fast = bias is not None
         bias = bias.to(kind) if fast else None
         return torch._scaled_mm(a, b.t(), a_scale, b_scale, bias, out_dtype=kind, use_fast_accum=fast)
-    out = (a.float() * a_scale) @ (b.float() * b_scale).t()
+    with torch.autocast(a.device.type, enabled=False):
+        out = (a.float() * a_scale) @ (b.float() * b_scale).t()
     return (out if bias is None else out + bias).to(kind)
 
 
 def product_error(k: int, n: int, device: str) -> float:
-    """The largest relative error of a product and its gradients on this device in bf16, beside a CPU's in fp32 of
-    the same fp8 numbers; NaN if any is."""
+    """The largest relative error of a product and its gradients on this device in bf16, weights in fp32, beside a
+    CPU's in fp32, rounded alike; NaN if any is."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
         generator = torch.Generator().manual_seed(0)
         sizes = (300, k), (n, k), (n,), (300, n)
         drawn = [torch.randn(size, generator=generator).bfloat16() for size in sizes]
         found = []
         for place, kind in ((device, torch.bfloat16), ("cpu", torch.float32)):
-            *inputs, grad = (x.to(place, kind).requires_grad_() for x in drawn)
+            x, weight, bias, grad = (y.to(place).requires_grad_() for y in drawn)
+            inputs = x.to(kind), weight.float(), bias.float()
             out = product(*inputs)
-            found.append((out, *torch.autograd.grad(out, inputs, grad)))
+            found.append((out, *torch.autograd.grad(out, inputs, grad.to(kind))))
     pairs = zip(*found, strict=True)
     return worst(*(((ours.cpu().float() - exact).norm() / exact.norm()).item() for ours, exact in pairs))

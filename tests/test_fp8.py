@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from esm2_composer import fp8
 from esm2_composer.errors import UserError
-from esm2_composer.fp8 import TOLERANCE, product, product_error, use_fp8
-from esm2_composer.model import ESM2, ESM2Config
+from esm2_composer.fp8 import FINE, TOLERANCE, WIDE, product, product_error, use_fp8
+from esm2_composer.model import ESM2, ESM2Config, Layer
 
 SMALL = ESM2Config(1, 64, 4, 256)
 
@@ -51,7 +54,7 @@ def test_they_are_what_torch_asks_of_an_operator() -> None:
 
 
 @pytest.mark.parametrize("which", ["out", "gradients"])
-def test_a_device_whose_products_are_off_is_found_and_refused(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_that_are_off_are_found(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert product_error(64, 256, "cpu") < TOLERANCE
     multiply, calls = fp8._multiply, []
 
@@ -63,18 +66,84 @@ def test_a_device_whose_products_are_off_is_found_and_refused(which: str, monkey
 
     monkeypatch.setattr(fp8, "_multiply", wrong)
     assert product_error(64, 256, "cpu") > TOLERANCE
+
+
+def fails(*_: object) -> float:
+    raise RuntimeError("no\nkernel")
+
+
+@pytest.mark.parametrize(
+    ("capability", "lack", "check", "words"),
+    [
+        ((8, 9), None, fails, "fp8: NVIDIA X has no fp8 products that will do; an H100 or newer has"),
+        ((9, 0), "a C compiler", fails, "fp8: a C compiler is missing"),
+        ((9, 0), None, fails, r"fp8: products on NVIDIA X fail \(RuntimeError: no kernel\)"),
+        ((9, 0), None, lambda *_: float("nan"), "fp8: products on NVIDIA X are off by nan"),
+        ((9, 0), None, lambda *_: 1e-3, None),
+    ],
+)
+def test_a_gpu_that_cannot_is_one_line(capability, lack, check, words, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
-    monkeypatch.setattr(fp8, "product_error", lambda *_: float("nan"))
-    with pytest.raises(UserError, match="fp8: products on NVIDIA H100 are off by nan"):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
+    monkeypatch.setattr(fp8, "what_triton_lacks", lambda: lack)
+    monkeypatch.setattr(fp8, "product_error", check)
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
         use_fp8(ESM2(SMALL))
+
+
+def test_compiled_layers_compute_under_autocast_what_plain_ones_do() -> None:
+    torch._dynamo.reset()
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        nets.append(ESM2(SMALL))
+        use_fp8(nets[-1])
+    nets[1].compile_layers(backend="aot_eager")
+    tokens, cu_seqlens = torch.randint(4, 24, (37,)), torch.tensor([0, 20, 37], dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, compiled = (net(tokens, cu_seqlens, 20) for net in nets)
+    assert torch.equal(plain, compiled)
+
+
+@pytest.mark.parametrize("tokens", [1, 37, 62_000])
+def test_a_gpus_products_are_asked_for_as_torch_wants_them(tokens: int) -> None:
+    """Layouts and multiples of 16 are looked at where tensors are faked."""
+    with FakeTensorMode():
+
+        def fake(kind: torch.dtype, *size: int) -> torch.Tensor:
+            return torch.empty(size, dtype=kind, device="cuda")
+
+        k, n, filled = 64, 256, (tokens + 15) // 16 * 16
+        scale = fake(torch.float32)
+        out = fp8._multiply(
+            fake(FINE, tokens, k), fake(FINE, n, k), scale, scale, torch.bfloat16, fake(torch.float32, n)
+        )
+        grad_x = fp8._multiply(fake(WIDE, tokens, n), fake(FINE, k, n), scale, scale, torch.bfloat16)
+        grad_weight = fp8._multiply(fake(WIDE, n, filled), fake(FINE, k, filled), scale, scale, torch.bfloat16)
+    assert [x.shape for x in (out, grad_x, grad_weight)] == [(tokens, n), (tokens, k), (n, k)]
+    assert {x.dtype for x in (out, grad_x, grad_weight)} == {torch.bfloat16}
+
+
+def test_all_of_a_layers_products_on_a_gpu_are_in_fp8() -> None:
+    import esm2_composer.triton_elementwise  # noqa: F401  its operators
+
+    layer, asked = Layer(SMALL).bfloat16(), []
+    for name in ("qkv", "out", "fc1", "fc2"):
+        linear = getattr(layer, name)
+        linear.product = lambda *arguments, name=name: (asked.append(name), product(*arguments))[1]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, update = (torch.empty(37, 64, dtype=torch.bfloat16) for _ in range(2))
+        x, qkv = layer.project(x, update, triton=True)
+        x, update = layer.after_attention(x, qkv[:, 0], triton=True)
+    assert asked == ["qkv", "out", "fc1", "fc2"]
+    assert (update.shape, update.dtype) == (x.shape, torch.bfloat16)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("k", [320, 1280, 5120])
 def test_on_a_gpu_products_are_those_of_the_cpu(k: int) -> None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no fp8 here")
     assert product_error(k, 4 * k, "cuda") < TOLERANCE
     assert product_error(4 * k, k, "cuda") < TOLERANCE

@@ -4,6 +4,7 @@ compiled for a GPU that is not here."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,8 @@ def check_rounding() -> None:
             numbers = bits.view(kind).float()
             numbers = torch.where(numbers.isfinite() & (numbers.abs() > 2**-6), numbers, 0.0)
             largest = torch.finfo(kind).max
-            numbers[-1, -1] = -largest
+            numbers[numbers.abs() == largest] = 0
+            numbers[0, -1] = -largest  # neither the first nor the last that is looked at
             rounded, transposed, scale = round_both(numbers / 2**20, kind)
             assert scale == 2**-20
             assert torch.equal(rounded.float(), numbers)
@@ -51,17 +53,21 @@ def check_rounding() -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp8e4nv", "fp8e5"])
+@pytest.mark.parametrize("given", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("kernel", ["_largest", "_round"])
-def test_they_compile_for_a_gpu(kernel: str, kind: str) -> None:
-    """For an H100, which this does not take: to loads of 16 bytes, and the instruction that rounds."""
+def test_they_compile_for_a_gpu(kernel: str, given: str, kind: str) -> None:
+    """For an H100, which this does not take: to loads and stores of 16 bytes, and the instruction that rounds."""
     from esm2_composer import triton_fp8 as module
 
     function = getattr(module, kernel)
     types = dict.fromkeys(("largest", "scale"), "*fp32") | dict.fromkeys(("rounded", "transposed"), f"*{kind}")
-    types |= {"rows": "i32", "numbers": "i64", "limit": "fp32"}
+    types |= {"x": given, "rows": "i32", "numbers": "i64", "limit": "fp32"}
     values = {name: getattr(module, name) for name in ("NUMBERS", "BLOCKS", "ROWS", "COLUMNS")} | {"WIDTH": 1280}
     made = compile_for(90, function, types, values, module.WARPS)
     assert "ld.global.v4.b32" in made.asm["ptx"] or "ld.global.v4.u32" in made.asm["ptx"]
     if kernel == "_round":
+        stores = re.findall(r"st\.global\.\S+", made.asm["ptx"])
+        assert set(stores) == {"st.global.v4.b32", "st.global.b32"}
+        assert stores.count("st.global.b32") == 1  # of the scale
         assert f"cvt.rn.satfinite.{'e4m3x2' if kind == 'fp8e4nv' else 'e5m2x2'}.f32" in made.asm["ptx"]
     assert made.metadata.shared <= 48 * 1024
