@@ -133,9 +133,9 @@ def naming_damage(folder: Folder, checkpoint: str | None) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as error:  # the second is no Exception
-        # Of a sharded one, every failure to load it is of that type; to read it all for another would take long.
-        of_another = checkpoint and is_sharded(checkpoint) and not isinstance(error, CheckpointException)
-        if checkpoint is None or of_another or not folder.is_damaged(checkpoint):
+        # A sharded one fails to load with that type alone; to read all of it for another would take long.
+        may_be = checkpoint and (isinstance(error, CheckpointException) or not is_sharded(checkpoint))
+        if not (may_be and folder.is_damaged(checkpoint)):
             raise
         raise _damaged(folder, checkpoint, "remove it, to go on from the one before") from error
 

@@ -1,5 +1,6 @@
 """A run goes on from its newest checkpoint; the newest and the best are kept; another run is refused."""
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -251,6 +252,16 @@ def test_a_checkpoint_that_is_damaged_inside_is_named_when_it_cannot_be_loaded(t
         naming_damage(folder, path.name),
     ):
         raise RuntimeError("PytorchStreamReader failed")
+
+
+def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    folder = LocalFolder(str(tmp_path))
+    save(folder, tmp_path, "ep0-ba10-rank0.pt")
+    monkeypatch.setattr("zipfile.ZipFile.testzip", fails)
+    assert not folder.is_damaged("ep0-ba10-rank0.pt")
 
 
 def test_another_duration_with_a_schedule_of_its_own_is_told_how_to_go_on(recipe, tmp_path):

@@ -13,7 +13,18 @@ from esm2_composer.errors import UserError
 from esm2_composer.fp8 import FINE, TOLERANCE, WIDE, product, product_error, use_fp8
 from esm2_composer.model import ESM2, ESM2Config, Layer
 
-SMALL = ESM2Config(1, 64, 4, 256)
+SMALL = ESM2Config(2, 64, 4, 256)
+
+
+def plain_and_compiled(config: ESM2Config) -> list[ESM2]:
+    """Two models in fp8 with the same weights."""
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        nets.append(ESM2(config))
+        use_fp8(nets[-1])
+    nets[1].compile_layers(backend="aot_eager")
+    return nets
 
 
 @pytest.mark.parametrize("tokens", [32, 37])
@@ -75,6 +86,7 @@ def fails(*_: object) -> float:
 @pytest.mark.parametrize(
     ("capability", "lack", "check", "words"),
     [
+        ((8, 0), None, fails, "fp8: NVIDIA X has no fp8 products that will do"),
         ((8, 9), None, fails, "fp8: NVIDIA X has no fp8 products that will do; an H100 or newer has"),
         ((9, 0), "a C compiler", fails, "fp8: a C compiler is missing"),
         ((9, 0), None, fails, r"fp8: products on NVIDIA X fail \(RuntimeError: no kernel\)"),
@@ -94,12 +106,7 @@ def test_a_gpu_that_cannot_is_one_line(capability, lack, check, words, monkeypat
 
 def test_compiled_layers_compute_under_autocast_what_plain_ones_do() -> None:
     torch._dynamo.reset()
-    nets = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        nets.append(ESM2(SMALL))
-        use_fp8(nets[-1])
-    nets[1].compile_layers(backend="aot_eager")
+    nets = plain_and_compiled(SMALL)
     tokens, cu_seqlens = torch.randint(4, 24, (37,)), torch.tensor([0, 20, 37], dtype=torch.int32)
     with torch.autocast("cpu", torch.bfloat16):
         plain, compiled = (net(tokens, cu_seqlens, 20) for net in nets)
@@ -138,6 +145,28 @@ def test_all_of_a_layers_products_on_a_gpu_are_in_fp8() -> None:
         x, update = layer.after_attention(x, qkv[:, 0], triton=True)
     assert asked == ["qkv", "out", "fc1", "fc2"]
     assert (update.shape, update.dtype) == (x.shape, torch.bfloat16)
+
+
+def test_fp8_is_for_the_layers_products_and_leaves_names_and_compiling_as_they_are() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, net = ESM2(SMALL), ESM2(SMALL)
+    use_fp8(net)
+    assert list(net.state_dict()) == list(plain.state_dict())
+    linear = {name: module for name, module in net.named_modules() if isinstance(module, torch.nn.Linear)}
+    others = {name for name, module in linear.items() if getattr(module, "product", None) is not product}
+    assert others == {"head.dense", "contact_head"}
+    net.compile_layers(backend="aot_eager")
+    for tokens in (37, 50, 61):  # no multiple of 16
+        cu_seqlens = torch.tensor([0, 20, tokens], dtype=torch.int32)
+        net(torch.randint(4, 24, (tokens,)), cu_seqlens, tokens - 20).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_other_sizes_are_refused() -> None:
+    with pytest.raises(UserError, match="multiples of 16"):
+        use_fp8(ESM2(ESM2Config(1, 72, 3, 288)))
 
 
 @pytest.mark.gpu

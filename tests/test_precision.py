@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from composer.core import Precision
 from composer.distributed.fsdp2 import create_mixed_precision_policy
+from test_fp8 import plain_and_compiled
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from esm2_composer.alphabet import AMINO_ACIDS, CLS, EOS
-from esm2_composer.errors import UserError
-from esm2_composer.fp8 import product, use_fp8
+from esm2_composer.fp8 import use_fp8
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, ESM2Config
 from esm2_composer.optim import build_adamw, build_schedule
@@ -172,22 +172,6 @@ def test_on_a_gpu_the_loss_of_200_compiled_steps_follows_fp32(fp8: bool) -> None
     check(compiled, exact, *((0.06, 0.012) if fp8 else (0.02, 0.005)))
 
 
-def test_fp8_is_for_the_layers_products_and_leaves_names_and_compiling_as_they_are() -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    plain, net = ESM2(SMALL), ESM2(SMALL)
-    use_fp8(net)
-    assert list(net.state_dict()) == list(plain.state_dict())
-    linear = {name: module for name, module in net.named_modules() if isinstance(module, torch.nn.Linear)}
-    others = {name for name, module in linear.items() if getattr(module, "product", None) is not product}
-    assert others == {"head.dense", "contact_head"}
-    net.compile_layers(backend="aot_eager")
-    for batch in batches(3, sequences=2):  # token counts that are no multiple of 16
-        net(batch["tokens"], batch["cu_seqlens"], batch["max_seqlen"]).sum().backward()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
-    assert not torch._dynamo.utils.counters["graph_break"]
-
-
 def test_fp8_and_compiled_layers_can_be_sharded(one_rank) -> None:
     (batch,) = batches(1, sequences=3)
 
@@ -195,12 +179,7 @@ def test_fp8_and_compiled_layers_can_be_sharded(one_rank) -> None:
         logits = net(batch["tokens"], batch["cu_seqlens"], batch["max_seqlen"], batch["positions"])
         return F.cross_entropy(logits, batch["targets"])
 
-    nets = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        nets.append(ESM2(SMALL))
-        use_fp8(nets[-1])
-    nets[1].compile_layers(backend="aot_eager")
+    nets = plain_and_compiled(SMALL)
     shard(nets[1], "FULL")
     losses = [loss(net) for net in nets]
     for each in losses:
@@ -209,13 +188,3 @@ def test_fp8_and_compiled_layers_can_be_sharded(one_rank) -> None:
     for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
         if p.grad is not None:
             assert (p.grad - q.grad.full_tensor()).norm() <= 1e-4 * p.grad.norm(), name
-
-
-def test_what_has_no_fp8_is_refused(monkeypatch) -> None:
-    with pytest.raises(UserError, match="multiples of 16"):
-        use_fp8(ESM2(ESM2Config(1, 72, 3, 288)))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
-    with pytest.raises(UserError, match="NVIDIA A100 has no fp8"):
-        use_fp8(ESM2(SMALL))
