@@ -49,7 +49,7 @@ WITHOUT_STREAMING = {
     *("test_loggers", "test_masking", "test_mds", "test_model", "test_optim", "test_parts", "test_patience"),
     *("test_plan", "test_pool", "test_precision", "test_proteins", "test_ranks", "test_records", "test_running"),
     *("test_sample_data", "test_sharded_checkpoint", "test_spark", "test_strict", "test_triton_attention"),
-    *("test_triton_fp8", "test_verification", "test_weights", "test_workers"),
+    *("test_triton_elementwise", "test_triton_fp8", "test_verification", "test_weights", "test_workers"),
 }
 
 

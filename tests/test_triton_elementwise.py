@@ -87,7 +87,7 @@ def compare_models() -> None:
 
     def net(**compiled) -> ESM2:
         torch.manual_seed(0)
-        made = ESM2(ESM2Config(3, 64, 4, 128))
+        made = ESM2(ESM2Config(2, 32, 2, 64))
         for parameter in made.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         if compiled:
