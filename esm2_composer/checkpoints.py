@@ -6,15 +6,15 @@ validation losses, and which checkpoints are kept for theirs.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import yaml
+from composer.core import State
+from composer.utils import dist
 from omegaconf.errors import OmegaConfBaseException
-from torch.distributed.checkpoint import CheckpointException
 
 from esm2_composer.config import Recipe, changes, to_yaml
 from esm2_composer.errors import UserError
@@ -127,17 +127,25 @@ def _damaged(folder: Folder, name: str, remedy: str) -> UserError:
     return UserError(f"save_folder {folder}: {name} is damaged; {remedy}")
 
 
-@contextlib.contextmanager
-def naming_damage(folder: Folder, checkpoint: str | None) -> Iterator[None]:
-    """While a checkpoint is loaded: if that fails and it is damaged, raise a UserError that names it."""
-    try:
-        yield
-    except (Exception, CheckpointException) as error:  # the second is no Exception
-        # A sharded one fails to load with that type alone; to read all of it for another would take long.
-        may_be = checkpoint and (isinstance(error, CheckpointException) or not is_sharded(checkpoint))
-        if not (may_be and folder.is_damaged(checkpoint)):
-            raise
-        raise _damaged(folder, checkpoint, "remove it, to go on from the one before") from error
+def check_undamaged(folder: Folder, checkpoint: str) -> None:
+    """Raise a UserError on every rank, if a checkpoint is not what was written: torch would load other numbers.
+    Each rank reads its share of a sharded one."""
+    ranks = dist.get_world_size()
+    if any(on_every_rank(lambda: folder.is_damaged(checkpoint, dist.get_global_rank(), ranks))):
+        raise _damaged(folder, checkpoint, "remove it, to go on from the one before")
+
+
+def check_resumed(state: State, folder: Folder, checkpoint: str) -> None:
+    """Raise a UserError, if what has been loaded is of another update than its name says, or not a whole run's:
+    Composer goes on without what it does not find."""
+    loaded = state.timestamp.batch.value
+    if loaded != updates(checkpoint):
+        raise UserError(
+            f"save_folder {folder}: {checkpoint} is of update {loaded}; remove it, or give it the name it had"
+        )
+    (optimizer,), (schedule,) = state.optimizers, state.schedulers
+    if not optimizer.state or schedule.last_epoch != loaded:
+        raise _damaged(folder, checkpoint, "remove it, to go on from the one before")
 
 
 @dataclass

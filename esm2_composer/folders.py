@@ -27,7 +27,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from esm2_composer import sharded_checkpoint
+from esm2_composer import checksums
 from esm2_composer.errors import FULL, Passing, StoreAway, UserError
 from esm2_composer.files import sync, write_durably
 from esm2_composer.patience import patiently
@@ -161,18 +161,9 @@ class LocalFolder:
     def write(self, name: str, text: str) -> None:
         write_durably(self.path / name, text.encode())
 
-    def is_damaged(self, name: str) -> bool:
-        """Whether a checkpoint's content is not that which was written. It takes reading all of it; False where
-        that is not to be found out."""
-        if is_sharded(name):
-            return sharded_checkpoint.is_damaged(self.path / name)
-        try:
-            with zipfile.ZipFile(self.path / name) as file:
-                return file.testzip() is not None
-        except zipfile.BadZipFile:
-            return True
-        except OSError:
-            return False
+    def is_damaged(self, name: str, rank: int, ranks: int) -> bool:
+        """Whether this rank, of so many that look, finds a checkpoint not to be what was written."""
+        return checksums.is_damaged(self.path / name, rank, ranks)
 
 
 def _lock(file: int) -> bool:
@@ -190,7 +181,10 @@ def _is_whole(checkpoint: Path) -> bool:
     # Each format writes its table of contents last: this also finds a file that was copied in part.
     if checkpoint.is_dir():
         return (checkpoint / ".metadata").exists()
-    return zipfile.is_zipfile(checkpoint)
+    try:
+        return checkpoint.is_file() and zipfile.is_zipfile(checkpoint)
+    except zipfile.BadZipFile:  # it tells this damage so
+        return True
 
 
 def _lacks_parts(checkpoint: Path) -> bool:
@@ -288,7 +282,7 @@ class S3Folder:
     def write(self, name: str, text: str) -> None:
         self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=text.encode())
 
-    def is_damaged(self, name: str) -> bool:
+    def is_damaged(self, name: str, rank: int, ranks: int) -> bool:
         """A store gives what was sent."""
         return False
 

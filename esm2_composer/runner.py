@@ -17,7 +17,14 @@ from composer.utils import dist, get_device
 
 from esm2_composer.attention import select_attention, what_triton_lacks
 from esm2_composer.callbacks import GradientClipping, Preemption, TokenMonitor
-from esm2_composer.checkpoints import Index, check_shared, find_checkpoint, naming_damage, take_over
+from esm2_composer.checkpoints import (
+    Index,
+    check_resumed,
+    check_shared,
+    check_undamaged,
+    find_checkpoint,
+    take_over,
+)
 from esm2_composer.config import DataSection, ModelSection, Recipe, batches, flatten
 from esm2_composer.data import (
     ClusterDraw,
@@ -96,6 +103,8 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         dist.initialize_dist(device, timeout=1800)  # before any dataset: Streaming asks which rank it is
     checkpoint = on_rank_zero(lambda: take_over(folder, recipe.autoresume, recipe, sharded))
     check_shared(folder)
+    if checkpoint is not None:
+        check_undamaged(folder, checkpoint)
     saver = CheckpointSaver(
         folder,
         interval=batches(recipe.save_interval),
@@ -127,43 +136,44 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     sharded_on_cpu = recipe.fsdp is not None and recipe.fsdp.version == 2 and not on_gpu
     correction = [DivideByRanks()] if sharded_on_cpu and means_are_sums() else []
 
-    with naming_damage(folder, checkpoint):
-        trainer = Trainer(
-            model=model,
-            optimizers=optimizer,
-            schedulers=schedule,
-            step_schedulers_every_batch=True,
-            algorithms=correction,
-            train_dataloader=data_spec(train, recipe.device_microbatch_tokens),
-            accumulate_train_batch_on_tokens=True,
-            eval_dataloader=Evaluator(
-                label="valid",
-                dataloader=data_spec(valid, recipe.device_microbatch_tokens),
-                metric_names=list(model.get_metrics()),
-                device_eval_microbatch_size=1,  # the pool cuts batches, by tokens
-            ),
-            max_duration=recipe.max_duration,
-            eval_interval=recipe.eval_interval,
-            precision=precision,
-            parallelism_config=parallelism,
-            seed=recipe.seed,
-            run_name=recipe.run_name,
-            load_path=checkpoint and folder.location(checkpoint),
-            load_progress_bar=False,
-            callbacks=[
-                saver,
-                Progress(recipe.updates, interval=max(1, min(100, recipe.updates // 20))),
-                *build_callbacks(recipe, model, on_gpu),
-            ],
-            loggers=build_loggers(recipe),
-            progress_bar=False,
-        )
+    trainer = Trainer(
+        model=model,
+        optimizers=optimizer,
+        schedulers=schedule,
+        step_schedulers_every_batch=True,
+        algorithms=correction,
+        train_dataloader=data_spec(train, recipe.device_microbatch_tokens),
+        accumulate_train_batch_on_tokens=True,
+        eval_dataloader=Evaluator(
+            label="valid",
+            dataloader=data_spec(valid, recipe.device_microbatch_tokens),
+            metric_names=list(model.get_metrics()),
+            device_eval_microbatch_size=1,  # the pool cuts batches, by tokens
+        ),
+        max_duration=recipe.max_duration,
+        eval_interval=recipe.eval_interval,
+        precision=precision,
+        parallelism_config=parallelism,
+        seed=recipe.seed,
+        run_name=recipe.run_name,
+        load_path=checkpoint and folder.location(checkpoint),
+        load_strict_model_weights=True,
+        load_progress_bar=False,
+        callbacks=[
+            saver,
+            Progress(recipe.updates, interval=max(1, min(100, recipe.updates // 20))),
+            *build_callbacks(recipe, model, on_gpu),
+        ],
+        loggers=build_loggers(recipe),
+        progress_bar=False,
+    )
     shown, validated = train.dataset.num_samples, valid.dataset.clusters.num_samples
     say(
         f"{recipe.run_name}: {parameters:,} parameters; ranks: {dist.get_world_size()}; "
         f"training clusters: {shown:,}, {shown // batch:,} updates an epoch; validation clusters: {validated:,}"
     )
     if checkpoint is not None:
+        check_resumed(trainer.state, folder, checkpoint)
         say(f"going on from {folder.location(checkpoint)}, update {updates(checkpoint)} of {recipe.updates:,}")
     # Who reads the logs sees the conditions.
     trainer.logger.log_hyperparameters(flatten(dataclasses.asdict(recipe)))

@@ -1,14 +1,12 @@
-"""A folder of `torch.distributed.checkpoint`, read without running code from it: a model's tensors, and damage.
+"""A folder of `torch.distributed.checkpoint`, whose tensors are read without running code from it.
 
 Its `.metadata` is a pickle, which torch would load as it is. Here only the types that such a file needs are made.
 """
 
 from __future__ import annotations
 
-import io
 import pickle
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from esm2_composer.errors import UserError
 
+MODEL_PREFIX = "state.model."  # of the names of a model's tensors
+
 
 def read_sharded(folder: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     """The model's tensors by name, on the device "meta" without their values; optimizer state is not read.
@@ -25,13 +25,12 @@ def read_sharded(folder: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     Raises:
         UserError: damaged, incomplete, or of something else.
     """
-    prefix = "state.model."
     try:
-        reader = _SafeReader(folder)
+        reader = SafeReader(folder)
         tensors = {
-            key.removeprefix(prefix): torch.empty(stored.size, dtype=stored.properties.dtype, device=device)
+            key.removeprefix(MODEL_PREFIX): torch.empty(stored.size, dtype=stored.properties.dtype, device=device)
             for key, stored in reader.read_metadata().state_dict_metadata.items()
-            if key.startswith(prefix) and type(stored) is TensorStorageMetadata  # others would be unpickled
+            if key.startswith(MODEL_PREFIX) and type(stored) is TensorStorageMetadata  # others would be unpickled
         }
         if device != "meta":
             with warnings.catch_warnings():
@@ -43,24 +42,9 @@ def read_sharded(folder: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     return tensors
 
 
-def is_damaged(folder: Path) -> bool:
-    """Whether a file is missing, or its content is not that which was written. It takes reading all of it; False
-    where that is not to be found out."""
-    try:
-        for stored in _SafeReader(folder).read_metadata().storage_data.values():
-            with open(folder / stored.relative_path, "rb") as file:
-                file.seek(stored.offset)
-                entry = file.read(stored.length)  # what torch.save made, a zip file with checksums
-            if zipfile.ZipFile(io.BytesIO(entry)).testzip() is not None:
-                return True
-    except (OSError, MemoryError, _Refused) as error:
-        return isinstance(error, FileNotFoundError)
-    except Exception:  # of unpickling, any
-        return True
-    return False
+class SafeReader(dcp.FileSystemReader):
+    """torch's reader, with metadata of known types alone."""
 
-
-class _SafeReader(dcp.FileSystemReader):
     def read_metadata(self) -> Metadata:
         with open(self.path / ".metadata", "rb") as file:
             metadata = _MetadataUnpickler(file).load()
@@ -86,7 +70,7 @@ _METADATA_TYPES = {
 }
 
 
-class _Refused(pickle.UnpicklingError):
+class Refused(pickle.UnpicklingError):
     """Of a type that such a file does not need, as far as is known here."""
 
 
@@ -94,5 +78,5 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in _METADATA_TYPES:
-            raise _Refused(f"it would run code: {module}.{name}")
+            raise Refused(f"it would run code: {module}.{name}")
         return super().find_class(module, name)

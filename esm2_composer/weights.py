@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from esm2_composer import alphabet
+from esm2_composer.checksums import is_damaged
 from esm2_composer.errors import UserError
 from esm2_composer.model import ESM2, LAYER_NORM_EPS, ESM2Config, rotary_frequencies
-from esm2_composer.sharded_checkpoint import read_sharded
+from esm2_composer.sharded_checkpoint import MODEL_PREFIX, read_sharded
 
 State = Mapping[str, torch.Tensor]
 
@@ -56,7 +57,6 @@ _TIED = ("lm_head.decoder.weight", "lm_head.weight")  # the embedding's, in tran
 _HF_LAYER, _FAIR_LAYER = "esm.encoder.layer", "layers"
 _FAIR_ROTARY = f"{_FAIR_LAYER}.0.self_attn.rot_emb.inv_freq"  # the same in every layer
 _HF_ROTARY = _HF_LAYER + ".{}.attention.self.rotary_embeddings.inv_freq"
-_ROTARY_KEYS = (_FAIR_ROTARY, _HF_ROTARY.format(0), "esm.rotary_embeddings.inv_freq")  # the last: transformers 5
 _FAIR_PREFIXES = ("encoder.sentence_encoder.", "encoder.")
 
 
@@ -89,6 +89,7 @@ def load_pretrained(path: str | Path, attention: str = "auto") -> ESM2:
     path = Path(path)
     with _naming(path):
         config, read = _open(path)
+        _check_sums(path)
         with torch.device("meta"):
             model = ESM2(ESM2Config(**config, attention=attention))
         return _fill(model, read(), path)
@@ -143,6 +144,7 @@ def _fill(model: ESM2, state: State, path: Path) -> ESM2:
             raise UserError(f"{path}: '{name}' has shape {tuple(state[name].shape)}, not {tuple(shape)}")
     if unknown := sorted(state.keys() - expected.keys()):
         raise UserError(f"{path}: not an ESM-2, it has '{unknown[0]}'")
+    _check_types({name: tensor for name, tensor in state.items() if name != "rotary_bits"}, path)
     if not state["rotary_bits"].view(torch.float32).isfinite().all():
         raise UserError(f"{path}: its rotary frequencies hold NaN or infinity")
     tensors = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}
@@ -156,6 +158,13 @@ def _fill(model: ESM2, state: State, path: Path) -> ESM2:
     model.load_state_dict(tensors, assign=True)
     model.contact_head.requires_grad_(False)
     return model
+
+
+def _check_types(state: State, path: Path) -> None:
+    """Raise a UserError, if one holds no floating-point numbers: quantized weights have scales elsewhere."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: '{name}' is of {tensor.dtype}, no type of ESM-2's weights")
 
 
 # Plain data that checkpoints hold beside tensors: fair-esm's arguments; Composer's clock, versions and NumPy
@@ -185,6 +194,13 @@ def _torch_load(path: Path) -> dict:
     return content
 
 
+def _check_sums(path: Path) -> None:
+    """Raise a UserError, if a file or sharded checkpoint that has checksums is not what was written."""
+    has_them = (path / ".metadata").exists() or zipfile.is_zipfile(path)
+    if has_them and is_damaged(path, prefix=MODEL_PREFIX):
+        raise UserError(f"{path}: damaged, not what was written")
+
+
 def _reason(error: Exception) -> str:
     unsafe = re.search(r"GLOBAL (\S+)", str(error))
     if unsafe:
@@ -207,19 +223,24 @@ def _stack(foreign: State, num_layers: int, fair: bool, path: Path) -> dict[str,
         missing = [key for key in keys if key not in foreign]
         if missing:
             raise UserError(f"{path}: not a whole ESM-2, '{missing[0]}' is missing")
-        state[ours] = torch.cat([foreign[key] for key in keys])
+        parts = {key: foreign[key] for key in keys}
+        _check_types(parts, path)  # before the others' type hides it
+        state[ours] = torch.cat([*parts.values()])
     return state
 
 
-def _complete(state: dict[str, torch.Tensor], foreign: State, config: dict[str, int]) -> State:
+def _complete(state: dict[str, torch.Tensor], foreign: State, config: dict[str, int], path: Path) -> State:
     """Add what other formats hold elsewhere or not at all.
 
     Rotary frequencies are taken as stored, if they are: weights trained with rounded ones need those. Without
     a contact head the model gets one that is finite and predicts nothing.
     """
-    frequencies = rotary_frequencies(config["hidden_size"] // config["num_heads"])
-    stored = next((foreign[key] for key in _ROTARY_KEYS if key in foreign), frequencies).float()
-    state["rotary_bits"] = stored.contiguous().view(torch.int32)
+    stored = [tensor for key, tensor in foreign.items() if key.endswith(".inv_freq")]
+    stored = stored or [rotary_frequencies(config["hidden_size"] // config["num_heads"])]
+    bits = [frequencies.float().contiguous().view(torch.int32) for frequencies in stored]
+    if not all(torch.equal(other, bits[0]) for other in bits):
+        raise UserError(f"{path}: not an ESM-2, whose layers have the same rotary frequencies")
+    state["rotary_bits"] = bits[0]
     state.setdefault("contact_head.weight", torch.zeros(1, config["num_layers"] * config["num_heads"]))
     state.setdefault("contact_head.bias", torch.zeros(1))
     return state
@@ -241,6 +262,9 @@ def _from_hugging_face(folder: Path) -> tuple[dict, Callable[[], State]]:
         "vocab_size": alphabet.VOCAB_SIZE,
         "token_dropout": True,
         "layer_norm_eps": LAYER_NORM_EPS,
+        "mask_token_id": alphabet.MASK,
+        "is_decoder": False,
+        "quantization_config": False,
     }
     for key, value in expected.items():
         if (hf.get(key) or False) != value:
@@ -257,7 +281,7 @@ def _from_hugging_face(folder: Path) -> tuple[dict, Callable[[], State]]:
 
     def read() -> State:
         foreign = _read_hugging_face(folder)
-        return _complete(_stack(foreign, config["num_layers"], False, folder), foreign, config)
+        return _complete(_stack(foreign, config["num_layers"], False, folder), foreign, config, folder)
 
     return config, read
 
@@ -288,6 +312,7 @@ def _read_hugging_face(folder: Path) -> State:
 
 def _read_tensors(path: Path) -> State:
     if path.suffix != ".safetensors":
+        _check_sums(path)
         return _torch_load(path)
     try:
         return load_file(path)
@@ -326,7 +351,7 @@ def _from_fair_esm(content: dict, path: Path) -> tuple[dict, Callable[[], State]
         "num_heads": hidden_size // (2 * len(frequencies)),
         "ffn_hidden_size": foreign["layers.0.fc1.weight"].shape[0],
     }
-    return config, lambda: _complete(_stack(foreign, config["num_layers"], True, path), foreign, config)
+    return config, lambda: _complete(_stack(foreign, config["num_layers"], True, path), foreign, config, path)
 
 
 def _count_layers(state: State, prefix: str) -> int:

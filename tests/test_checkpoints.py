@@ -1,6 +1,5 @@
 """A run goes on from its newest checkpoint; the newest and the best are kept; another run is refused."""
 
-import errno
 import os
 import socket
 from pathlib import Path
@@ -16,9 +15,10 @@ from esm2_composer.checkpoints import (
     RECIPE,
     Index,
     best,
+    check_resumed,
     check_shared,
+    check_undamaged,
     find_checkpoint,
-    naming_damage,
     superseded,
     take_over,
 )
@@ -236,32 +236,38 @@ def test_an_index_that_is_no_text_is_named(tmp_path):
         Index.read(LocalFolder(str(tmp_path)))
 
 
-def test_a_checkpoint_that_is_damaged_inside_is_named_when_it_cannot_be_loaded(tmp_path):
+def test_a_checkpoint_that_is_damaged_inside_is_named(tmp_path):
     folder = LocalFolder(str(tmp_path))
     save(folder, tmp_path, "ep0-ba10-rank0.pt")
+    check_undamaged(folder, "ep0-ba10-rank0.pt")
     path = tmp_path / "ep0-ba10-rank0.pt"
-    with pytest.raises(ZeroDivisionError), naming_damage(folder, path.name):
-        raise ZeroDivisionError  # of something else
     content = bytearray(path.read_bytes())
-    at = content.index(torch.ones(4).numpy().tobytes())
-    content[at : at + 100] = bytes(100)
+    content[content.index(torch.ones(4).numpy().tobytes())] ^= 1
     path.write_bytes(content)
     assert folder.names() == [path.name]  # to list them does not read them
-    with (
-        pytest.raises(UserError, match=r"ep0-ba10-rank0\.pt is damaged; remove it, to go on from the one before"),
-        naming_damage(folder, path.name),
-    ):
-        raise RuntimeError("PytorchStreamReader failed")
+    with pytest.raises(UserError, match=r"ba10-rank0\.pt is damaged; remove it, to go on from the one before"):
+        check_undamaged(folder, path.name)
 
 
-def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch):
-    def fails(*_):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+@pytest.mark.parametrize(
+    ("update", "moments", "scheduled", "complaint"),
+    [
+        (4, 1, 4, "ep0-ba10 is of update 4; remove it, or give it the name it had"),
+        (0, 1, 0, "ep0-ba10 is of update 0"),  # as without its clock
+        (10, 0, 10, "ep0-ba10 is damaged; remove it"),
+        (10, 1, 0, "ep0-ba10 is damaged; remove it"),
+    ],
+)
+def test_what_lacks_a_part_of_a_run_is_not_gone_on_from(tmp_path, update, moments, scheduled, complaint):
+    def loaded(update: int, moments: int, scheduled: int) -> SimpleNamespace:
+        clock = SimpleNamespace(batch=SimpleNamespace(value=update))
+        optimizer, schedule = SimpleNamespace(state=[1] * moments), SimpleNamespace(last_epoch=scheduled)
+        return SimpleNamespace(timestamp=clock, optimizers=(optimizer,), schedulers=[schedule])
 
     folder = LocalFolder(str(tmp_path))
-    save(folder, tmp_path, "ep0-ba10-rank0.pt")
-    monkeypatch.setattr("zipfile.ZipFile.testzip", fails)
-    assert not folder.is_damaged("ep0-ba10-rank0.pt")
+    check_resumed(loaded(10, 1, 10), folder, "ep0-ba10")
+    with pytest.raises(UserError, match=complaint):
+        check_resumed(loaded(update, moments, scheduled), folder, "ep0-ba10")
 
 
 def test_another_duration_with_a_schedule_of_its_own_is_told_how_to_go_on(recipe, tmp_path):

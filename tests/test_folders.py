@@ -41,7 +41,18 @@ def test_a_checkpoint_cut_short_in_a_copy_is_none(tmp_path):
     folder = LocalFolder(str(tmp_path))
     save(folder, tmp_path, "ep0-ba10-rank0.pt")
     (tmp_path / "ep0-ba20-rank0.pt").write_bytes((tmp_path / "ep0-ba10-rank0.pt").read_bytes()[:-100])
+    os.mkfifo(tmp_path / "ep0-ba30-rank0.pt")
     assert folder.names() == ["ep0-ba10-rank0.pt"]
+
+
+def test_a_checkpoint_with_a_damaged_end_is_there_and_damaged(tmp_path):
+    folder = LocalFolder(str(tmp_path))
+    save(folder, tmp_path, "ep0-ba10-rank0.pt")
+    content = bytearray((tmp_path / "ep0-ba10-rank0.pt").read_bytes())
+    content[content.rindex(b"PK\x06\x07") + 4] ^= 1  # as one of several disks
+    (tmp_path / "ep0-ba10-rank0.pt").write_bytes(content)
+    assert folder.names() == ["ep0-ba10-rank0.pt"]
+    assert folder.is_damaged("ep0-ba10-rank0.pt", 0, 1)
 
 
 def test_the_link_leads_to_the_newest_and_never_to_a_diverged_state(tmp_path):

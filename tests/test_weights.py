@@ -202,6 +202,7 @@ def change(name, new):
 
 
 KEY = "esm.encoder.layer.0.attention.self.key.weight"
+ROTARY = "esm.encoder.layer.1.attention.self.rotary_embeddings.inv_freq"
 
 
 def only_an_index(text):
@@ -236,6 +237,12 @@ def set_config(key, value):
         (set_config("position_embedding_type", "absolute"), "not an ESM-2"),  # ESM-1b
         (set_config("emb_layer_norm_before", True), "not an ESM-2"),
         (set_config("model_type", "esmc"), "not an ESM-2"),
+        (set_config("mask_token_id", 5), "mask_token_id is 5, not 32"),
+        (set_config("is_decoder", True), "not an ESM-2"),
+        (set_config("quantization_config", {"bits": 8}), "not an ESM-2"),
+        (change(KEY, lambda weight: (100 * weight).to(torch.int8)), r"is of torch\.int8, no type of"),
+        (change(KEY, lambda weight: weight.cfloat()), r"is of torch\.complex64, no type of"),
+        (change(ROTARY, lambda frequencies: 3 * frequencies), "whose layers have the same rotary frequencies"),
     ],
 )
 def test_damaged_and_foreign_folders_are_refused(model, tmp_path, damage, complaint):
