@@ -1,7 +1,8 @@
-"""Rows that survive a kill: appended to a journal, an Arrow IPC stream, which becomes a parquet file when whole.
+"""Rows that survive a kill: appended to a journal, which becomes a parquet file when whole.
 
-The journal lies hidden beside the output. What a kill left half-written at its end is cut off when it is opened
-again; the output appears at once and whole.
+The journal lies hidden beside the output: Arrow's messages, first the schema, then batches of rows, each behind
+its length and checksum. When it is opened again, what a kill left half-written at its end is cut off, and so is
+what is damaged, with all behind it; the output appears at once and whole.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from esm2_composer.files import refuse_existing, sync
 
 METADATA_KEY = b"esm2_composer"
 ROW_GROUP_BYTES = 32 * 2**20
+_HEADER = struct.Struct("<QI")  # of a message: its bytes, and their CRC-32
 
 
 class Journal:
@@ -55,25 +59,38 @@ class Journal:
             raise UserError(f"{out}: another process is writing it") from None
         except OSError as error:
             raise UserError(f"{out}: cannot be written ({error})") from error
-        batches = [(batch.num_rows, end) for batch, end in self._batches()]
+        try:
+            batches = [(batch.num_rows, end) for batch, end in self._batches()]
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error})") from error
         self.rows = sum(rows for rows, _ in batches)
+        schema = self._schema.serialize()
         if batches:
             self._file.truncate(batches[-1][1])
+        elif self._file.tell() > _HEADER.size + schema.size:  # more than a kill left of the first message
+            raise UserError(f"{self.path}: damaged; remove it")
         else:
             self._file.truncate(0)
-            self._write(self._schema.serialize())
+            self._write(schema)
 
     def _batches(self) -> Iterator[tuple[pa.RecordBatch, int]]:
         """Every whole batch, and where it ends; first an empty one for the schema."""
-        with pa.OSFile(str(self.path)) as source:
-            try:
-                reader = pa.ipc.open_stream(source)
-                self._compare(reader.schema)
-                yield pa.RecordBatch.from_pylist([], self._schema), source.tell()
-                while True:
-                    yield reader.read_next_batch(), source.tell()
-            except (StopIteration, pa.ArrowException, OSError):
-                return  # the end, or what a kill left of a batch
+        for number, (message, end) in enumerate(self._messages()):
+            if number:
+                yield pa.ipc.read_record_batch(message, self._schema), end
+            else:
+                self._compare(pa.ipc.read_schema(message))
+                yield pa.RecordBatch.from_pylist([], self._schema), end
+
+    def _messages(self) -> Iterator[tuple[pa.Buffer, int]]:
+        with open(self.path, "rb") as source:
+            size = os.fstat(source.fileno()).st_size
+            while len(header := source.read(_HEADER.size)) == _HEADER.size:
+                length, checksum = _HEADER.unpack(header)
+                message = source.read(min(length, size))  # a damaged length may be any
+                if len(message) != length or zlib.crc32(message) != checksum:
+                    return
+                yield pa.py_buffer(message), source.tell()
 
     def _compare(self, found: pa.Schema) -> None:
         try:
@@ -97,6 +114,7 @@ class Journal:
 
     def _write(self, message: pa.Buffer) -> None:
         try:
+            self._file.write(_HEADER.pack(message.size, zlib.crc32(message)))
             self._file.write(message)
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from transformers import EsmModel
 from esm2_composer import alphabet
 from esm2_composer.embedding import Embedder, embed_file, read_proteins, survey, windows
 from esm2_composer.errors import UserError
-from esm2_composer.journal import METADATA_KEY, Journal
+from esm2_composer.journal import _HEADER, METADATA_KEY, Journal
 from esm2_composer.model import ESM2, ESM2Config
 
 TOOL = ROOT / "tools/embed.py"
@@ -275,11 +276,42 @@ def test_a_journal_damaged_in_its_middle_is_kept_and_gone_on_with(tmp_path):
 )
 def test_a_journal_that_cannot_be_told_from_another_is_kept(tmp_path, metadata):
     path = tmp_path / ".out.partial"
-    path.write_bytes(COLUMNS.with_metadata(metadata).serialize())
+    schema = COLUMNS.with_metadata(metadata).serialize()
+    path.write_bytes(_HEADER.pack(schema.size, zlib.crc32(schema)) + schema.to_pybytes())
     content = path.read_bytes()
     with pytest.raises(UserError, match="partial: damaged; remove it"):
         Journal(tmp_path / "out", COLUMNS, {"a": 1})
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("at", [0, 5, 8, 20])
+def test_a_journal_whose_beginning_is_damaged_is_kept(tmp_path, at):
+    journal = Journal(tmp_path / "out", COLUMNS, {"a": 1})
+    journal.append(batch("x"))
+    content = bytearray(release(journal).read_bytes())
+    content[at] ^= 64
+    journal.path.write_bytes(content)
+    with pytest.raises(UserError, match="partial: damaged; remove it"):
+        Journal(tmp_path / "out", COLUMNS, {"a": 1})
+    assert journal.path.read_bytes() == content
+
+
+def test_one_wrong_bit_costs_its_batch_and_those_behind(tmp_path):
+    names = [f"{i:030}" for i in range(3)]
+    journal = Journal(tmp_path / "out", COLUMNS, {"a": 1})
+    ends = [journal.path.stat().st_size]
+    for name in names:
+        journal.append(batch(name))
+        ends.append(journal.path.stat().st_size)
+    whole = release(journal).read_bytes()
+    for at in range(ends[0], ends[3], 7):
+        content = bytearray(whole)
+        content[at] ^= 1
+        journal.path.write_bytes(content)
+        again = Journal(tmp_path / "out", COLUMNS, {"a": 1})
+        release(again)
+        kept = [row["id"] for rows, _ in again._batches() for row in rows.to_pylist()]
+        assert kept == names[: sum(end <= at for end in ends[1:])]
 
 
 def test_small_batches_become_large_row_groups(tmp_path, monkeypatch):
