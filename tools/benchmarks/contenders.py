@@ -73,6 +73,7 @@ def contenders(device: str, size: str) -> dict[str, Callable[[Work], Outcome]]:
     on_gpu = device == "cuda"
     found = {"esm2_composer": ours, "esm2_composer, compiled": partial(ours, compiled=True)}
     if on_gpu and recipe_of(size, sharded=True).fsdp is not None:
+        found["esm2_composer, FSDP"] = partial(ours, sharded=True)
         found["esm2_composer, compiled, FSDP"] = partial(ours, compiled=True, sharded=True)
     if on_gpu:
         found["esm2_composer, compiled, torch's attention"] = partial(ours, compiled=True, attention="torch")
