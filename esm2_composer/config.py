@@ -14,14 +14,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TextIO, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.omegaconf import get_yaml_loader
 
 from esm2_composer.errors import UserError
-from esm2_composer.files import is_remote
+from esm2_composer.files import is_remote, refuse_irregular
 from esm2_composer.strict import build
 
 T = TypeVar("T")
@@ -211,25 +212,30 @@ def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def load_recipe(path: str, overrides: Sequence[str] = (), data_is_here: bool = True) -> Recipe:
     """Read the recipe at `path`, apply `key.subkey=value` overrides, check it.
 
-    `${other.key}`, `${oc.env:VARIABLE}` and a folder's `~` are resolved. That the data are there is checked if
-    `data_is_here`.
+    Numbers are decimal, whatever YAML 1.1 takes for one. `${other.key}`, `${oc.env:VARIABLE}` and a folder's `~`
+    are resolved. What lies on disks is looked at if `data_is_here`.
 
     Raises:
         UserError: the file, a key or a value is wrong.
     """
+    refuse_irregular(Path(path))
     try:
-        content = OmegaConf.load(path)
-        if not isinstance(content, DictConfig):
+        with open(path, encoding="utf-8") as file:
+            content = _yaml(file)
+        if not isinstance(content, dict | None):
             raise UserError(f"{path}: a recipe is a mapping of keys, this is not")
+        content = OmegaConf.create(content or {})
         for override in overrides:
             content = _override(content, override, path)
-        content = OmegaConf.to_container(content, resolve=True)
+        content = OmegaConf.to_container(content, resolve=True, throw_on_missing=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe") from None
     except OmegaConfBaseException as error:  # some are ValueErrors, too
         raise UserError(f"{path}: {_reason(error)}") from error
     except (yaml.YAMLError, ValueError) as error:  # no text, or a number of thousands of digits
         raise UserError(f"{path}: not YAML: {error}") from error
+    except RecursionError:
+        raise UserError(f"{path}: nested too deep, in the file or an override") from None
     except OSError as error:
         raise UserError(f"{path}: {error}") from error
     recipe = _with_home(build(Recipe, content, path))
@@ -238,6 +244,16 @@ def load_recipe(path: str, overrides: Sequence[str] = (), data_is_here: bool = T
     if problem := next(_problems(recipe, data_is_here), None):
         raise UserError(f"{path}: {problem}")
     return recipe
+
+
+def _yaml(text: str | TextIO) -> Any:
+    """What YAML says, but for its other integers, which are text: 007, 12:30, 0x10, 20260101_120000."""
+    loader = get_yaml_loader()
+    integer = "tag:yaml.org,2002:int"
+    for resolvers in loader.yaml_implicit_resolvers.values():
+        resolvers[:] = [each for each in resolvers if each[0] != integer]
+    loader.add_implicit_resolver(integer, re.compile(r"(?:0|-?[1-9][0-9]*)$"), list("-0123456789"))
+    return yaml.load(text, Loader=loader)
 
 
 def _with_home(recipe: Recipe) -> Recipe:
@@ -263,11 +279,15 @@ def _reason(error: OmegaConfBaseException) -> str:
 
 
 def _override(content: DictConfig, override: str, path: str) -> DictConfig:
-    key, equals, _ = override.partition("=")
+    key, equals, value = override.partition("=")
     if not (key and equals):
         raise UserError(f"'{override}' is not an override; write key=value or key.subkey=value")
+    given = OmegaConf.create()
     try:
-        return OmegaConf.merge(content, OmegaConf.from_dotlist([override]))
+        OmegaConf.update(given, key, _yaml(value))
+        if OmegaConf.missing_keys(given):  # which a merge passes over
+            raise UserError(f"{path}: override '{key}' is {value}, where ??? is a value that is missing")
+        return OmegaConf.merge(content, given)
     except (TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = _reason(error) if isinstance(error, OmegaConfBaseException) else error
         raise UserError(

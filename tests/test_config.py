@@ -98,6 +98,13 @@ def test_keys_left_out_have_esm2s_values() -> None:
     assert recipe.fsdp is recipe.loggers.wandb is None
 
 
+@pytest.mark.parametrize("written", ["20260101_120000", "007", "12:30", "0x10", "0b11", "+17", "-0", "17", "-3"])
+def test_a_name_of_digits_stays_as_it_is_written(written: str) -> None:
+    recipe = load(f"run_name={written}")
+    assert recipe.run_name == load(text=MINIMAL.replace("tiny", written, 1)).run_name == written
+    assert load(text=to_yaml(recipe)) == recipe
+
+
 def test_overrides_win_over_the_file_the_last_one_over_all() -> None:
     recipe = load("seed=3", "optimizer.lr=2e-4", "data.mask_split=[0.5, 0.3, 0.2]", "compile=true", "seed=4")
     assert (recipe.seed, recipe.optimizer.lr, recipe.compile) == (4, 2e-4, True)
@@ -185,6 +192,24 @@ def test_limits_belong_to_the_range() -> None:
 
 
 # Mistakes
+
+
+@pytest.mark.parametrize("override", ["seed=???", "data.local=???", "loggers.wandb.tags=[a, '???']"])
+def test_a_value_that_is_missing_is_no_override(override: str) -> None:
+    key, _, value = override.partition("=")
+    assert mistake(override).startswith(f"override '{key}' is {value}, ")
+
+
+def test_a_value_that_is_missing_in_the_file_is_to_be_given() -> None:
+    text = MINIMAL.replace("tiny", "???", 1)
+    assert mistake(text=text) == "'run_name': Missing mandatory value: run_name"
+    assert load("run_name=given", text=text).run_name == "given"
+
+
+def test_what_is_nested_too_deep_is_one_line() -> None:
+    deep = f"{'[' * 2000}{']' * 2000}"
+    for message in (mistake(f"seed={deep}"), mistake(text=f"{MINIMAL}seed: {deep}\n")):
+        assert message == "nested too deep, in the file or an override"
 
 
 @pytest.mark.parametrize(
@@ -358,10 +383,19 @@ def test_a_name_may_have_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("absent.yaml", "no such recipe$"), ("shards", ".*directory"), ("binary.yaml", ".*utf-8")]
+    ("name", "reason"),
+    [
+        ("absent.yaml", "no such recipe$"),
+        ("shards", "not a regular file$"),
+        ("pipe", "not a regular file$"),
+        ("loop", ".*symbolic links"),
+        ("binary.yaml", ".*utf-8"),
+    ],
 )
 def test_a_file_that_cannot_be_read_is_named(folder: Path, name: str, reason: str) -> None:
     (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    (folder / "loop").symlink_to("loop")
+    os.mkfifo(folder / "pipe")
     with pytest.raises(UserError, match=f"^{name}: {reason}"):
         load_recipe(name)
 

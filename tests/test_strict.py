@@ -18,6 +18,8 @@ from test_config import MINIMAL, folder, mistake  # noqa: F401
         ("17=3", "unknown key '17'; known here: run_name, max_duration, eval_interval, global_train_batch_size, "),
         ("schedule.zzz=1", "unknown key 'schedule.zzz'; known here: warmup, decay_fraction, floor"),
         ("seed=true", "'seed' must be a whole number, not True"),
+        ("seed=010", "'seed' must be a whole number, not '010'"),
+        ("global_train_batch_size=1_0", "'global_train_batch_size' must be a whole number, not '1_0'"),
         ("seed=1.5", "'seed' must be a whole number, not 1.5"),
         ("data.num_workers=four", "'data.num_workers' must be a whole number, not 'four'"),
         ("optimizer.lr=fast", "'optimizer.lr' must be a number, not 'fast'"),
