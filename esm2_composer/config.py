@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, TextIO, TypeVar
 
 import yaml
@@ -26,6 +26,9 @@ from esm2_composer.files import is_remote, refuse_irregular
 from esm2_composer.strict import build
 
 T = TypeVar("T")
+
+MAX_INT = 2**31 - 1
+SPLITS = ("train", "valid")
 
 
 @dataclass(frozen=True)
@@ -285,8 +288,7 @@ def _override(content: DictConfig, override: str, path: str) -> DictConfig:
     given = OmegaConf.create()
     try:
         OmegaConf.update(given, key, _yaml(value))
-        if OmegaConf.missing_keys(given):  # which a merge passes over
-            raise UserError(f"{path}: override '{key}' is {value}, where ??? is a value that is missing")
+        OmegaConf.to_container(given, throw_on_missing=True)  # a merge would pass ??? over
         return OmegaConf.merge(content, given)
     except (TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = _reason(error) if isinstance(error, OmegaConfBaseException) else error
@@ -326,23 +328,36 @@ def _problems(r: Recipe, data_is_here: bool) -> Iterator[str]:
     named = {"run_name": r.run_name, "save_folder": r.save_folder, "data.remote": r.data.remote}
     named |= {"data.local": r.data.local, "model.init_from": r.model.init_from}
     named |= {"tensorboard_folder": r.tensorboard_folder}
+    if wandb := r.loggers.wandb:
+        named |= {f"loggers.wandb.{key}": getattr(wandb, key) for key in ("project", "entity", "group", "name")}
+        named |= {f"loggers.wandb.tags[{i}]": tag for i, tag in enumerate(wandb.tags)}
+        if len(wandb.project) > 128 or re.search(r"[/\\#?%:]", wandb.project):
+            yield (
+                f"'loggers.wandb.project' is {wandb.project!r}; W&B takes at most 128 characters, "
+                "and none of / \\ # ? % :"
+            )
     for key, value in named.items():
         if value is not None and not value.strip():
             yield f"'{key}' is empty"
+        elif value is not None and not value.isprintable():
+            yield f"'{key}' is {value!r}; leave out what cannot be printed"
     if any(part in ("", ".", "..") for part in r.run_name.split("/")):
         yield f"'run_name' is {r.run_name!r}; write a name such as a or a/b, with no part empty, . or .."
-    below = {
-        "data.max_length": r.data.max_length,  # places of tokens are int32
-        "device_microbatch_tokens": r.device_microbatch_tokens,
-        "global_train_batch_size": r.global_train_batch_size,
-        "schedule.updates": r.schedule.updates,
-        "seed": r.seed,  # ranks add theirs
+    at_most = {
+        "data.max_length": (r.data.max_length, MAX_INT),  # places of tokens are int32
+        "data.num_workers": (r.data.num_workers, 1024),
+        "device_microbatch_tokens": (r.device_microbatch_tokens, MAX_INT),
+        "global_train_batch_size": (r.global_train_batch_size, MAX_INT),
+        "save_num_checkpoints_to_keep": (r.save_num_checkpoints_to_keep, MAX_INT),
+        "schedule.updates": (r.schedule.updates, MAX_INT),
+        "seed": (r.seed, MAX_INT),  # ranks add theirs
+        "callbacks.best_checkpoints": (r.callbacks.best_checkpoints, MAX_INT),
     }
-    for key, value in below.items():
-        if value >= 2**31:
-            yield f"'{key}' is {value}; it must be below {2**31}"
+    for key, (value, maximum) in at_most.items():
+        if value > maximum:
+            yield f"'{key}' is {value}; it must be at most {maximum}"
     if r.data.cache_limit is not None:
-        limit = re.fullmatch(r"(\d+(?:\.\d+)?)(?:kb|mb|gb|tb)", r.data.cache_limit)
+        limit = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(?:kb|mb|gb|tb)", r.data.cache_limit)
         if not limit or not float(limit[1]):
             yield f"'data.cache_limit' is {r.data.cache_limit!r}; write a size such as 200gb"
         if r.data.local is None:
@@ -397,6 +412,13 @@ def _problems(r: Recipe, data_is_here: bool) -> Iterator[str]:
     yield from _model_problems(r.model)
     if data_is_here:
         yield from _data_problems(r.data, r.global_train_batch_size)
+        for key, folder in (("save_folder", r.save_folder), ("tensorboard_folder", r.tensorboard_folder)):
+            if folder is None:
+                continue
+            if not is_remote(folder) and not _can_be_folder(Path(folder)):
+                yield f"'{key}' is {folder}; it must be a folder"
+            if any(_lies_in(folder, f"{r.data.remote}/{split}") for split in SPLITS):
+                yield f"'{key}' is {folder}, among the shards of data.remote; take another folder"
 
 
 def _fsdp_problems(fsdp: FSDPSection) -> Iterator[str]:
@@ -433,17 +455,14 @@ def _model_problems(model: ModelSection) -> Iterator[str]:
 
 
 def _data_problems(data: DataSection, batch: int) -> Iterator[str]:
-    if data.local is not None and (is_remote(data.local) or not _can_be_folder(Path(data.local))):
-        yield f"'data.local' is {data.local}; it must be a folder"
+    if data.local is not None and (problem := cache_problem(data.remote, data.local)):
+        yield f"'data.local' is {problem}"
     if is_remote(data.remote):
         if data.local is None:
             yield f"'data.remote' is {data.remote}; set 'data.local' to a folder for its cache"
         return
-    for split in ("train", "valid"):
+    for split in SPLITS:
         folder = Path(data.remote) / split
-        if data.local is not None and folder.resolve() == (Path(data.local) / split).resolve():
-            yield "'data.local' is data.remote itself, whose shards would be lost; null reads them in place"
-            return
         if lack := lacking(data.remote, split):
             yield f"'data.remote': {lack}"
         elif not (clusters := _clusters(folder / "index.json")):
@@ -452,6 +471,21 @@ def _data_problems(data: DataSection, batch: int) -> Iterator[str]:
             yield f"{folder} holds {clusters} clusters, fewer than one global_train_batch_size of {batch}"
         elif data.local is None and not os.access(folder, os.W_OK):
             yield f"'data.remote' is {data.remote}, where shards cannot be unpacked; set 'data.local' to a folder"
+
+
+def cache_problem(remote: str, local: str) -> str | None:
+    """Why the shards at `remote` cannot have their cache at `local`, and what would do; None if they can."""
+    if is_remote(local) or not _can_be_folder(Path(local)):
+        return f"{local}; it must be a folder"
+    if any(_lies_in(f"{local}/{split}", f"{remote}/{split}") for split in SPLITS):
+        return f"{local}, where the shards themselves lie and would be lost; without it they are read in place"
+    return None
+
+
+def _lies_in(place: str, folder: str) -> bool:
+    """Whether it is the folder, or something in it, on a disk or in a store."""
+    place, folder = (each if is_remote(each) else os.path.realpath(each) for each in (place, folder))
+    return PurePath(place).is_relative_to(folder)
 
 
 def _can_be_folder(path: Path) -> bool:

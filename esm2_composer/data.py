@@ -306,6 +306,8 @@ def open_clusters(remote: str | None, local: str, **arguments: Any) -> ClusterDa
         another_start_may_do = isinstance(error, dist.DistError | ConnectionError | Passing | FileExistsError)
         if another_start_may_do or "/gloo/" in str(error):
             raise
+        if "`cache_limit`" in str(error):  # Streaming's, of one that is too small
+            raise UserError(f"data.cache_limit {arguments['cache_limit']}: {error}") from error
         raise UserError(f"{place}: cannot be opened as MDS shards ({error})") from error
     shard = clusters.shards[0]
     columns = dict(zip(shard.column_names, shard.column_encodings, strict=True))

@@ -51,7 +51,8 @@ class MaskedLanguageModel(ComposerModel):
         return {} if is_train else self._metrics  # Composer would compute them over all ranks at every update
 
     def update_metric(self, batch: Microbatch, outputs: torch.Tensor, metric: Metric) -> None:
-        metric.update(outputs.float(), batch["targets"])
+        if batch["num_masked"]:  # a metric cannot take none
+            metric.update(outputs.float(), batch["targets"])
 
     def flops_per_batch(self, batch: dict[str, Any]) -> int:
         """Operations of a training step on this rank's whole batch, for Composer's SpeedMonitor."""

@@ -274,7 +274,7 @@ def test_sharded_gradients_that_come_as_sums_are_divided(
         ),
         (
             ["save_folder=taken/checkpoints"],
-            r"save_folder taken/checkpoints cannot be written \(Not a directory\)",
+            "'save_folder' is taken/checkpoints; it must be a folder",
         ),
         (["data.local=/proc/cache"], r"^data\.local /proc/cache cannot be made \("),
         (["model.num_layers=1001"], "^model: num_layers must be at most 1000, not 1001$"),
