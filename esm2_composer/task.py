@@ -51,7 +51,7 @@ class MaskedLanguageModel(ComposerModel):
         return {} if is_train else self._metrics  # Composer would compute them over all ranks at every update
 
     def update_metric(self, batch: Microbatch, outputs: torch.Tensor, metric: Metric) -> None:
-        if batch["num_masked"]:  # a metric cannot take none
+        if len(batch["targets"]):  # Composer's metrics take no empty batch
             metric.update(outputs.float(), batch["targets"])
 
     def flops_per_batch(self, batch: dict[str, Any]) -> int:
