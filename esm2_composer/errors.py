@@ -6,11 +6,15 @@ defect of this package and keeps its traceback.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
+import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import NoReturn
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -23,6 +27,8 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 REFUSED = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
+MAX_LINE = 1000  # characters
+
 
 class OneLine(Exception):
     """An error whose message, one line, is all that people need to see of it."""
@@ -31,7 +37,10 @@ class OneLine(Exception):
         kind = f"{type(self).__module__}.{type(self).__qualname__}"
         own = str(message).rpartition(f"{kind}: ")[2]  # a DataLoader worker's comes in a traceback
         line = " ".join(own.split())  # a cause may bring line breaks of its own, and what a damaged file holds
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        if len(line) > MAX_LINE:  # of a value that is quoted; what is wrong and how to mend it stand around it
+            line = f"{line[: MAX_LINE // 2]} ... {line[5 - MAX_LINE // 2 :]}"
+        super().__init__(line)
 
 
 class UserError(OneLine):
@@ -50,6 +59,20 @@ class StoreAway(Passing):
     """A store does not answer."""
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's; a mistake in the arguments is a UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def refuse_empty(arguments: Sequence[str]) -> None:
+    """Raise a UserError for an empty one: mostly a variable of the shell is not set."""
+    for before, argument in pairwise(arguments):
+        if not argument.strip() or re.fullmatch(r"--[^=]+=\s*", argument):
+            raise UserError(f"what follows {argument.strip() or before} is empty")
+
+
 @contextlib.contextmanager
 def naming(key: str) -> Iterator[None]:
     """Puts a recipe's key before what is wrong with its value: a ValueError, too, becomes a UserError."""
@@ -62,6 +85,7 @@ def naming(key: str) -> Iterator[None]:
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command line's `main` and leave the process with its exit code (0 for None)."""
     try:
+        refuse_empty(sys.argv)
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from esm2_composer.conversion import Interrupted
-from esm2_composer.errors import StoreAway, UserError, run_command
+from esm2_composer.errors import ArgumentParser, StoreAway, UserError, run_command
 
 
 @pytest.fixture(autouse=True)
@@ -89,3 +89,32 @@ def test_what_another_start_may_mend_is_one_line_and_no_mistake(error, line, cap
 
 def test_a_message_is_one_line_of_text_whatever_is_quoted_in_it():
     assert str(UserError("a\n  b \x1b[31m\0 é \udcff")) == r"a b \x1b[31m\x00 é \udcff"
+
+
+def test_a_long_value_that_is_quoted_is_shortened_and_what_stands_around_it_stays():
+    told = str(UserError(f"recipe.yaml: 'seed' must be a whole number, not '{5000 * 'x'}'; write 17"))
+    assert len(told) == 1000
+    assert told.startswith("recipe.yaml: 'seed' must be a whole number, not 'xxx")
+    assert " ... " in told
+    assert told.endswith("xxx'; write 17")
+    assert str(UserError(told)) == told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", ""], "what follows --data is empty"),
+        (["--data", " "], "what follows --data is empty"),
+        (["--data="], "what follows --data= is empty"),
+        ([""], "what follows tool is empty"),
+        (["--dat", "x", "--wrong"], "unrecognized arguments: --wrong; see --help"),
+        ([], "the following arguments are required: --data; see --help"),
+    ],
+)
+def test_empty_and_wrong_arguments_are_one_line(capsys, monkeypatch, arguments, message):
+    parser = ArgumentParser()
+    parser.add_argument("--data", required=True)
+    monkeypatch.setattr(sys, "argv", ["tool", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: parser.parse_args() and None)
+    assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {message}\n")
