@@ -14,10 +14,20 @@ import argparse
 import os
 import sys
 
-from esm2_composer.errors import EXIT_DIVERGED, EXIT_FAILURE, EXIT_PREEMPTED, OneLine, UserError, run_command
+from esm2_composer.errors import (
+    EXIT_DIVERGED,
+    EXIT_FAILURE,
+    EXIT_PREEMPTED,
+    ArgumentParser,
+    OneLine,
+    UserError,
+    run_command,
+)
+from esm2_composer.place import check_place
 
 
 def main() -> int:
+    check_place()
     try:
         return train()
     except OneLine:
@@ -26,14 +36,13 @@ def main() -> int:
 
 
 def train() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", help="a YAML file, see yamls/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     parser.add_argument("--dry-run", action="store_true", help="check the recipe, tell what it asks for, and end")
     args = parser.parse_intermixed_args()
     if args.recipe is None:
         raise UserError("give a recipe, such as yamls/8m.yaml")
-    check_place()
 
     # What takes long to import comes last: signals and mistakes are answered at once.
     from esm2_composer.config import load_recipe
@@ -83,15 +92,6 @@ def train() -> int:
     if done:
         say(f"{recipe.run_name} is done: {saver.result()}")
     return code
-
-
-def check_place() -> None:
-    """Raise a UserError if the launcher's variables, which say which of the ranks this one is, are no numbers."""
-    least = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "NODE_RANK": 0}
-    for name, minimum in least.items():
-        value = os.environ.get(name, str(minimum))
-        if not value.isdecimal() or int(value) < minimum:
-            raise UserError(f"the environment variable {name} is {value!r}; it must be a number from {minimum} up")
 
 
 if __name__ == "__main__":
