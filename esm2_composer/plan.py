@@ -115,7 +115,11 @@ def architecture(model: ModelSection) -> ESM2Config:
 def make_plan(
     recipe: Recipe, gpus: int, gpu: GPU, mfu: float, mean_tokens: int = MEAN_TOKENS, attended: int = ATTENDED
 ) -> Plan:
-    """The plan of a recipe on so many GPUs, whether it fits them or not."""
+    """The plan of a recipe on so many GPUs, whether it fits them or not.
+
+    Lengths are at most `data.max_length`: the mean, in tokens, and that of the sequence which a token sees.
+    """
+    mean_tokens, attended = (min(length, recipe.data.max_length) for length in (mean_tokens, attended))
     config = architecture(recipe.model)
     model = skeleton(config)
     parameters = count_parameters(model)
@@ -245,9 +249,10 @@ def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -
     hours = plan.days * 24 * gpus
     kept = recipe.save_num_checkpoints_to_keep + recipe.callbacks.best_checkpoints
     between = batches(recipe.save_interval)
+    mean = plan.real_tokens // recipe.global_train_batch_size
     waits = " (it waits for the network)" if plan.communication_seconds > plan.compute_seconds else ""
     rows = {
-        "assuming": f"{mfu:.0%} MFU, {MEAN_TOKENS} tokens a protein; a GPU sends {gpu.node_link / 1e9:.0f} GB/s "
+        "assuming": f"{mfu:.0%} MFU, {mean} tokens a protein; a GPU sends {gpu.node_link / 1e9:.0f} GB/s "
         f"within a node of {NODE}, {gpu.network / 1e9:.0f} GB/s to others",
         "parameters": f"{plan.parameters:,}",
         "tokens a step": f"{plan.real_tokens:,} real ones, {plan.real_tokens // gpus:,} a GPU",

@@ -82,6 +82,15 @@ def test_the_backward_pass_keeps_no_more_than_it_did():
     assert (kept(3) - kept(1)) / 2 / 256 == pytest.approx(44, rel=0.03)
 
 
+def test_proteins_are_no_longer_than_what_is_shown_of_them():
+    short, long = (recipe("8m", f"data.max_length={n}", "global_train_batch_size=10") for n in (64, 1024))
+    plan = make_plan(short, 1, GPUS["h100"], 0.4)
+    assert plan.real_tokens == 640
+    assert plan == make_plan(long, 1, GPUS["h100"], 0.4, mean_tokens=64, attended=64)
+    assert "64 tokens a protein" in report(short, 1, "h100")[0]
+    assert "of UniRef50 about 640\n" in describe(short, 1)
+
+
 def test_state_is_sharded_as_the_recipe_says():
     ddp, sharded, halves = (
         make_plan(recipe("650m", *overrides), 16, GPUS["h100"], 0.4)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 
-from esm2_composer.errors import UserError, run_command
+from esm2_composer.errors import ArgumentParser, UserError, run_command
 
 GPU_NAMES = ("a100", "h100", "h200", "b200")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a YAML file, see yamls/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     parser.add_argument("--gpus", type=int, required=True, help="of the whole run")
