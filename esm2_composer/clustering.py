@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 
 from esm2_composer.errors import UserError
 from esm2_composer.fasta import read_fasta
-from esm2_composer.files import refuse_existing
+from esm2_composer.files import refuse_existing, refuse_irregular
 from esm2_composer.proteins import sort_within
 from esm2_composer.records import TOO_MANY_REJECTED, Report, clean
 
@@ -74,6 +74,8 @@ def build_clusters(
     """
     version = mmseqs_version()
     refuse_existing(out, "folder")
+    for path in fasta:
+        refuse_irregular(path)
     partial = out.with_name(f".{out.name}.partial")
     with _locked(partial):
         try:

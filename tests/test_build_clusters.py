@@ -212,6 +212,18 @@ def test_a_mistake_is_a_user_error_and_leaves_nothing(failing_mmseqs, content, m
     assert {path.name for path in failing_mmseqs.iterdir()} == {"bin", "in.fasta"}
 
 
+def test_a_pipe_is_refused_without_waiting_for_its_writer(failing_mmseqs):
+    os.mkfifo(failing_mmseqs / "in.fasta")
+    with pytest.raises(UserError, match=r"in\.fasta: not a regular file"):
+        build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
+
+
+@pytest.mark.parametrize("threads", ["0", "1025"])
+def test_threads_that_no_machine_has_are_refused(call, threads):
+    code, _, err = call(tool.main, "--fasta", "in.fasta", "--out", "out", "--threads", threads)
+    assert (code, err) == (2, f"error: --threads {threads} must lie between 1 and 1024\n")
+
+
 def test_ctrl_c_leaves_nothing(failing_mmseqs, monkeypatch):
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

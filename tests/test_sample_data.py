@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sample_data
 
 TOOL = Path(__file__).parents[1] / "tools" / "sample_data.py"
 # Percent in UniProtKB/Swiss-Prot.
@@ -110,12 +111,22 @@ def test_the_seed_decides(tmp_path: Path) -> None:
     assert not set(one.values()) & set(other.values())
 
 
-@pytest.mark.parametrize("arguments", [("full",), ("new", "--clusters", "0")])
-def test_a_mistake_is_refused_in_one_line(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").touch()
-    done = run_tool(tmp_path / arguments[0], *arguments[1:])
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert len(done.stderr.splitlines()) == 1
-    assert sorted(tmp_path.rglob("*")) == [tmp_path / "full", tmp_path / "full" / "mine.txt"]
+@pytest.mark.parametrize(
+    ("out", "options"),
+    [
+        *((out, []) for out in ("full", "nowhere", "loop", "loop/new", "s3://bucket/new", "dbfs:/new", "")),
+        *(("new", [option, count]) for option in ("--clusters", "--valid-clusters") for count in ("0", "1000001")),
+        ("new", ["--seed", f"{2**63}"]),
+    ],
+)
+def test_a_mistake_is_refused_in_one_line(tmp_path: Path, monkeypatch, call, out: str, options: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("full").mkdir()
+    Path("full/mine.txt").touch()
+    Path("nowhere").symlink_to("nothing")
+    Path("loop").symlink_to("loop")
+    code, _, err = call(sample_data.main, out, *options)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+    assert sorted(map(str, Path().rglob("*"))) == ["full", "full/mine.txt", "loop", "nowhere"]

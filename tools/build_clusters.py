@@ -13,13 +13,13 @@ import os
 import sys
 from pathlib import Path
 
-from esm2_composer.errors import UserError, run_command
+from esm2_composer.errors import ArgumentParser, UserError, run_command
 
 ENOUGH_VALID = 100  # clusters
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fasta", type=Path, nargs="+", required=True, help="FASTA: plain, gzip or zstd")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument(
@@ -37,8 +37,8 @@ def main() -> None:
         raise UserError(f"--valid-fraction {args.valid_fraction} must lie between 0 and 1")
     if not 0 <= args.max_reject_fraction <= 1:
         raise UserError(f"--max-reject-fraction {args.max_reject_fraction} must lie between 0 and 1")
-    if args.threads < 1:
-        raise UserError(f"--threads {args.threads} must be at least 1")
+    if not 1 <= args.threads <= 1024:
+        raise UserError(f"--threads {args.threads} must lie between 1 and 1024")
 
     from esm2_composer.clustering import build_clusters
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sqlite3
 import sys
 import tempfile
@@ -32,7 +33,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.errors import UserError, run_command
+from esm2_composer.errors import ArgumentParser, UserError, run_command
+from esm2_composer.files import is_remote
 
 RESIDUES = np.frombuffer(b"ARNDCQEGHILKMFPSTWYV", np.uint8)
 # Percent in UniProtKB/Swiss-Prot, in the order of RESIDUES.
@@ -64,6 +66,9 @@ class Chain(NamedTuple):
     residues: np.ndarray
     rates: np.ndarray
 
+
+# Of the numbers that are asked for: all data are in memory at a time, some 3 KB a cluster.
+BOUNDS = {"seed": (0, 2**63 - 1), "clusters": (1, 1_000_000), "valid_clusters": (1, 1_000_000)}
 
 Families = dict[str, dict[str, str]]  # UniRef50-like id: {UniRef90-like id: sequence}
 START = Chain(np.array([ord("M")], np.uint8), np.zeros(1))
@@ -191,25 +196,27 @@ def report(out: Path, train: Families, valid: dict[str, str]) -> None:
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line and refuse numbers that make no data set."""
-    parser = argparse.ArgumentParser(description="Write synthetic protein families in BioNeMo's ESM-2 layout.")
+    parser = ArgumentParser(description="Write synthetic protein families in BioNeMo's ESM-2 layout.")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must be new or empty")
     parser.add_argument("--seed", type=int, default=17, help="same seed, same data (%(default)s)")
     parser.add_argument("--clusters", type=int, default=2000, help="train clusters (%(default)s)")
     parser.add_argument("--valid-clusters", type=int, default=120, help="validation clusters (%(default)s)")
     args = parser.parse_args()
-    for name, least in {"seed": 0, "clusters": 1, "valid_clusters": 1}.items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be {least} or more, not {getattr(args, name)}")
+    for name, (least, most) in BOUNDS.items():
+        if not least <= (value := getattr(args, name)) <= most:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least} and at most {most}, not {value}")
     return args
 
 
 def main() -> None:
     """Make the data and write them."""
     args = parse_args()
-    out = args.out.resolve()
+    out = Path(os.path.realpath(args.out))  # never through a link that leads nowhere
+    if is_remote(str(args.out)):
+        raise UserError(f"{args.out}: write to a local disk, and copy")
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} exists and is not an empty folder; give a new folder or empty it")
+        if os.path.lexists(args.out) and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{args.out} exists and is not an empty folder; give a new folder or empty it")
         train, valid = make_data(args.seed, args.clusters, args.valid_clusters)
         write_whole(out, train, valid)
     except (OSError, sqlite3.Error) as error:
