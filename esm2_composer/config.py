@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar
 
 import yaml
@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.omegaconf import get_yaml_loader
 
 from esm2_composer.errors import UserError
-from esm2_composer.files import is_remote, refuse_irregular
+from esm2_composer.files import is_remote, lies_in, refuse_irregular
 from esm2_composer.strict import build
 
 T = TypeVar("T")
@@ -417,7 +417,7 @@ def _problems(r: Recipe, data_is_here: bool) -> Iterator[str]:
                 continue
             if not is_remote(folder) and not _can_be_folder(Path(folder)):
                 yield f"'{key}' is {folder}; it must be a folder"
-            if any(_lies_in(folder, f"{r.data.remote}/{split}") for split in SPLITS):
+            if any(lies_in(folder, f"{r.data.remote}/{split}") for split in SPLITS):
                 yield f"'{key}' is {folder}, among the shards of data.remote; take another folder"
 
 
@@ -477,15 +477,9 @@ def cache_problem(remote: str, local: str) -> str | None:
     """Why the shards at `remote` cannot have their cache at `local`, and what would do; None if they can."""
     if is_remote(local) or not _can_be_folder(Path(local)):
         return f"{local}; it must be a folder"
-    if any(_lies_in(f"{local}/{split}", f"{remote}/{split}") for split in SPLITS):
+    if any(lies_in(f"{local}/{split}", f"{remote}/{split}") for split in SPLITS):
         return f"{local}, where the shards themselves lie and would be lost; without it they are read in place"
     return None
-
-
-def _lies_in(place: str, folder: str) -> bool:
-    """Whether it is the folder, or something in it, on a disk or in a store."""
-    place, folder = (each if is_remote(each) else os.path.realpath(each) for each in (place, folder))
-    return PurePath(place).is_relative_to(folder)
 
 
 def _can_be_folder(path: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from esm2_composer.errors import UserError
 
@@ -35,6 +35,12 @@ def sync(path: Path) -> None:
 def is_remote(uri: str) -> bool:
     """Whether it is the address of a store: s3://bucket/prefix, or dbfs:/Volumes/..."""
     return re.match(r"[\w+-]+:/", uri) is not None
+
+
+def lies_in(place: str, folder: str) -> bool:
+    """Whether it is the folder, or something in it, on a disk or in a store."""
+    place, folder = (each if is_remote(each) else os.path.realpath(each) for each in (place, folder))
+    return PurePath(place).is_relative_to(folder)
 
 
 def refuse_existing(out: Path, kind: str = "file") -> None:

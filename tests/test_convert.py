@@ -235,6 +235,7 @@ WRONG_OPTIONS = {
     ],
     "--scratch goes with object storage": ["--out", "x", "--flat", "f", "--scratch", "s"],
     "--out f/g/x lies in --flat f": ["--out", "f/g/x", "--flat", "f"],
+    "what follows --spark is empty": ["--out", "x", "--flat", "f", "--spark", ""],
     r"\udcff: not UTF-8": ["--out", "\udcff", "--flat", "f"],
     f"{os.devnull}: not a regular file": ["--out", "x", "--fasta", os.devnull],
 }
@@ -247,6 +248,12 @@ def test_wrong_options_are_one_line(
     monkeypatch.chdir(tmp_path)
     assert_refused(convert(*WRONG_OPTIONS[message]), message)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_a_link_to_itself_is_one_line(convert: Convert, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    result = convert("--flat", str(tmp_path / "loop"), "--out", str(tmp_path / "out"))
+    assert_refused(result, "Too many levels of symbolic links")
 
 
 @pytest.mark.parametrize(

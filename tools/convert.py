@@ -21,8 +21,8 @@ import sys
 import time
 from pathlib import Path
 
-from esm2_composer.errors import UserError, run_command
-from esm2_composer.files import is_remote
+from esm2_composer.errors import ArgumentParser, UserError, run_command
+from esm2_composer.files import is_remote, lies_in
 
 SECONDS_BETWEEN_LINES = 15
 
@@ -71,7 +71,7 @@ def open_spark(master: str | None) -> contextlib.AbstractContextManager:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clusters", type=Path, help="parquet with ur90_id lists, or ur50_id")
     parser.add_argument("--sequences", type=Path, help="SQLite file with table protein (id, sequence)")
     parser.add_argument("--flat", type=Path, help="parquet, or folder of them, with ur50_id, ur90_id, sequence")
@@ -129,7 +129,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         raise UserError("--seed must not be longer than 64 characters")
     if args.scratch and not is_remote(args.out):
         raise UserError(f"--scratch goes with object storage; work for a folder lies in it ({args.out})")
-    if args.flat and not is_remote(args.out) and Path(args.out).resolve().is_relative_to(args.flat.resolve()):
+    if args.flat and lies_in(args.out, str(args.flat)):
         raise UserError(f"--out {args.out} lies in --flat {args.flat}, where its own files would be read")
     if not 0 <= args.max_reject_fraction <= 1:
         raise UserError(f"--max-reject-fraction {args.max_reject_fraction} must lie between 0 and 1")
