@@ -280,11 +280,24 @@ def test_a_checkpoint_that_is_damaged_or_does_not_fit_is_refused(
         (["--data", "SHARDS", "--max-length", "4"], ["--max-length 4", "at least 8"]),
         (["--data", "SHARDS", "--microbatch-tokens", "512"], ["--microbatch-tokens 512", "1024"]),
         (["--data", "SHARDS", "--seed", "-1"], ["--seed -1"]),
+        (["--data", "SHARDS", "--seed", "2147483648"], ["--seed 2147483648", "at most 2147483647"]),
+        (["--data", "SHARDS", "--max-length", "2147483648"], ["--max-length 2147483648", "at most 2147483647"]),
+        (["--data", "SHARDS", "--microbatch-tokens", "2147483648"], ["--microbatch-tokens 2147483648", "at most"]),
+        (["--data", "SHARDS", "--local", "s3://bucket/x"], ["--local is s3://bucket/x; it must be a folder"]),
+        (["--data", "SHARDS", "--local", "SHARDS"], ["--local is", "where the shards themselves lie"]),
+        (["--data", "SHARDS", "--split", ".."], ["--split ..", "the name of a folder"]),
+        (["--data", "SHARDS", "--split", "train/../valid"], ["--split train/../valid", "the name of a folder"]),
+        (["--data", "SHARDS", "--split", ""], ["what follows --split is empty"]),
     ],
 )
 def test_wrong_arguments_are_refused(shards, checkpoints, call, arguments, words):
     arguments = [str(shards) if argument == "SHARDS" else argument for argument in arguments]
     assert_user_error(*call(tool.main, checkpoints["composer.pt"], *arguments), *words)
+
+
+def test_a_rank_without_its_launcher_is_refused(shards, checkpoints, call, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    assert_user_error(*call(tool.main, checkpoints["composer.pt"], "--data", shards), "WORLD_SIZE is 'x'")
 
 
 @pytest.mark.parametrize("options", [(), ("--floors",)])

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from esm2_composer.errors import UserError, run_command
+from esm2_composer.config import MAX_INT
+from esm2_composer.errors import ArgumentParser, UserError, run_command
 from esm2_composer.files import refuse_existing
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fasta", type=Path)
     parser.add_argument("--model", required=True, help="the weights")
     parser.add_argument("--out", type=Path, required=True, help="a new parquet file")
@@ -39,8 +40,9 @@ def main() -> None:
         "--max-reject-fraction", type=float, default=0.01, help="stop if more sequences are unusable (%(default)s)"
     )
     args = parser.parse_args()
-    if args.max_length < 8:
-        raise UserError(f"--max-length {args.max_length} must be at least 8")
+    for name in ("max_length", "batch_tokens"):
+        if not 8 <= (value := getattr(args, name)) <= MAX_INT:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 8, and at most {MAX_INT}")
     if args.batch_tokens < args.max_length:
         raise UserError(f"--batch-tokens {args.batch_tokens} must hold a window of {args.max_length}")
     if not 0 <= args.max_reject_fraction <= 1:

@@ -16,15 +16,17 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from esm2_composer import preemption
-from esm2_composer.config import DataSection, lacking
-from esm2_composer.errors import OneLine, UserError, run_command
+from esm2_composer.config import MAX_INT, DataSection, cache_problem, lacking
+from esm2_composer.errors import ArgumentParser, OneLine, UserError, run_command
 from esm2_composer.files import is_remote
+from esm2_composer.place import check_place
 
 SEQUENCES_A_RANK = 64  # taken up at a time
 SHOWN = {"at_mask": "  that show <mask>", "at_residue": "  that show a residue"}
 
 
 def main() -> None:
+    check_place()
     try:
         evaluate_checkpoint()
     except OneLine:
@@ -34,7 +36,7 @@ def main() -> None:
 
 
 def evaluate_checkpoint() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--data", required=True, help="what the recipe calls data.remote")
     parser.add_argument("--local", help="cache folder, if --data is in an object store")
@@ -101,12 +103,15 @@ def evaluate_checkpoint() -> None:
 
 def check(args: argparse.Namespace, data: DataSection) -> None:
     """Raises UserError for what can be seen to be wrong before anything is loaded."""
-    if args.max_length < 8:
-        raise UserError(f"--max-length {args.max_length} must be at least 8")
+    for name, least in {"seed": 0, "max_length": 8, "microbatch_tokens": 8}.items():
+        if not least <= (value := getattr(args, name)) <= MAX_INT:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}, and at most {MAX_INT}")
     if args.microbatch_tokens < args.max_length:
         raise UserError(f"--microbatch-tokens {args.microbatch_tokens} must hold a sequence of {args.max_length}")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed} must be at least 0")
+    if args.split in (".", "..") or "/" in args.split:
+        raise UserError(f"--split {args.split} must be the name of a folder in --data")
+    if data.local and (problem := cache_problem(data.remote, data.local)):
+        raise UserError(f"--local is {problem}")
     if is_remote(data.remote):
         if not data.local:
             raise UserError(f"--data {args.data} needs --local, a folder for its cache")

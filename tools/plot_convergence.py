@@ -24,9 +24,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from esm2_composer.config import DataSection, lacking
-from esm2_composer.errors import UserError, run_command
-from esm2_composer.files import is_remote, refuse_existing
+from esm2_composer.config import DataSection, cache_problem, lacking
+from esm2_composer.errors import ArgumentParser, UserError, run_command
+from esm2_composer.files import is_remote, refuse_existing, refuse_irregular
 
 PERPLEXITY = "metrics/valid/perplexity"
 
@@ -78,7 +78,7 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--reference", choices=PUBLISHED, help="the published curve of this size")
     parser.add_argument("--data", help="the shards that the runs were validated on")
@@ -91,6 +91,8 @@ def main() -> None:
         refuse_existing(args.out)
     if args.data and is_remote(args.data) and not args.local:
         raise UserError(f"--data {args.data} needs --local, a folder for its cache")
+    if args.data and args.local and (problem := cache_problem(args.data, args.local)):
+        raise UserError(f"--local is {problem}")
 
     runs = name_apart([read_run(folder) for folder in args.runs], args.runs)
     levels, validation = read_data(args.data, args.local, runs) if args.data else ({}, None)
@@ -161,6 +163,7 @@ def read_events(folder: Path, *tags: str) -> Iterator[tuple[Path, Any, Any]]:
 
 def records(file: Path) -> Iterator[bytes]:
     """The records of a file, as far as it has been written: each is a length, its checksum, data, its checksum."""
+    refuse_irregular(file)
     try:
         content = file.read_bytes()
     except OSError as error:
