@@ -89,6 +89,14 @@ def test_shards_stream_from_s3_through_a_cache_too_small_for_them(
         assert sum(file.stat().st_size for file in kept) <= limit
 
 
+@pytest.mark.parametrize("limit", ["1b", "2000b"])
+def test_a_cache_limit_with_which_nothing_can_be_read_is_no_fault_of_the_shards(
+    many: Path, tmp_path: Path, limit: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^data\.cache_limit {limit}: "):
+        train_loader(DRAW, str(many), str(tmp_path / "cache"), 32, num_workers=0, cache_limit=limit)
+
+
 @pytest.mark.parametrize("enough", [True, False])
 def test_a_cache_limit_below_what_is_in_use_at_a_time_is_told(
     many: Path, tmp_path: Path, capsys: pytest.CaptureFixture, enough: bool

@@ -21,13 +21,13 @@ import importlib
 import json
 import sys
 
-from esm2_composer.errors import run_command
+from esm2_composer.errors import ArgumentParser, run_command
 
 BENCHMARKS = ("step", "profile", "host", "attention", "loader", "startup", "convert", "embed", "parity")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="name", required=True)
     for name in BENCHMARKS:
         command = commands.add_parser(name)

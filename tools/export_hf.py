@@ -10,12 +10,12 @@ import argparse
 import shutil
 from pathlib import Path
 
-from esm2_composer.errors import UserError, run_command
+from esm2_composer.errors import ArgumentParser, UserError, run_command
 from esm2_composer.files import refuse_existing
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
