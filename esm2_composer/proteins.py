@@ -116,6 +116,10 @@ def open_proteins(path: Path) -> sqlite3.Connection:
                 f"{path}: table 'protein' has no index on 'id', so each look-up would read it whole; "
                 "CREATE INDEX protein_id ON protein (id)"
             )
+        ((page,),) = database.execute("PRAGMA page_size")
+        size = path.stat().st_size
+        if size % page:  # SQLite reads a file that lacks less than a page
+            raise UserError(f"{path}: cut short ({size:,} bytes, which are no whole pages of {page:,})")
     return database
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_layouts import write_proteins
 
 from esm2_composer import proteins
 from esm2_composer.errors import UserError
@@ -59,6 +60,14 @@ def test_a_table_without_index_is_refused(tmp_path: Path) -> None:
             Sequences(tmp_path / "p.db")
         database.execute("CREATE INDEX any ON protein (id)")
         assert Sequences(tmp_path / "p.db").look_up(["a"]) == {}
+
+
+@pytest.mark.parametrize("lost", [1, 100, 4095, 4096])
+def test_a_file_that_lacks_some_bytes_is_refused(tmp_path: Path, lost: int) -> None:
+    path = write_proteins(tmp_path / "p.db", {f"m{number}": "MKV" * 20 for number in range(100)})
+    path.write_bytes(path.read_bytes()[:-lost])
+    with pytest.raises(UserError, match=r"p\.db: (cut short|cannot be read as an SQLite database)"):
+        Sequences(path)
 
 
 VIEW = "CREATE TABLE p (id TEXT PRIMARY KEY, number INTEGER); CREATE VIEW protein AS "
