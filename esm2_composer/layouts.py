@@ -19,7 +19,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.errors import ReadError, UserError
+from esm2_composer.errors import Passing, ReadError, UserError
 from esm2_composer.fasta import UNIPROT, compression, read_blocks, read_fasta
 from esm2_composer.files import refuse_irregular, write_durably
 from esm2_composer.proteins import Counted, first_proteins, store_proteins
@@ -30,7 +30,8 @@ BUFFER_BYTES = 2**20
 
 
 class Layout(Protocol):
-    """What a conversion needs of an input. Making one raises UserError if a file is not what it should be."""
+    """What a conversion needs of an input. Making one raises UserError if a file is not what it should be, or
+    Passing if a database cannot be read for now."""
 
     inputs: dict[str, list[Path]]  # the files, by the option that named them
     source: Path  # of the clusters, as the user named it
@@ -89,7 +90,13 @@ class BioNeMo:
                 raise UserError(f"{clusters}: column 'ur90_id' is {kind}; it must be a list of strings")
             if name == "ur50_id" and not _is_string(kind):
                 raise UserError(f"{clusters}: column 'ur50_id' is {kind}; it must be a string")
-        refuse_nucleotides(sequences, first_proteins(sequences, LOOKED_AT))
+        refuse_irregular(sequences)
+        if not sequences.is_file():
+            raise UserError(f"{sequences}: no such file")
+        try:
+            refuse_nucleotides(sequences, first_proteins(sequences, LOOKED_AT))
+        except ReadError as error:  # locked, or a disk that fails
+            raise Passing(error) from error
 
     def stage(self, scratch: Path, report: Report, progress: Counted) -> Path:
         return self.inputs["sequences"][0]
@@ -243,7 +250,12 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     """Raises UserError if it is none, ReadError if the system cannot read it."""
     refuse_irregular(path)
     try:
-        return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)  # else it reads whole row groups
+        return pq.ParquetFile(
+            path,
+            buffer_size=BUFFER_BYTES,
+            pre_buffer=False,  # else it reads whole row groups
+            page_checksum_verification=True,  # of files that have them
+        )
     except FileNotFoundError:
         raise ReadError(f"{path}: no such file") from None
     except UnicodeEncodeError:

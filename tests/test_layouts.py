@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import sqlite3
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from esm2_composer.conversion_plan import make_plan
-from esm2_composer.errors import UserError
+from esm2_composer.errors import Passing, UserError
 from esm2_composer.fasta import read_fasta
 from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout, read_flat, reading
 from esm2_composer.proteins import Sequences
@@ -280,6 +281,34 @@ def test_text_that_is_none_is_damage(tmp_path: Path) -> None:
     (tmp_path / "y.parquet").write_bytes(named.replace(b"sequence", b"sequenc\xff"))
     with pytest.raises(UserError, match=r"y\.parquet: not a parquet file \('utf-8' codec can't decode"):
         Flat(tmp_path / "y.parquet")
+
+
+def test_checksums_of_parquets_pages_are_looked_at(tmp_path: Path) -> None:
+    columns = {name: pa.array(values) for name, values in {**PARQUET, "sequence": ["MKVLAW"]}.items()}
+    path = tmp_path / "x.parquet"
+    pq.write_table(
+        pa.table(columns),
+        path,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
+    Flat(path)
+    assert path.read_bytes().count(b"MKVLAW") == 1
+    path.write_bytes(path.read_bytes().replace(b"MKVLAW", b"MKVLAY"))
+    with pytest.raises(UserError, match=r"x\.parquet: damaged \(.*CRC checksum"):
+        Flat(path)
+
+
+def test_a_database_that_is_locked_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = write_layout(tmp_path, {"ur50_id": ["a"]}, {"a": "MK"})
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0))
+    with contextlib.closing(sqlite3.connect(paths[1])) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(Passing, match=r"proteins\.db: cannot be read \(database is locked\)"):
+            BioNeMo(*paths)
+    BioNeMo(*paths)
 
 
 def test_a_disk_that_fails_is_no_damage_and_a_wrong_length_is(tmp_path: Path) -> None:
