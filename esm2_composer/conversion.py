@@ -1,8 +1,8 @@
 """A layout -> a split of MDS shards, in numbered parts, on disk or object storage.
 
 What always holds: the shards follow from input and options alone, not from who builds the parts or from how
-often the run was killed; a part counts when its record is there, which is written after its shards; index.json
-comes last, so that an unfinished split is never mistaken for a whole one.
+often the run was killed; a part counts when its record is there, which is written after its shards, and they are
+whole; index.json comes last, so that an unfinished split is never mistaken for a whole one.
 
 Work in progress lies in a folder of its own, `.SPLIT.work`; the one run that may write there holds
 `.SPLIT.work.lock` beside it:
@@ -10,6 +10,7 @@ Work in progress lies in a folder of its own, `.SPLIT.work`; the one run that ma
     state.json    what this conversion is: inputs, options; a rerun with others is refused
     plan.*, staged.json, sequences.db, ids.parquet, clusters.tsv    see conversion_plan, layouts and proteins
     parts/        00000.json: shards and report of a finished part; 00000.ids: its clusters, in order
+                  (plan.json, staged.json and these are `markers`)
     shards/       the split to be: renamed at the end, or uploaded part by part
 """
 
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +40,7 @@ from esm2_composer.destinations import LocalSplit, RemoteSplit, open_destination
 from esm2_composer.errors import Passing, ReadError, StoreAway, UserError
 from esm2_composer.files import is_remote, sync, write_durably
 from esm2_composer.layouts import Layout
+from esm2_composer.markers import read_marker, write_marker
 from esm2_composer.parts import EngineError, Options, Part, PartBuilder, Processes
 from esm2_composer.proteins import Counted
 from esm2_composer.records import TOO_MANY_REJECTED, Report
@@ -114,8 +117,8 @@ def convert(
             _refuse_differences(finished["state"], state, f"{out}: {options.split} exists already, of another")
             shutil.rmtree(work)
             return {**finished, "already_done": True}
-        other_split = destination.other_cluster_ids()
-        state["other_split"] = _hash(other_split)
+        other_split = destination.other_split()
+        state["other_split"] = other_split and other_split.xxh64
         _start_or_go_on(work, {**state, "destination": destination.address})
         try:
             staged = engine.stage(layout, work, partial(progress, "sequences read", total=0))
@@ -129,7 +132,8 @@ def convert(
             build = partial(engine.build, builder=builder)
             _convert_parts(plan, work, build, destination, max_reject_fraction, progress)
             conversion = _join(work, plan, state, start)
-            if _hash(destination.other_cluster_ids()) != state["other_split"]:
+            other_now = destination.other_split()
+            if (other_now and other_now.xxh64) != state["other_split"]:
                 raise UserError(
                     f"{out}: the other split has changed since {options.split} was compared with it, and the two "
                     "must share no cluster; run the same command again"
@@ -185,6 +189,7 @@ def _locked(work: Path, in_new_folder: bool = False) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 raise BlockingIOError
+            _remove_unknown(work)
             work.mkdir(exist_ok=True)
         except (BlockingIOError, FileNotFoundError):  # or the holder just ended and removed this file
             raise UserError(f"{work}: another conversion is at work there; wait for it or stop it") from None
@@ -194,8 +199,7 @@ def _locked(work: Path, in_new_folder: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            if work.exists() and not (work / "state.json").exists():
-                shutil.rmtree(work)
+            _remove_unknown(work)
             if not work.exists():
                 path.unlink(missing_ok=True)
             if in_new_folder:
@@ -203,8 +207,10 @@ def _locked(work: Path, in_new_folder: bool = False) -> Iterator[None]:
                     path.parent.rmdir()
 
 
-def _hash(cluster_ids: Path | None) -> str | None:
-    return cluster_ids and xxh64(cluster_ids)
+def _remove_unknown(work: Path) -> None:
+    """Remove a work folder that does not say of what it is."""
+    if work.exists() and not (work / "state.json").exists():
+        shutil.rmtree(work)
 
 
 def _describe(layout: Layout, options: Options) -> dict[str, Any]:
@@ -212,17 +218,27 @@ def _describe(layout: Layout, options: Options) -> dict[str, Any]:
     inputs = {
         role: [
             {"path": str(path.absolute()), "bytes": path.stat().st_size, "modified": path.stat().st_mtime_ns}
-            for path in paths
+            for path in chain.from_iterable(map(_with_log, paths))
         ]
         for role, paths in layout.inputs.items()
     }
     return {"format": FORMAT, "inputs": inputs, "options": asdict(options)}
 
 
+def _with_log(path: Path) -> list[Path]:
+    """The file, and what lies beside it of SQLite's that is not yet in it."""
+    log = path.with_name(f"{path.name}-wal")
+    return [path, log] if log.exists() and log.stat().st_size else [path]
+
+
 def _start_or_go_on(work: Path, state: dict[str, Any]) -> None:
     path = work / "state.json"
     if path.exists():
-        _refuse_differences(json.loads(path.read_text()), state, f"{work} holds unfinished work, of another")
+        try:
+            begun = json.loads(path.read_text())
+        except (ValueError, RecursionError):
+            raise UserError(f"{path}: damaged; remove {work}, and the same command starts anew") from None
+        _refuse_differences(begun, state, f"{work} holds unfinished work, of another")
     for folder in ("parts", "shards"):
         (work / folder).mkdir(exist_ok=True)
     write_durably(path, json.dumps(state, indent=2).encode())
@@ -262,20 +278,22 @@ def _convert_parts(
     records = [work / "parts" / f"{number:05}.json" for number in range(plan.parts)]
     so_far = Report()
     so_far.merge(plan.report)
-    published, missing = destination.published(), []
+    missing = []
     for number, path in enumerate(records):
-        shards, report = _read_record(path) if path.exists() else (None, None)
-        if shards is None or any(shard["zip_data"]["basename"] not in published for shard in shards):
-            missing.append(number)  # also what was uploaded and has gone
+        record = read_marker(path)
+        if record and all(map(destination.has, record["shards"])):
+            so_far.merge(Report.from_dict(record["report"]))
+            progress("parts of before", number + 1, plan.parts)  # which are read, and may be many
         else:
-            so_far.merge(report)
+            missing.append(number)  # also what was damaged since, or uploaded and has gone
     progress("clusters", so_far.counts["clusters_read"], plan.clusters)
 
     def publish(part: Part) -> Report:
         for shard in part.shards:
             destination.publish(shard["zip_data"]["basename"])
+        path = records[part.number]
         record = {"shards": part.shards, "report": part.report.as_dict()}
-        write_durably(records[part.number], json.dumps(record).encode())
+        write_marker(path, record, path.with_suffix(".ids"))
         return part.report
 
     with ThreadPoolExecutor(UPLOADS) as uploads, contextlib.closing(build(missing)) as parts:
@@ -300,11 +318,6 @@ def _convert_parts(
         raise UserError(f"no cluster to write: {so_far.reasons() or 'the input is empty'}")
 
 
-def _read_record(path: Path) -> tuple[list[dict[str, Any]], Report]:
-    record = json.loads(path.read_text())
-    return record["shards"], Report.from_dict(record["report"])
-
-
 def _join(work: Path, plan: Plan, state: dict[str, Any], start: float) -> dict[str, Any]:
     """Join what the parts left, in their order: the shards are then a split; what conversion.json holds."""
     for aside in (work / "shards").glob(".*"):  # of a writer that was killed
@@ -314,14 +327,18 @@ def _join(work: Path, plan: Plan, state: dict[str, Any], start: float) -> dict[s
     schema = pa.schema({"cluster_id": pa.string()})
     with pq.ParquetWriter(work / "shards" / "cluster_ids.parquet", schema, compression="zstd") as ids:
         for number in range(plan.parts):
-            shards_of_part, report_on_part = _read_record(work / "parts" / f"{number:05}.json")
-            shards += shards_of_part
-            report.merge(report_on_part)
-            ids.write_table(pq.read_table(work / "parts" / f"{number:05}.ids"))
+            path = work / "parts" / f"{number:05}.json"
+            record = read_marker(path)
+            if not record:
+                raise ReadError(f"{path} or its .ids has been damaged meanwhile")
+            shards += record["shards"]
+            report.merge(Report.from_dict(record["report"]))
+            ids.write_table(pq.read_table(path.with_suffix(".ids")))
     sync(work / "shards" / "cluster_ids.parquet")
     conversion = {
         "state": state,
         **report.as_dict(),
+        "cluster_ids_xxh64": xxh64(work / "shards" / "cluster_ids.parquet"),
         "parts": plan.parts,
         "elapsed_seconds": round(time.monotonic() - start, 2),
     }

@@ -10,7 +10,6 @@ parts and their boundaries follow from the input alone, whoever works on them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.files import sync, write_durably
+from esm2_composer.destinations import OtherSplit
+from esm2_composer.errors import UserError
+from esm2_composer.files import sync
 from esm2_composer.layouts import Layout, literal, reading
+from esm2_composer.markers import read_marker, write_marker
 from esm2_composer.records import EXAMPLES_KEPT, Report
 
 # A part is closed with the cluster that reaches one of these: some 30 MB of UniRef, a second or two of work.
@@ -52,26 +54,26 @@ class Plan:
     report: Report  # of what was rejected before any sequence was looked at
 
 
-def make_plan(layout: Layout, folder: Path, other_split: Path | None, threads: int, staged: Report) -> Plan:
+def make_plan(layout: Layout, folder: Path, other_split: OtherSplit | None, threads: int, staged: Report) -> Plan:
     """Plan the conversion of `layout` in `folder`, or read the plan there if it is complete.
 
     Args:
-        other_split: cluster_ids.parquet of the other split, whose clusters must not come again.
+        other_split: that whose clusters must not come again.
         staged: what staging found.
 
     Raises:
-        UserError: an input is damaged.
+        UserError: an input, or the other split's table of ids, is damaged.
     """
     finished, path = folder / "plan.json", folder / "plan.parquet"
-    if not finished.exists():
+    told = read_marker(finished)
+    if not told:
         report = Report()
         with reading(layout.source), _open_database(folder, min(threads, MAX_THREADS)) as database:
             layout.view(database, folder)
             told = _write_plan(layout, database, path, other_split, report)
         sync(path)
         told["report"] = report.as_dict()
-        write_durably(finished, json.dumps(told).encode())
-    told = json.loads(finished.read_text())
+        write_marker(finished, told, path)
     report = Report.from_dict(told["report"])
     report.merge(staged)
     members = told["members"] + report.counts["members_read"]
@@ -92,8 +94,8 @@ def _open_database(folder: Path, threads: int) -> duckdb.DuckDBPyConnection:
 
 
 def _write_plan(
-    layout: Layout, database: duckdb.DuckDBPyConnection, path: Path, other_split: Path | None, report: Report
-) -> dict[str, int]:
+    layout: Layout, database: duckdb.DuckDBPyConnection, path: Path, other_split: OtherSplit | None, report: Report
+) -> dict[str, Any]:
     """Write plan.parquet; the numbers of `Plan`."""
     _reject_nameless(database, report)
     _find_shared_members(database, layout.members_may_be_shared)
@@ -164,14 +166,23 @@ def _find_shared_members(database: duckdb.DuckDBPyConnection, possible: bool) ->
     )
 
 
-def _find_clusters_of(database: duckdb.DuckDBPyConnection, other_split: Path | None) -> None:
+def _find_clusters_of(database: duckdb.DuckDBPyConnection, other_split: OtherSplit | None) -> None:
     """Make the table `other` of those clusters that the other split has."""
     database.execute("CREATE TABLE other (cluster_id VARCHAR)")
-    if other_split:
-        with reading(other_split):  # `named` has been read before
-            database.read_parquet(literal([other_split])).create_view("theirs")
-            query = "SELECT DISTINCT cluster_id FROM theirs JOIN named USING (cluster_id)"
-            database.execute(f"INSERT INTO other {query}")
+    if not other_split:
+        return
+    path = other_split.cluster_ids
+    with reading(path):  # `named` has been read before
+        database.read_parquet(literal([path])).create_view("theirs")
+        if other_split.clusters is not None:
+            ((clusters,),) = database.execute("SELECT count(DISTINCT cluster_id) FROM theirs").fetchall()
+            if clusters != other_split.clusters:
+                raise UserError(
+                    f"{path}: damaged ({clusters:,} ids of {other_split.clusters:,} clusters); "
+                    "make that split anew, or choose another --out"
+                )
+        query = "SELECT DISTINCT cluster_id FROM theirs JOIN named USING (cluster_id)"
+        database.execute(f"INSERT INTO other {query}")
 
 
 def _cut(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[pa.Table, int, int]]:

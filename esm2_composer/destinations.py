@@ -9,14 +9,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Collection
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from esm2_composer.errors import UserError
 from esm2_composer.files import is_remote
-from esm2_composer.storage import Store, StoreError
+from esm2_composer.storage import Store, StoreError, xxh64
 
 SPLITS = ("train", "valid")
+TOLD = ("cluster_ids.parquet", "conversion.json", "index.json")  # of a split, beside its shards; in this order
+COUNTED = ("clusters_written", "members_written", "residues_written")
+
+
+class OtherSplit(NamedTuple):
+    """What names the clusters that a split must not have."""
+
+    cluster_ids: Path  # its cluster_ids.parquet
+    xxh64: str
+    clusters: int | None  # how many that must name, if conversion.json, being older, has no hash of it
 
 
 def open_destination(out: str, split: str, work: Path) -> LocalSplit | RemoteSplit:
@@ -44,21 +56,19 @@ class LocalSplit:
             raise UserError(
                 f"{split} exists already and is no finished conversion; remove it, or choose another --out"
             )
-        return _read_conversion(split / "conversion.json")
+        return _read_conversion(split / "conversion.json", str(split))
 
-    def other_cluster_ids(self) -> Path | None:
-        """cluster_ids.parquet of the other split, if that is there. Raises UserError if the other
-        split is there, but no such file."""
+    def other_split(self) -> OtherSplit | None:
+        """The other split, if that is there. Raises UserError if it does not tell, for sure, its clusters."""
         other = self._out / _other(self._split)
-        if (other / "cluster_ids.parquet").exists():
-            return other / "cluster_ids.parquet"
-        if (other / "index.json").exists():
-            raise _cannot_compare(str(other))
-        return None
+        there = {name for name in TOLD if (other / name).exists()}
+        return _other_split(str(other), there, other.joinpath)
 
-    def published(self) -> set[str]:
-        """The names of the shards that are in their place already."""
-        return {path.name for path in (self._work / "shards").iterdir()}
+    def has(self, shard: dict[str, Any]) -> bool:
+        """Whether the shard of this entry of index.json is in its place, and whole."""
+        packed = shard["zip_data"]
+        path = self._work / "shards" / packed["basename"]
+        return path.exists() and xxh64(path) == packed["hashes"]["xxh64"]
 
     def publish(self, name: str) -> None:
         """The shard lies where it will be."""
@@ -85,21 +95,21 @@ class RemoteSplit:
                 f"{self._out}/{self._split} exists already and is no finished conversion; remove it, or choose "
                 "another --out"
             )
-        return _read_conversion(self._fetch(self._store, "conversion.json"))
+        path = self._fetch(self._store, "conversion.json")
+        return _read_conversion(path, f"{self._out}/{self._split}")
 
-    def other_cluster_ids(self) -> Path | None:
+    def other_split(self) -> OtherSplit | None:
         """As LocalSplit's, fetched."""
         other = f"{self._out}/{_other(self._split)}"
         store = Store(other, self._work / "other")
-        there = store.names()
-        if "cluster_ids.parquet" in there:
-            return self._fetch(store, "cluster_ids.parquet")
-        if "index.json" in there:
-            raise _cannot_compare(other)
-        return None
+        return _other_split(other, store.names(), lambda name: self._fetch(store, name))
 
-    def published(self) -> set[str]:
-        """As LocalSplit's. Raises StoreError or StoreAway."""
+    def has(self, shard: dict[str, Any]) -> bool:
+        """Whether it is there: it was whole when it was uploaded. Raises StoreError or StoreAway."""
+        return shard["zip_data"]["basename"] in self._uploaded_before
+
+    @cached_property
+    def _uploaded_before(self) -> set[str]:
         return self._store.names("shard.")
 
     def _fetch(self, store: Store, name: str) -> Path:
@@ -119,10 +129,11 @@ class RemoteSplit:
         Raises StoreError, also if a shard has gone since it was uploaded, or StoreAway.
         """
         index = json.loads((self._work / "shards" / "index.json").read_text())
-        lost = {shard["zip_data"]["basename"] for shard in index["shards"]} - self.published()
+        lost = {shard["zip_data"]["basename"] for shard in index["shards"]}
+        lost -= self._store.names("shard.")
         if lost:
             raise StoreError(f"{self._out}/{self._split}/{min(lost)} was uploaded and is not there any more")
-        for name in ("cluster_ids.parquet", "conversion.json", "index.json"):
+        for name in TOLD:
             self._store.upload(name)
 
 
@@ -131,19 +142,39 @@ def _other(split: str) -> str:
     return other
 
 
-def _cannot_compare(other: str) -> UserError:
+def _other_split(place: str, there: Collection[str], fetch: Callable[[str], Path]) -> OtherSplit | None:
+    """That at `place`, if it is there. Raises UserError if it lacks one of its files, or they do not agree."""
+    for name in TOLD:
+        if name not in there and "index.json" in there:
+            raise _cannot_compare(f"{place} has no {name}")
+    if "cluster_ids.parquet" not in there:
+        return None
+    conversion = _read_conversion(fetch("conversion.json"), place) if "conversion.json" in there else {}
+    path = fetch("cluster_ids.parquet")
+    found = xxh64(path)
+    expected = conversion.get("cluster_ids_xxh64")
+    if expected not in (None, found):
+        raise _cannot_compare(f"{place}/cluster_ids.parquet is damaged: its xxh64 is not that of conversion.json")
+    return OtherSplit(path, found, None if expected else conversion.get("clusters_written"))
+
+
+def _cannot_compare(why: str) -> UserError:
     return UserError(
-        f"{other} has no cluster_ids.parquet, so nobody can tell whether a cluster is in both splits; "
-        "make it anew, or choose another --out"
+        f"{why}, so nobody can tell whether a cluster is in both splits; "
+        "make that split anew, or choose another --out"
     )
 
 
-def _read_conversion(path: Path) -> dict[str, Any]:
+def _read_conversion(path: Path, place: str) -> dict[str, Any]:
+    """conversion.json of the split at `place`, fetched to `path` if need be."""
     try:
         conversion = json.loads(path.read_text())
         conversion["state"]["inputs"]
-    except (ValueError, LookupError, TypeError):
+        if not all(isinstance(conversion[name], int) for name in COUNTED):
+            raise TypeError
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise UserError(
-            f"{path} is of another version of this program; remove it, or choose another --out"
+            f"{place}/conversion.json is damaged, or of another version of this program; remove it, or choose "
+            "another --out"
         ) from None
     return conversion

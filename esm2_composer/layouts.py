@@ -8,7 +8,6 @@ made in a scratch folder: whoever looks sequences up by id need not know where t
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -21,7 +20,8 @@ import pyarrow.parquet as pq
 
 from esm2_composer.errors import Passing, ReadError, UserError
 from esm2_composer.fasta import UNIPROT, compression, read_blocks, read_fasta
-from esm2_composer.files import refuse_irregular, write_durably
+from esm2_composer.files import refuse_irregular
+from esm2_composer.markers import read_marker, write_marker
 from esm2_composer.proteins import Counted, first_proteins, store_proteins
 from esm2_composer.records import LOOKED_AT, Report, refuse_nucleotides
 
@@ -46,7 +46,8 @@ class Layout(Protocol):
 
 
 def stage(layout: Layout, folder: Path, progress: Counted) -> tuple[Path, Report]:
-    """Make in `folder` what `layout` lacks, unless it is there; the SQLite file of the sequences.
+    """Make in `folder` what `layout` lacks, unless it is there and whole (of the SQLite file, which is large, the
+    size is looked at); the SQLite file of the sequences.
 
     Args:
         progress: told how many sequences have been staged.
@@ -55,14 +56,17 @@ def stage(layout: Layout, folder: Path, progress: Counted) -> tuple[Path, Report
         UserError: an input is damaged.
     """
     finished = folder / "staged.json"
-    if not finished.exists():
+    content = read_marker(finished)
+    if not content or _size(Path(content["sequences"])) != content["bytes"]:
         report = Report()
-        sequences = layout.stage(folder, report, progress)
-        path = str(sequences.absolute())  # a rerun may start elsewhere
-        content = {"sequences": path, "report": report.as_dict()}
-        write_durably(finished, json.dumps(content).encode())
-    content = json.loads(finished.read_text())
+        path = layout.stage(folder, report, progress).absolute()  # a rerun may start elsewhere
+        content = {"sequences": str(path), "bytes": _size(path), "report": report.as_dict()}
+        write_marker(finished, content, *folder.glob("ids.parquet"))
     return Path(content["sequences"]), Report.from_dict(content["report"])
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None
 
 
 class BioNeMo:

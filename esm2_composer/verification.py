@@ -19,7 +19,7 @@ from esm2_composer.files import is_remote
 from esm2_composer.layouts import open_parquet, reading
 from esm2_composer.mds import Shard
 from esm2_composer.records import COLUMNS, RESIDUES
-from esm2_composer.storage import Store
+from esm2_composer.storage import Store, xxh64
 from esm2_composer.workers import Workers
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -109,6 +109,8 @@ def _verify_split(
     with _fetched(place, "cluster_ids.parquet") as path:
         if path and _sum_of_hashes(_listed(place, path)) != ids % 2**64:
             raise UserError(f"{place}/cluster_ids.parquet: not the ids of the clusters in the shards")
+        if path and conversion and conversion.get("cluster_ids_xxh64", found := xxh64(path)) != found:
+            raise UserError(f"{place}/cluster_ids.parquet: its xxh64 is not that of conversion.json")
     return {"shards": len(shards), **counts, **_statistics(lengths, draws)}
 
 

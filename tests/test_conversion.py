@@ -19,6 +19,8 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,6 +37,7 @@ from test_records import assert_same_records
 from esm2_composer import conversion, conversion_plan, parts
 from esm2_composer.conversion import Interrupted, Options, convert
 from esm2_composer.conversion_plan import make_plan
+from esm2_composer.destinations import LocalSplit
 from esm2_composer.errors import UserError
 from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout
 from esm2_composer.proteins import Sequences
@@ -388,6 +391,50 @@ def test_the_other_split_is_that_of_this_folder_whatever_its_name(tmp_path: Path
     assert told["clusters_written"] == 4
 
 
+IDS_DAMAGED: dict[str, Callable[[Path], object]] = {
+    "flipped": lambda path: flip(path, path.stat().st_size // 2),
+    "none": lambda path: write_clusters(path, {"cluster_id": pa.array([], pa.string())}),
+    "null": lambda path: write_clusters(path, {"cluster_id": pa.array([None] * 4, pa.string())}),
+    "one": lambda path: write_clusters(path, {"cluster_id": ["a"] * 4}),
+    "others": lambda path: write_clusters(path, {"cluster_id": list("efgh")}),
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "hashed"),
+    [*((damage, True) for damage in IDS_DAMAGED), *((damage, False) for damage in ("none", "null", "one"))],
+)
+def test_damaged_ids_of_the_other_split_bring_none_of_its_clusters_in(
+    tmp_path: Path, damage: str, hashed: bool
+) -> None:
+    train, valid = (
+        bionemo(tmp_path / names, {"ur50_id": list(names)}, dict.fromkeys(names, "MK"))
+        for names in ("dxyz", "abcd")
+    )
+    told = convert(valid, str(tmp_path / "out"), Options("valid"))
+    if not hashed:  # as it was before there was one; then the ids are counted
+        told.pop("cluster_ids_xxh64", None)
+        (tmp_path / "out/valid/conversion.json").write_text(json.dumps(told))
+    same = partial(convert, train, str(tmp_path / "out"), Options(), max_reject_fraction=0.25)
+    ids = tmp_path / "out/valid/cluster_ids.parquet"
+    whole = ids.read_bytes()
+    IDS_DAMAGED[damage](ids)
+    with pytest.raises(UserError, match=r"valid/cluster_ids\.parquet.* damaged"):
+        same()
+    ids.write_bytes(whole)
+    assert rejected(same()) == {"cluster of the other split": 1}
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{")], ids=["missing", "damaged"])
+def test_another_split_that_does_not_tell_its_clusters_is_named(
+    tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    convert(small(tmp_path), str(tmp_path / "out"), Options("valid"))
+    damage(tmp_path / "out/valid/conversion.json")
+    with pytest.raises(UserError, match=r"valid(/| has no )conversion\.json.*choose another --out"):
+        convert(small(tmp_path / "train"), str(tmp_path / "out"), Options())
+
+
 def test_splits_converted_at_the_same_time_share_no_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -536,6 +583,16 @@ def test_a_finished_split_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"inputs\.clusters\.0\.path was .*, is "):
         convert(small(tmp_path / "other"), str(tmp_path / "out"), Options())
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["clusters_written", "members_written", "residues_written", "state"])
+def test_a_finished_split_whose_counts_are_lost_is_refused(tmp_path: Path, name: str) -> None:
+    layout = small(tmp_path)
+    told = convert(layout, str(tmp_path / "out"), Options())
+    for lost in ({**told, name: "many"}, {key: told[key] for key in told if key != name}):
+        (tmp_path / "out/train/conversion.json").write_text(json.dumps(lost))
+        with pytest.raises(UserError, match=r"train/conversion\.json is damaged, or of another version"):
+            convert(layout, str(tmp_path / "out"), Options())
 
 
 @pytest.mark.parametrize("files", [["mine.txt"], ["index.json"], ["index.json", "conversion.json"]])
@@ -735,6 +792,113 @@ def test_unfinished_work_of_another_input_is_refused(tmp_path: Path, many: BioNe
     assert sorted((tmp_path / "out").rglob("*")) == held
 
 
+def test_what_sqlite_has_not_put_into_its_file_is_a_change_of_the_input(tmp_path: Path) -> None:
+    clusters, proteins = write_layout(tmp_path, {"ur50_id": ["a"]}, {"a": "MK"})
+    with contextlib.closing(sqlite3.connect(proteins)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        same = partial(convert, BioNeMo(clusters, proteins), str(tmp_path / "out"), Options())
+        same()
+        assert same()["already_done"]  # the log is empty, or is not there
+        with database:
+            database.execute("UPDATE protein SET sequence = 'MV'")
+        with pytest.raises(UserError, match=r"inputs\.sequences\.1\.bytes was None, is \d+"):
+            same()
+        shutil.rmtree(tmp_path / "out")
+        same()
+        assert same()["already_done"]
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def cut_off(tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, Any]]:
+    """A conversion to tmp_path / "out" that was stopped just before its final rename; goes on with it."""
+    _, proteins = random_data(16)
+    (tmp_path / "f").write_text("".join(f">{name}\n{sequence}\n" for name, sequence in proteins.items()))
+    same = partial(convert, Fasta([tmp_path / "f"]), str(tmp_path / "out"), Options())
+
+    def stop(_: LocalSplit) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalSplit, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            same()
+    return same
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "flipped": lambda path: flip(path, path.stat().st_size // 2),
+    "gone": Path.unlink,
+    "other": lambda path: path.write_text("{}"),
+}
+WORK = ["shards/shard.00000.00.mds.zstd", "parts/00000.json", "parts/00000.ids", "plan.json", "plan.parquet"]
+WORK += ["staged.json", "ids.parquet", "sequences.db"]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(name, damage) for name in WORK for damage in DAMAGE if (name, damage) != ("sequences.db", "flipped")],
+)
+def test_work_that_is_damaged_is_done_again(
+    tmp_path: Path, cut_off: Callable[[], dict[str, Any]], name: str, damage: str
+) -> None:
+    work, split = tmp_path / "out/.train.work", tmp_path / "out/train"
+    expected = hashes(work / "shards")
+    DAMAGE[damage](work / name)
+    if "/" not in name:  # what follows from it is not there yet
+        (work / "parts/00001.json").unlink()
+        if not name.startswith("plan"):
+            (work / "plan.json").unlink()
+    told = cut_off()
+    assert told["clusters_written"] == told["members_read"] == told["sequences_read"]
+    assert hashes(split) == expected
+    assert {path.name for path in split.iterdir()} == {*expected, "conversion.json"}
+
+
+def test_only_the_damaged_part_is_made_again(
+    tmp_path: Path, cut_off: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, build = [], parts.PartBuilder.build
+    monkeypatch.setattr(
+        parts.PartBuilder, "build", lambda self, number, *rest: built.append(number) or build(self, number, *rest)
+    )
+    flip(tmp_path / "out/.train.work/shards/shard.00001.00.mds.zstd", 100)
+    cut_off()
+    assert built == [1]
+
+
+def test_a_part_that_is_damaged_before_the_parts_are_joined_keeps_the_work(
+    tmp_path: Path, cut_off: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, join = tmp_path / "out/.train.work/parts/00001.ids", conversion._join
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "_join", lambda *given: flip(path, 50) or join(*given))
+        with pytest.raises(Interrupted, match=r"parts/00001\.json or its \.ids"):
+            cut_off()
+    cut_off()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"7"])
+def test_a_damaged_state_is_told(tmp_path: Path, cut_off: Callable[[], dict[str, Any]], content: bytes) -> None:
+    (tmp_path / "out/.train.work/state.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"state\.json: damaged; remove|holds unfinished work, of another"):
+        cut_off()
+
+
+def test_work_of_nobody_knows_what_is_begun_anew(tmp_path: Path, cut_off: Callable[[], dict[str, Any]]) -> None:
+    (tmp_path / "out/.train.work/state.json").unlink()
+    (tmp_path / "g").write_text(">a\nMK\n")
+    convert(Fasta([tmp_path / "g"]), str(tmp_path / "out"), Options())
+    assert members_of(read_split(tmp_path / "out/train")) == {"a": [b"MK"]}
+
+
 @pytest.fixture
 def full_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is full when the first part is to be built, and no more at the next attempt."""
@@ -799,14 +963,18 @@ def test_what_a_marker_vouches_for_is_on_the_disk_before_it(
     assert names == [*expected, "cluster_ids.parquet", "conversion.json", "index.json"]
 
 
-def test_a_plan_that_was_damaged_meanwhile_is_told_and_made_anew(
-    tmp_path: Path, many: BioNeMo, full_once: None
+def test_a_plan_that_is_damaged_meanwhile_is_told_and_made_anew(
+    tmp_path: Path, many: BioNeMo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(Interrupted):
-        convert(many, str(tmp_path / "out"), Options())
-    (tmp_path / "out/.train.work/plan.parquet").write_bytes(bytes(5000))
-    with pytest.raises(UserError, match=r"plan\.parquet \(the same command makes it anew\): damaged"):
-        convert(many, str(tmp_path / "out"), Options())
+    def damaged(*given: Any) -> conversion_plan.Plan:
+        plan = make_plan(*given)
+        plan.path.write_bytes(bytes(5000))
+        return plan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "make_plan", damaged)
+        with pytest.raises(UserError, match=r"plan\.parquet \(the same command makes it anew\): damaged"):
+            convert(many, str(tmp_path / "out"), Options())
     assert convert(many, str(tmp_path / "out"), Options())["clusters_written"] == 800
 
 

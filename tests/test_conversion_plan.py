@@ -10,6 +10,7 @@ import pytest
 
 from esm2_composer import conversion_plan
 from esm2_composer.conversion_plan import make_plan
+from esm2_composer.destinations import OtherSplit
 from esm2_composer.errors import UserError
 from esm2_composer.layouts import Fasta, Flat
 from esm2_composer.records import Report
@@ -39,8 +40,9 @@ def fasta(folder: Path) -> Fasta:
 @pytest.mark.parametrize("content", [b"PAR1garbagePAR1", b""])
 def test_the_other_splits_damage_is_told_as_its_own(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "cluster_ids.parquet").write_bytes(content)
+    other = OtherSplit(tmp_path / "cluster_ids.parquet", "", None)
     with pytest.raises(UserError, match=r"/cluster_ids\.parquet: damaged"):
-        make_plan(fasta(tmp_path), tmp_path, tmp_path / "cluster_ids.parquet", 1, Report())
+        make_plan(fasta(tmp_path), tmp_path, other, 1, Report())
 
 
 def test_many_workers_do_not_make_planning_take_all_memory(

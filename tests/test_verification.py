@@ -124,6 +124,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "cluster_ids.parquet: not the ids of the clusters in the shards": lambda split: pq.write_table(
         pa.table({"cluster_id": ["c1", "c3"]}), split / "cluster_ids.parquet"
     ),
+    "cluster_ids.parquet: its xxh64 is not that of conversion.json": lambda split: pq.write_table(
+        pa.table({"cluster_id": ["c2", "c1"]}), split / "cluster_ids.parquet"
+    ),
     "cluster_ids.parquet: not a parquet file": lambda split: (split / "cluster_ids.parquet").write_bytes(b"x"),
     "2 clusters, but conversion.json says None": lambda split: (split / "conversion.json").write_text(
         '{"clusters_written": null}'

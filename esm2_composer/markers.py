@@ -1,0 +1,35 @@
+"""Markers: what a conversion has done, in files that also say whether it is still whole.
+
+A marker is two lines: JSON, with the hashes of the files beside it that it vouches for, and the JSON's own hash.
+So whatever is damaged or has gone, be it the marker or such a file, counts as not done.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from esm2_composer.files import write_durably
+from esm2_composer.storage import xxh64
+
+
+def write_marker(path: Path, content: dict[str, Any], *files: Path) -> None:
+    """Let `path` say `content`, and vouch for `files`, which lie beside it and are on the disk already."""
+    told = json.dumps({**content, "files": {file.name: xxh64(file) for file in files}}).encode()
+    write_durably(path, b"%s\n%s\n" % (told, xxhash.xxh64_hexdigest(told).encode()))
+
+
+def read_marker(path: Path) -> dict[str, Any] | None:
+    """What it says; None if it, or a file that it vouches for, is damaged or missing."""
+    try:
+        told, _, own = path.read_bytes().partition(b"\n")
+        if own != b"%s\n" % xxhash.xxh64_hexdigest(told).encode():
+            return None
+        content = json.loads(told)
+        whole = all(xxh64(path.with_name(name)) == expected for name, expected in content["files"].items())
+    except FileNotFoundError:
+        return None
+    return content if whole else None
