@@ -154,9 +154,9 @@ def count_short_clusters(place: str, min_length: int) -> int | None:
         return None
     try:
         longest = json.loads(_fetch(place, "conversion.json"))["longest_members"]
-    except Exception:  # no such file; each store raises its own types
+        return sum(count for length, count in longest.items() if int(length) < min_length)
+    except Exception:  # no such file, or other content; each store raises its own types
         return None
-    return sum(count for length, count in longest.items() if int(length) < min_length)
 
 
 def canonical_nodes(global_batch_size: int, ranks: int) -> int:

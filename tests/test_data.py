@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -332,6 +333,12 @@ def test_clusters_that_are_all_short_are_counted(shards: Path, tmp_path: Path) -
         assert count_short_clusters(str(shards / "train"), min_length) == short
     assert count_short_clusters(str(shards / "train"), 1023) is None
     assert count_short_clusters(str(shards), 5) is None
+
+
+@pytest.mark.parametrize("longest", [[], None, "x", {"x": 1}, {"3": "x"}, {"3": None}])
+def test_a_conversion_json_of_other_content_counts_no_clusters(tmp_path: Path, longest: Any) -> None:
+    (tmp_path / "conversion.json").write_text(json.dumps({"longest_members": longest}))
+    assert count_short_clusters(str(tmp_path), 5) is None
 
 
 def test_a_cache_of_the_remotes_own_shards_is_taken_and_others_are_refused(written: Path, tmp_path: Path) -> None:
