@@ -27,10 +27,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from esm2_composer import alphabet
 from esm2_composer.config import DataSection
 from esm2_composer.epochs import shards_in_use
-from esm2_composer.errors import Passing, StoreAway, UserError
+from esm2_composer.errors import OneLine, StoreAway, UserError
 from esm2_composer.masking import MaskingRule, choose, keyed_words, token_uniforms
 from esm2_composer.patience import patiently
-from esm2_composer.records import COLUMNS, LONGEST_COUNTED
+from esm2_composer.records import LONGEST_COUNTED
 from esm2_composer.shards import CheckedStream, MappedDataset, opening_alone
 
 # Streaming lays an epoch out for this many nodes, or for those of its factors that the batch has too: so a run
@@ -296,25 +296,20 @@ def _fetch(place: str, name: str) -> bytes:
 
 
 def open_clusters(remote: str | None, local: str, **arguments: Any) -> ClusterDataset:
-    place = remote or local
     try:
         with opening_alone():
-            clusters = ClusterDataset(CheckedStream(remote, local), **arguments)
+            return ClusterDataset(CheckedStream(remote, local), **arguments)
+    except OneLine:
+        raise
     except Exception as error:  # each store raises its own types
-        # Another rank was lost, the store is away, a disk is full, or another user's run took the name in shared
-        # memory at the same moment: no mistake, and worth another start.
-        another_start_may_do = isinstance(error, dist.DistError | ConnectionError | Passing | FileExistsError)
+        # Another rank was lost, the store is away, or another user's run took the name in shared memory at the
+        # same moment: no mistake, and worth another start.
+        another_start_may_do = isinstance(error, dist.DistError | ConnectionError | FileExistsError)
         if another_start_may_do or "/gloo/" in str(error):
             raise
         if "`cache_limit`" in str(error):  # Streaming's, of one that is too small
             raise UserError(f"data.cache_limit {arguments['cache_limit']}: {error}") from error
-        raise UserError(f"{place}: cannot be opened as MDS shards ({error})") from error
-    shard = clusters.shards[0]
-    columns = dict(zip(shard.column_names, shard.column_encodings, strict=True))
-    if columns != COLUMNS:
-        told = ", ".join(f"{name} ({encoding})" for name, encoding in columns.items())
-        raise UserError(f"{place}: not shards of clusters; their columns are {told}")
-    return clusters
+        raise UserError(f"{remote or local}: cannot be opened as MDS shards ({error})") from error
 
 
 def _nodes(ranks: int) -> int:

@@ -8,6 +8,7 @@ itself is small: a count, offsets, the columns as JSON, and the samples end to e
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pyarrow as pa
 import xxhash
 import zstd
 
+from esm2_composer.errors import UserError
 from esm2_composer.files import write_durably
 from esm2_composer.records import COLUMNS
 
@@ -36,6 +38,63 @@ _CONFIG = {
 assert list(COLUMNS) == sorted(COLUMNS), "MDS stores columns in the order of their names"
 _CONFIG_BYTES = json.dumps(_CONFIG, sort_keys=True).encode()
 _SHAPE_FORMATS = ("<BB", "<BH", "<BI")
+_SHAPE_SIZES = tuple(map(struct.calcsize, _SHAPE_FORMATS))
+
+
+def check_index(index: Any, place: str) -> list[dict[str, Any]]:
+    """The entries of the shards in the index.json of the split at `place`, which may be acted upon.
+
+    Files are fetched, unpacked and removed under the names that it gives: those must be a shard's, in the split's
+    own folder, and no other entry's.
+
+    Raises:
+        UserError: one is not, a field is missing or of another type, or the shards are not of clusters.
+    """
+    shards = index.get("shards") if isinstance(index, dict) else None
+    if not isinstance(shards, list):
+        raise UserError(f"{place}/index.json: damaged (it lists no shards); make these shards anew")
+    seen: set[str] = set()
+    for number, entry in enumerate(shards):
+        try:
+            names = _check_entry(entry)
+            if repeated := seen.intersection(names):
+                raise ValueError(f"{min(repeated)} is listed before")
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            told = f"entry {number} is not of an MDS shard: {error}"
+            raise UserError(f"{place}/index.json: damaged ({told}); make these shards anew") from error
+        seen.update(names)
+        columns = entry["column_names"], entry["column_encodings"]
+        if columns != (list(COLUMNS), list(COLUMNS.values())):
+            told = ", ".join(f"{name} ({encoding})" for name, encoding in zip(*columns, strict=False))
+            raise UserError(f"{place}: not shards of clusters; their columns are {told}")
+    return shards
+
+
+def _check_entry(entry: dict[str, Any]) -> list[str]:
+    """The names of a shard's files. Over another entry, raises whatever tells best what is odd."""
+    for field, expected in (("version", 2), ("format", "mds")):
+        if entry[field] != expected:
+            raise ValueError(f"{field} {entry[field]!r}")
+    for field, kind in (("samples", int), ("column_names", list), ("column_encodings", list)):
+        if type(entry[field]) is not kind:
+            raise TypeError(f"{field} {entry[field]!r}")
+    raw, packed, compression = entry["raw_data"], entry["zip_data"], entry["compression"]
+    if not re.fullmatch(r"shard\.[\w.-]+\.mds", raw["basename"], re.ASCII):
+        raise ValueError(f"raw_data.basename {raw['basename']!r}")
+    if (packed, compression) == (None, None):
+        files = [raw]
+    else:
+        files = [raw, packed]
+        if packed["basename"] != f"{raw['basename']}.{compression.partition(':')[0]}":
+            raise ValueError(f"zip_data.basename {packed['basename']!r}, compression {compression!r}")
+    for file in files:
+        if type(file["bytes"]) is not int or not 0 <= file["bytes"] < 2**32:  # offsets in a shard have 32 bits
+            raise ValueError(f"bytes {file['bytes']!r}")
+        if type(file["hashes"]) is not dict:
+            raise TypeError(f"hashes {file['hashes']!r}")
+    if not 0 <= 4 * entry["samples"] < raw["bytes"]:  # each has an offset
+        raise ValueError(f"samples {entry['samples']}")
+    return [file["basename"] for file in files]
 
 
 def encode_sample(sample: dict[str, Any]) -> bytes:
@@ -55,38 +114,48 @@ def _encode_vector(values: np.ndarray) -> bytes:
 class Shard:
     """The samples of an unpacked shard, read where they lie."""
 
-    def __init__(self, content: memoryview) -> None:
-        self._bytes = content
+    def __init__(self, content: memoryview, name: object) -> None:
+        self._bytes, self._name = content, name
 
     @classmethod
     def mapped(cls, path: Path) -> Shard:
         """A file mapped into memory: to read a sample takes no system call. The mapping outlives the open file
         (Python's own mmap keeps a descriptor for each, and a run may read thousands of shards)."""
         with pa.memory_map(str(path)) as file:
-            return cls(memoryview(file.read_buffer()))
+            return cls(memoryview(file.read_buffer()), path)
 
     def xxh64(self) -> str:
         return xxhash.xxh64(self._bytes).hexdigest()
 
     def __len__(self) -> int:
-        return struct.unpack_from("<I", self._bytes)[0]
+        return int.from_bytes(self._bytes[:4], "little")
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """Sample `number`: as `records` makes it, but its residues are a memoryview."""
-        start, end = struct.unpack_from("<II", self._bytes, 4 * (1 + number))
-        id_size, lengths_size, _ = struct.unpack_from("<III", self._bytes, start)
-        lengths_at = start + 12 + id_size
-        residues_at = lengths_at + lengths_size
-        return {
-            "cluster_id": str(self._bytes[start + 12 : lengths_at], "utf-8"),
-            "lengths": _decode_vector(self._bytes[lengths_at:residues_at]),
-            "residues": self._bytes[residues_at:end],
-        }
+        """Sample `number`: as `records` makes it, but its residues are a memoryview.
+
+        Raises:
+            UserError: it is none, or its lengths are not those of its residues.
+        """
+        try:
+            start, end = struct.unpack_from("<II", self._bytes, 4 * (1 + number))
+            id_size, lengths_size, _ = struct.unpack_from("<III", self._bytes, start)
+            lengths_at = start + 12 + id_size
+            residues_at = lengths_at + lengths_size
+            cluster_id = str(self._bytes[start + 12 : lengths_at], "utf-8")
+            lengths = _decode_vector(self._bytes[lengths_at:residues_at])
+            residues = self._bytes[residues_at:end]
+            each = lengths.tolist()  # most are of a few members, for which numpy takes longer
+            if min(each) < 1 or sum(each) != len(residues):
+                raise ValueError(f"lengths of {cluster_id} do not add up to its residues")
+        except (struct.error, IndexError, ValueError) as error:
+            raise UserError(
+                f"{self._name}: sample {number} is damaged ({error}); make these shards anew"
+            ) from error
+        return {"cluster_id": cluster_id, "lengths": lengths, "residues": residues}
 
 
 def _decode_vector(encoded: memoryview) -> np.ndarray:
-    code = encoded[0] & 3
-    return np.frombuffer(encoded, "<i4", offset=struct.calcsize(_SHAPE_FORMATS[code]))
+    return np.frombuffer(encoded, "<i4", offset=_SHAPE_SIZES[encoded[0] & 3])
 
 
 class ShardWriter:

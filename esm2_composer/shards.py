@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import math
 import os
 import tempfile
@@ -19,15 +20,17 @@ from typing import Any
 import numpy as np
 import streaming.base.dataset
 import torch.distributed as dist
+import zstd
 from streaming import Stream, StreamingDataset
 from streaming.base.constant import EPOCH_DATA
 from streaming.base.dataset import _ShardState
-from streaming.base.format import Reader
+from streaming.base.format import Reader, get_index_basename
 from streaming.base.shared import _get_path
+from streaming.base.world import World
 
 from esm2_composer.epochs import lay_out_epoch, layout_shape
 from esm2_composer.errors import FULL, OneLine, Passing, UserError
-from esm2_composer.mds import Shard
+from esm2_composer.mds import Shard, check_index
 from esm2_composer.patience import patiently
 
 HASH = "xxh64"
@@ -112,6 +115,9 @@ class MappedDataset(StreamingDataset):
                 if HASH in file.hashes and shard.xxh64() != file.hashes[HASH]:
                     stream.drop(self.shards[shard_id], path, "its hash is not that of index.json")
                     continue
+                if len(shard) != len(self.shards[shard_id]):
+                    told = f"{len(shard):,} samples, but index.json says {len(self.shards[shard_id]):,}"
+                    raise UserError(f"{path}: {told}; make these shards anew")
                 self._intact.add(shard_id)
             if self.cache_limit:
                 self._shard_access_times[shard_id] = time.time_ns()
@@ -210,6 +216,12 @@ class CheckedStream(Stream):
         super().__init__(remote=remote, local=local, validate_hash=HASH, download_retry=1)
         self._dropped: set[Path] = set()
 
+    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
+        shards = super().get_shards(world, allow_unsafe_types)
+        index = Path(self.local, self.split, get_index_basename())
+        check_index(json.loads(index.read_text()), self.remote or self.local)
+        return shards
+
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: np.ndarray) -> None:
         for shard in shards:
             *_, packed = self._files(shard)
@@ -226,14 +238,14 @@ class CheckedStream(Stream):
         except FileNotFoundError as error:
             if error.filename2 is None:  # else another run has unpacked it at the same time
                 raise UserError(f"{self._source(shard)}: not there ({error})") from error
-        except ValueError as error:
+        except (ValueError, zstd.Error) as error:
             if "Checksum failure" not in str(error):
-                raise
+                raise UserError(f"{self._source(shard)}: cannot be read ({error})") from error
             *_, packed = self._files(shard)
             self.drop(shard, packed, str(error))
         try:
             return super().prepare_shard(shard)
-        except ValueError as error:
+        except (ValueError, zstd.Error) as error:
             raise UserError(f"{self._source(shard)}: cannot be read ({error})") from error
 
     def drop(self, shard: Reader, damaged: Path, why: str) -> None:

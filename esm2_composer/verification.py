@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import xxhash
-import zstd
 
 from esm2_composer.errors import UserError
-from esm2_composer.files import is_remote
+from esm2_composer.files import is_remote, refuse_irregular
 from esm2_composer.layouts import open_parquet, reading
-from esm2_composer.mds import Shard
-from esm2_composer.records import COLUMNS, RESIDUES
+from esm2_composer.mds import Shard, check_index
+from esm2_composer.records import RESIDUES
 from esm2_composer.storage import Store, xxh64
 from esm2_composer.workers import Workers
 
@@ -35,8 +35,8 @@ def verify(
 
     Raises:
         UserError: a shard is missing, its hash or size is not the index's, a sample's lengths do not add up, it
-            holds a letter that is no residue, index.json is no split's, the counts are not conversion.json's, or
-            cluster_ids.parquet names other clusters.
+            holds a letter that is no residue, index.json is no split's, the counts are not conversion.json's,
+            cluster_ids.parquet names other clusters, or the split lies under the other's name.
     """
     uri = uri.rstrip("/")
     places = [(uri.rpartition("/")[2], uri), *((split, f"{uri}/{split}") for split in ("train", "valid"))]
@@ -45,6 +45,7 @@ def verify(
         index = _read_json(place, "index.json")
         if index is not None:
             conversion = _read_json(place, "conversion.json")
+            _refuse_swapped(split, conversion, place)
             told = partial(progress, f"shards of {split}")
             found[split] = _verify_split(place, index, conversion, workers, told)
     if not found:
@@ -60,7 +61,8 @@ def _fetched(place: str, name: str) -> Iterator[Path | None]:
         if is_remote(place):
             store = Store(place, Path(folder))
             path = store.download(name, Path(folder)) if name in store.names(name) else Path(folder) / name
-        yield path if path.is_file() else None
+        refuse_irregular(path)
+        yield path if path.exists() else None
 
 
 def _read_json(place: str, name: str) -> dict[str, Any] | None:
@@ -69,11 +71,21 @@ def _read_json(place: str, name: str) -> dict[str, Any] | None:
             return None
         try:
             told = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{place}/{name}: damaged ({error})") from error
     if not isinstance(told, dict):
         raise UserError(f"{place}/{name}: damaged (it holds no names and values)")
     return told
+
+
+def _refuse_swapped(split: str, conversion: dict[str, Any] | None, place: str) -> None:
+    """Raises UserError if train shards lie where valid ones should, or the other way round."""
+    try:
+        converted = conversion["state"]["options"]["split"]
+    except (LookupError, TypeError):  # shards of others, or of an odd conversion.json
+        return
+    if (split, converted) in (("train", "valid"), ("valid", "train")):
+        raise UserError(f"{place}: {converted} shards, by conversion.json; convert anew with --split {split}")
 
 
 def _verify_split(
@@ -84,9 +96,7 @@ def _verify_split(
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     _store.cache_clear()  # the endpoint may be another one than at the last call
-    shards = index.get("shards")
-    if not isinstance(shards, list):
-        raise UserError(f"{place}/index.json: damaged (it lists no shards)")
+    shards = check_index(index, place)
     lengths, draws, clusters, ids = np.zeros(0), np.zeros(0), 0, 0
     check = partial(_check_shard, place)
     workers = min(workers, max(len(shards), 1))  # a process takes seconds to start; one shard needs none
@@ -116,6 +126,9 @@ def _verify_split(
 
 def _listed(place: str, path: Path) -> Iterator[str | None]:
     with reading(f"{place}/{path.name}"), open_parquet(path) as ids:
+        columns = {field.name: field.type for field in ids.schema_arrow}
+        if columns.get("cluster_id") not in (pa.string(), pa.large_string()):
+            raise UserError(f"{place}/{path.name}: damaged (no column cluster_id of strings)")
         for batch in ids.iter_batches(columns=["cluster_id"]):
             yield from batch["cluster_id"].to_pylist()
 
@@ -128,43 +141,30 @@ def _sum_of_hashes(ids: Iterable[str | None]) -> int:
 def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int, int]:
     """How many members, and how many draws of a member from each cluster, have each length; clusters; their ids'
     hashes."""
-    from streaming.base.compression import decompress
-
-    try:
-        name = entry["zip_data"]["basename"]
-        told = [(entry[kind]["bytes"], dict(entry[kind]["hashes"])) for kind in ("zip_data", "raw_data")]
-        columns = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
-        samples, compression = entry["samples"], entry["compression"]
-        if Path(name).name != name:
-            raise ValueError
-    except (LookupError, TypeError, ValueError):
-        raise UserError(
-            f"{place}/index.json: not an entry of a compressed shard in MDS format: {str(entry)[:100]}"
-        ) from None
-    if columns != COLUMNS:
-        raise UserError(f"{place}/{name}: not a shard of clusters; its columns are {entry['column_names']}")
+    samples, raw = entry["samples"], entry["raw_data"]
+    file = entry["zip_data"] or raw
+    name = file["basename"]
     with tempfile.TemporaryDirectory() as folder:
         try:
             path = _store(place).download(name, Path(folder)) if is_remote(place) else Path(place) / name
+            refuse_irregular(path)
             packed = path.read_bytes()
         except OSError as error:
             raise UserError(f"{place}/{name}: cannot be read ({error})") from error
         try:
-            _check_file(packed, *told[0])
-            content = decompress(compression, packed)
-            _check_file(content, *told[1])
-        except (ValueError, zstd.Error) as error:  # an algorithm may be none, and without hashes damage shows here
+            _check_file(packed, file)
+            content = _unpack(entry["compression"], packed, raw["bytes"])
+            _check_file(content, raw)
+        except ValueError as error:  # an algorithm may be none, and without hashes damage shows here
             raise UserError(f"{place}/{name}: {error}") from error
-        shard = Shard(memoryview(content))
+        shard = Shard(memoryview(content), f"{place}/{name}")
         if len(shard) != samples:
-            raise UserError(f"{place}/{name}: {len(shard):,} samples, but index.json says {samples}")
+            raise UserError(f"{place}/{name}: {len(shard):,} samples, but index.json says {samples:,}")
         lengths, draws, ids = np.zeros(0), np.zeros(0), []
         for number in range(samples):
             sample = shard[number]
             ids.append(sample["cluster_id"])
             members = sample["lengths"]
-            if members.min() < 1 or members.sum() != len(sample["residues"]):
-                raise UserError(f"{place}/{name}: lengths of {sample['cluster_id']} do not add up to its residues")
             if bytes(sample["residues"]).translate(None, RESIDUES):
                 raise UserError(f"{place}/{name}: {sample['cluster_id']} holds letters that are no residues")
             counts = np.bincount(members).astype(float)
@@ -172,15 +172,27 @@ def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndar
     return lengths, draws, samples, _sum_of_hashes(ids)
 
 
-def _check_file(content: bytes, size: int, hashes: dict[str, str]) -> None:
-    """Raises ValueError if that is not its size, or a hash is not its own."""
+def _unpack(compression: str | None, packed: bytes, size: int) -> bytes:
+    """Raises ValueError if it cannot be. Few bytes of zstd may stand for gigabytes: only `size` are unpacked."""
+    from streaming.base.compression import decompress
+
+    if compression is None or not compression.startswith("zstd"):
+        return decompress(compression, packed)
+    try:
+        return pa.decompress(packed, size, "zstd", asbytes=True)
+    except OSError as error:
+        raise ValueError(f"it does not unpack to the {size:,} bytes of index.json ({error})") from error
+
+
+def _check_file(content: bytes, told: dict[str, Any]) -> None:
+    """Raises ValueError if it has not the size that is told of it, or another hash."""
     from streaming.base.hashing import get_hash
 
-    for algorithm, expected in hashes.items():
+    if len(content) != told["bytes"]:
+        raise ValueError(f"it has {len(content):,} bytes, by index.json {told['bytes']:,}; the shard is damaged")
+    for algorithm, expected in told["hashes"].items():
         if get_hash(algorithm, content) != expected:
             raise ValueError(f"its {algorithm} is not that of index.json; the shard is damaged")
-    if len(content) != size:
-        raise ValueError(f"it has {len(content):,} bytes, by index.json {size}; the shard is damaged")
 
 
 @cache

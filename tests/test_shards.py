@@ -230,6 +230,52 @@ def test_a_shard_of_the_wrong_size_is_named_before_training(fresh: Callable[[], 
         train_loader(DRAW, None, str(folder), BATCH, 0)
 
 
+def edit_entry(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Change the second shard's entry in index.json, or what is nested in it; the entry as it was."""
+    index = json.loads((folder / "index.json").read_text())
+    before = index["shards"][1]
+    nested = {name: {**before[name], **value} for name, value in changes.items() if isinstance(value, dict)}
+    index["shards"][1] = {**before, **changes, **nested}
+    (folder / "index.json").write_text(json.dumps(index))
+    return before
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("name", ["../precious", "{}/precious", "index.json", "shard.00000.mds"])
+@pytest.mark.parametrize("kind", ["raw_data", "zip_data"])
+def test_an_index_that_names_other_files_costs_none(
+    fresh: Callable[[], str], tmp_path: Path, kind: str, name: str, cached: bool
+) -> None:
+    folder, cache = fresh(), tmp_path / "cache"
+    (tmp_path / "precious").write_text("kept")
+    name = name.format(tmp_path)
+    edit_entry(Path(folder), **{kind: {"basename": name, "bytes": 1}})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=rf"^{folder}/index\.json: damaged \(entry 1 "):
+        evaluation_loader(DRAW, *((folder, str(cache)) if cached else (None, folder)), BATCH, 0)
+    (cache / "index.json").unlink(missing_ok=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+@pytest.mark.parametrize("open_loader", [train_loader, evaluation_loader])
+def test_another_count_of_samples_than_the_shards_is_named(
+    open_loader: Callable[..., DataLoader], fresh: Callable[[], str], more: int
+) -> None:
+    folder = fresh()
+    samples = edit_entry(Path(folder))["samples"]
+    edit_entry(Path(folder), samples=samples + more)
+    with pytest.raises(UserError, match=rf"mds: {samples} samples, but index\.json says {samples + more}"):
+        contents(open_loader(DRAW, None, folder, BATCH, 0))
+
+
+def test_a_shard_to_fetch_without_a_hash_is_named(fresh: Callable[[], str], tmp_path: Path) -> None:
+    folder = fresh()
+    name = edit_entry(Path(folder), zip_data={"hashes": {}})["zip_data"]["basename"]
+    with pytest.raises(UserError, match=rf"^{folder}/{name}: cannot be read \(Hash algorithm"):
+        contents(evaluation_loader(DRAW, folder, str(tmp_path / "cache"), BATCH, 0))
+
+
 def test_shards_stay_mapped_and_are_not_locked_again_unless_they_may_be_evicted(
     fresh: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

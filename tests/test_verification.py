@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstd
+from conftest import cluster
+from streaming import MDSWriter
 from test_conversion import SPLIT_FILES, bionemo
 
 from esm2_composer import mds
@@ -17,6 +21,7 @@ from esm2_composer.conversion import Options, convert
 from esm2_composer.errors import UserError
 from esm2_composer.layouts import BioNeMo
 from esm2_composer.mds import ShardWriter
+from esm2_composer.records import COLUMNS
 from esm2_composer.verification import verify
 from esm2_composer.workers import Workers
 
@@ -65,16 +70,23 @@ def edit_index(split: Path, change: Callable[[dict], object]) -> None:
     (split / "index.json").write_text(json.dumps(index))
 
 
+RAW = "shard.00000.00.mds"
+PACKED = f"{RAW}.zstd"
+
+
 def rewrite(split: Path, old: bytes, new: bytes) -> None:
     """Put other content into the shard, with hashes that fit."""
-    path = split / "shard.00000.00.mds.zstd"
-    raw = zstd.decompress(path.read_bytes())
+    raw = zstd.decompress((split / PACKED).read_bytes())
     assert raw.count(old) == 1
     raw = raw.replace(old, new)
-    path.write_bytes(zstd.compress(raw))
-    name = "shard.00000.00.mds"
-    files = {"raw_data": mds._file(name, raw), "zip_data": mds._file(f"{name}.zstd", path.read_bytes())}
-    edit_index(split, lambda index: index["shards"][0].update(files))
+    pack(split, raw)
+    edit_index(split, lambda index: index["shards"][0].update(raw_data=mds._file(RAW, raw)))
+
+
+def pack(split: Path, raw: bytes) -> None:
+    packed = zstd.compress(raw)
+    (split / PACKED).write_bytes(packed)
+    edit_index(split, lambda index: index["shards"][0].update(zip_data=mds._file(PACKED, packed)))
 
 
 def forget_hashes(split: Path) -> None:
@@ -82,26 +94,45 @@ def forget_hashes(split: Path) -> None:
     edit_index(
         split, lambda index: [index["shards"][0][kind].update(hashes={}) for kind in ("raw_data", "zip_data")]
     )
-    path = split / "shard.00000.00.mds.zstd"
-    path.write_bytes(bytes(path.stat().st_size))
+    (split / PACKED).write_bytes(bytes((split / PACKED).stat().st_size))
+
+
+def put_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def put_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    "cannot be read": lambda split: (split / "shard.00000.00.mds.zstd").unlink(),
-    "its xxh64 is not that of index.json": lambda split: (split / "shard.00000.00.mds.zstd").write_bytes(b"x"),
+    "cannot be read": lambda split: (split / PACKED).unlink(),
+    f"{PACKED}: not a regular file": lambda split: put_pipe(split / PACKED),
+    "index.json: not a regular file": lambda split: put_folder(split / "index.json"),
+    "it has 1 bytes, by index.json": lambda split: (split / PACKED).write_bytes(b"x"),
+    "its xxh64 is not that of index.json": lambda split: (split / PACKED).write_bytes(
+        bytes((split / PACKED).stat().st_size)
+    ),
     "mds.zstd: its xxh64 is not that of": lambda split: edit_index(
         split, lambda index: index["shards"][0]["raw_data"]["hashes"].update(xxh64="0" * 16)
     ),
-    "bytes, by index.json 7; the shard is damaged": lambda split: edit_index(
-        split, lambda index: index["shards"][0]["raw_data"].update(bytes=7)
+    "it does not unpack to the 77 bytes of index.json": lambda split: edit_index(
+        split, lambda index: index["shards"][0]["raw_data"].update(bytes=77)
+    ),
+    "bytes of index.json (ZSTD decompression failed: Destination buffer is too small)": lambda split: pack(
+        split, bytes(2**25)
     ),
     "mds.zstd: md6 is not a supported hash algorithm": lambda split: edit_index(
         split, lambda index: index["shards"][0]["zip_data"]["hashes"].update(md6="0")
     ),
-    "mds.zstd: gzap is not a supported compression algorithm": lambda split: edit_index(
+    "entry 0 is not of an MDS shard: zip_data.basename": lambda split: edit_index(
         split, lambda index: index["shards"][0].update(compression="gzap")
     ),
-    "mds.zstd: Input data invalid": forget_hashes,
+    "bytes of index.json (": forget_hashes,
+    "sample 1 is damaged ('utf-8' codec can't decode": lambda split: rewrite(split, b"c1", b"\xff1"),
+    "sample 1 is damaged (buffer size must be": lambda split: rewrite(split, b"c1\4", b"c1\5"),
     "lengths of c1 do not add up to its residues": lambda split: rewrite(
         split, b"\x05\0\0\0MKVLA", b"\x04\0\0\0MKVLA"
     ),
@@ -109,17 +140,14 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "0 clusters, but conversion.json says 2": lambda split: edit_index(
         split, lambda index: index["shards"].clear()
     ),
-    "not a shard of clusters; its columns are ['name']": lambda split: edit_index(
+    "not shards of clusters; their columns are name (str)": lambda split: edit_index(
         split, lambda index: index["shards"][0].update(column_names=["name"], column_encodings=["str"])
     ),
     "2 samples, but index.json says 1": lambda split: edit_index(
         split, lambda index: index["shards"][0].update(samples=1)
     ),
-    "2 samples, but index.json says x": lambda split: edit_index(
-        split, lambda index: index["shards"][0].update(samples="x")
-    ),
-    "not an entry of a compressed shard in MDS format: {'column_encodings'": lambda split: edit_index(
-        split, lambda index: index["shards"][0]["zip_data"].update(basename="../train/shard.00000.00.mds.zstd")
+    "index.json: damaged (entry 1 is not of an MDS shard: shard.00000.00.mds is listed before)": (
+        lambda split: edit_index(split, lambda index: index["shards"].extend(index["shards"]))
     ),
     "cluster_ids.parquet: not the ids of the clusters in the shards": lambda split: pq.write_table(
         pa.table({"cluster_id": ["c1", "c3"]}), split / "cluster_ids.parquet"
@@ -127,20 +155,21 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "cluster_ids.parquet: its xxh64 is not that of conversion.json": lambda split: pq.write_table(
         pa.table({"cluster_id": ["c2", "c1"]}), split / "cluster_ids.parquet"
     ),
+    "cluster_ids.parquet: damaged (no column cluster_id of strings)": lambda split: pq.write_table(
+        pa.table({"cluster_id": [1, 2]}), split / "cluster_ids.parquet"
+    ),
+    "parquet: damaged (no column cluster_id": lambda split: pq.write_table(
+        pa.table({"id": ["c1", "c2"]}), split / "cluster_ids.parquet"
+    ),
     "cluster_ids.parquet: not a parquet file": lambda split: (split / "cluster_ids.parquet").write_bytes(b"x"),
     "2 clusters, but conversion.json says None": lambda split: (split / "conversion.json").write_text(
         '{"clusters_written": null}'
     ),
     "index.json: damaged (it holds no names": lambda split: (split / "index.json").write_text("[]"),
     "index.json: damaged (it lists no shards)": lambda split: (split / "index.json").write_text('{"version": 2}'),
-    "index.json: not an entry of a compressed shard in MDS format: {'": lambda split: edit_index(
-        split, lambda index: index["shards"][0].pop("zip_data")
-    ),
-    "not an entry of a compressed shard in MDS format: x": lambda split: edit_index(
-        split, lambda index: index.update(shards=["x"])
-    ),
     "2 clusters, but conversion.json says 0": lambda split: (split / "conversion.json").write_text('{"x": 1}'),
     "index.json: damaged (Exp": lambda split: (split / "index.json").write_text("{"),
+    "index.json: damaged (maximum recursion": lambda split: (split / "index.json").write_text("[" * 10**5),
     "no finished shards": lambda split: (split / "index.json").unlink(),
 }
 
@@ -154,6 +183,21 @@ def test_damage_is_found(tmp_path: Path, message: str) -> None:
     with pytest.raises(UserError) as caught:
         verify(str(tmp_path / "out"))
     assert message in str(caught.value)
+
+
+def test_a_split_under_the_others_name_is_refused(tmp_path: Path) -> None:
+    convert(bionemo(tmp_path, {"ur50_id": ["a"]}, {"a": "MK"}), str(tmp_path / "out"), Options())
+    shutil.copytree(tmp_path / "out/train", tmp_path / "out/valid")
+    with pytest.raises(UserError, match=r"out/valid: train shards, by conversion\.json; convert anew"):
+        verify(str(tmp_path / "out"))
+    (tmp_path / "out/valid").rename(tmp_path / "another")
+    assert verify(str(tmp_path / "another"))["another"]["clusters"] == 1
+
+
+def test_shards_without_compression_are_verified_as_they_are_read(tmp_path: Path) -> None:
+    with MDSWriter(out=str(tmp_path / "valid"), columns=COLUMNS) as writer:
+        writer.write(cluster(b"MKV"))
+    assert verify(str(tmp_path))["valid"]["residues"] == 3
 
 
 def test_shards_of_others_are_verified_without_a_conversion_json(tmp_path: Path) -> None:

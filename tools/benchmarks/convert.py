@@ -126,7 +126,7 @@ def time_draws(shards: list[Path]) -> dict[str, float]:
     draw = ClusterDraw(seed=0, max_length=1024, min_length=1, masking=MaskingRule())
     taken: list[tuple[int, float]] = []  # members, milliseconds
     for path in shards:
-        shard = Shard(memoryview(zstd.decompress(path.read_bytes())))
+        shard = Shard(memoryview(zstd.decompress(path.read_bytes())), path)
         for number in range(len(shard)):
             start = time.thread_time()
             cluster = shard[number]
