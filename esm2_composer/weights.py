@@ -198,7 +198,7 @@ def _check_sums(path: Path) -> None:
     """Raise a UserError, if a file or sharded checkpoint that has checksums is not what was written."""
     has_them = (path / ".metadata").exists() or zipfile.is_zipfile(path)
     if has_them and is_damaged(path, prefix=MODEL_PREFIX):
-        raise UserError(f"{path}: damaged, not what was written")
+        raise UserError(f"{path}: damaged, something is missing or not what was written")
 
 
 def _reason(error: Exception) -> str:

@@ -35,7 +35,7 @@ def test_one_bit_of_a_file_is_found_though_torch_loads_it(file):
     torch.load(file, weights_only=True)
     assert is_damaged(file)
     assert not is_damaged(file, rank=1, ranks=2)  # the first rank reads it
-    with pytest.raises(UserError, match="damaged, not what was written"):
+    with pytest.raises(UserError, match="damaged, something is missing or not what was written"):
         ESM2.from_pretrained(file)
 
 

@@ -254,7 +254,7 @@ def other_vocabulary(folder: Path, checkpoint: Path) -> Path:
     [
         (half, "composer.pt", ["half.pt", "cannot be read as weights"]),
         (half, "fair_esm.pt", ["half.pt", "cannot be read as weights"]),
-        (without_a_file, "sharded", ["sharded", "cannot be read as a sharded checkpoint"]),
+        (without_a_file, "sharded", ["sharded", "damaged, something is missing"]),
         (unfinished, "sharded", ["sharded", "neither a Hugging Face folder"]),
         (other_alphabet, "composer.pt", ["embed.weight", "(64, 64)", "not (33, 64)"]),
         (other_vocabulary, "hugging_face", ["vocab.txt", "ESM-2"]),
