@@ -27,7 +27,7 @@ from esm2_composer.place import check_place
 
 
 def main() -> int:
-    check_place()
+    check_place(joins="--dry-run" not in sys.argv)
     try:
         return train()
     except OneLine:

@@ -144,8 +144,10 @@ class Shard:
             cluster_id = str(self._bytes[start + 12 : lengths_at], "utf-8")
             lengths = _decode_vector(self._bytes[lengths_at:residues_at])
             residues = self._bytes[residues_at:end]
-            each = lengths.tolist()  # most are of a few members, for which numpy takes longer
-            if min(each) < 1 or sum(each) != len(residues):
+            # Most clusters have a few members, for which numpy takes longer.
+            each = lengths if len(lengths) > 64 else lengths.tolist()
+            least, total = (each.min(), each.sum()) if each is lengths else (min(each), sum(each))
+            if least < 1 or total != len(residues):
                 raise ValueError(f"lengths of {cluster_id} do not add up to its residues")
         except (struct.error, IndexError, ValueError) as error:
             raise UserError(

@@ -9,8 +9,9 @@ from esm2_composer.errors import UserError
 LEAST = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "NODE_RANK": 0}
 
 
-def check_place() -> None:
-    """Raise a UserError if what a launcher would set is no place among ranks, or is not all there."""
+def check_place(joins: bool = True) -> None:
+    """Raise a UserError if what a launcher would set is no place among ranks, or, for a process that joins others,
+    is not all there."""
     place = {}
     for name, minimum in LEAST.items():
         value = os.environ.get(name, str(minimum))
@@ -24,5 +25,5 @@ def check_place() -> None:
                 f"the environment variable {rank} is {place[rank]}, of {ranks} {place[ranks]}; {remedy}"
             )
     needed = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if place["WORLD_SIZE"] > 1 and (absent := [name for name in needed if name not in os.environ]):
+    if joins and place["WORLD_SIZE"] > 1 and (absent := [name for name in needed if name not in os.environ]):
         raise UserError(f"the environment variable WORLD_SIZE is set, but not {', '.join(absent)}; {remedy}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -76,6 +77,8 @@ class _Reader:
                 raise self._mistake(f"'{key}' is too large a number") from None
         if hint is str and isinstance(value, int) and not isinstance(value, bool):
             return str(value)  # run_name: 17
+        if hint is int and isinstance(value, str) and re.fullmatch(r"[0-9]{1,3}(_[0-9]{3})+", value):
+            return int(value)  # schedule.updates: 500_000
         if hint is float and isinstance(value, float) and not math.isfinite(value):
             raise self._mistake(f"'{key}' must be a finite number, not {value}")
         if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

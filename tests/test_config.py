@@ -105,6 +105,12 @@ def test_a_name_of_digits_stays_as_it_is_written(written: str) -> None:
     assert load(text=to_yaml(recipe)) == recipe
 
 
+def test_whole_numbers_may_be_grouped_by_underscores() -> None:
+    assert load("schedule.updates=500_000", "max_duration=500000ba").schedule.updates == 500_000
+    with pytest.raises(UserError, match="'seed' must be a whole number, not '1_0'"):
+        load("seed=1_0")
+
+
 def test_overrides_win_over_the_file_the_last_one_over_all() -> None:
     recipe = load("seed=3", "optimizer.lr=2e-4", "data.mask_split=[0.5, 0.3, 0.2]", "compile=true", "seed=4")
     assert (recipe.seed, recipe.optimizer.lr, recipe.compile) == (4, 2e-4, True)

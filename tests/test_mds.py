@@ -79,7 +79,7 @@ def test_a_mapped_shard_keeps_no_file_open(tmp_path: Path) -> None:
     del shards
 
 
-@pytest.mark.parametrize("lengths", [[], [0, 3], [-1, 4], [2], [4], [2**31 - 1]])
+@pytest.mark.parametrize("lengths", [[], [0, 3], [-1, 4], [2], [4], [2**31 - 1], 100 * [1], [-97] + 100 * [1]])
 def test_lengths_that_are_not_those_of_the_residues_are_refused(lengths: list[int]) -> None:
     sample = encode_sample({"cluster_id": "c", "lengths": np.array(lengths, np.int32), "residues": b"MKV"})
     shard = Shard(memoryview(struct.pack("<III", 1, 12, 12 + len(sample)) + sample), "the shard")

@@ -49,3 +49,11 @@ def test_what_is_no_place_is_one_line(monkeypatch, changes, message):
     with pytest.raises(UserError) as told:
         check_place()
     assert str(told.value).startswith(f"the environment variable {message}")
+
+
+def test_a_process_that_joins_no_others_may_know_how_many_there_would_be(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    check_place(joins=False)
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    with pytest.raises(UserError, match="WORLD_SIZE is 'x'"):
+        check_place(joins=False)
