@@ -7,7 +7,6 @@ that names the file, the key and what would be right. This module imports neithe
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -23,12 +22,12 @@ from omegaconf.omegaconf import get_yaml_loader
 
 from esm2_composer.errors import UserError
 from esm2_composer.files import is_remote, lies_in, refuse_irregular
+from esm2_composer.splits import SPLITS, cache_problem, can_be_folder, count_clusters, lacking
 from esm2_composer.strict import build
 
 T = TypeVar("T")
 
 MAX_INT = 2**31 - 1
-SPLITS = ("train", "valid")
 
 
 @dataclass(frozen=True)
@@ -415,7 +414,7 @@ def _problems(r: Recipe, data_is_here: bool) -> Iterator[str]:
         for key, folder in (("save_folder", r.save_folder), ("tensorboard_folder", r.tensorboard_folder)):
             if folder is None:
                 continue
-            if not is_remote(folder) and not _can_be_folder(Path(folder)):
+            if not is_remote(folder) and not can_be_folder(Path(folder)):
                 yield f"'{key}' is {folder}; it must be a folder"
             if any(lies_in(folder, f"{r.data.remote}/{split}") for split in SPLITS):
                 yield f"'{key}' is {folder}, among the shards of data.remote; take another folder"
@@ -465,43 +464,9 @@ def _data_problems(data: DataSection, batch: int) -> Iterator[str]:
         folder = Path(data.remote) / split
         if lack := lacking(data.remote, split):
             yield f"'data.remote': {lack}"
-        elif not (clusters := _clusters(folder / "index.json")):
+        elif not (clusters := count_clusters(folder / "index.json")):
             yield f"'data.remote' is {data.remote}, whose {split}/index.json is no index of MDS shards"
         elif split == "train" and clusters < batch:
             yield f"{folder} holds {clusters} clusters, fewer than one global_train_batch_size of {batch}"
         elif data.local is None and not os.access(folder, os.W_OK):
             yield f"'data.remote' is {data.remote}, where shards cannot be unpacked; set 'data.local' to a folder"
-
-
-def cache_problem(remote: str, local: str) -> str | None:
-    """Why the shards at `remote` cannot have their cache at `local`, and what would do; None if they can."""
-    if is_remote(local) or not _can_be_folder(Path(local)):
-        return f"{local}; it must be a folder"
-    if any(lies_in(f"{local}/{split}", f"{remote}/{split}") for split in SPLITS):
-        return f"{local}, where the shards themselves lie and would be lost; without it they are read in place"
-    return None
-
-
-def _can_be_folder(path: Path) -> bool:
-    """It is one, or there is nothing yet but a folder to make it in."""
-    return next(part for part in (path, *path.absolute().parents) if os.path.lexists(part)).is_dir()
-
-
-def lacking(data: str, split: str) -> str | None:
-    """Why the folder `data` has no shards of `split`; None if it has."""
-    folder = Path(data)
-    if (folder / split / "index.json").is_file():
-        return None
-    if not folder.exists():
-        return f"{data}: no such folder" + ("" if folder.is_absolute() else f" in {Path.cwd()}")
-    if (folder / "index.json").is_file():
-        return f"{data} is a split itself; give the folder in which it lies"
-    return f"{data} holds no {split} shards ({split}/index.json)"
-
-
-def _clusters(index: Path) -> int:
-    """How many an index tells of; 0 if it is none."""
-    try:
-        return sum(shard["samples"] for shard in json.loads(index.read_text())["shards"])
-    except (ValueError, KeyError, TypeError):
-        return 0

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from esm2_composer.errors import UserError
 from esm2_composer.files import is_remote
+from esm2_composer.splits import SPLITS
 from esm2_composer.storage import Store, StoreError, xxh64
 
-SPLITS = ("train", "valid")
 TOLD = ("cluster_ids.parquet", "conversion.json", "index.json")  # of a split, beside its shards; in this order
 COUNTED = ("clusters_written", "members_written", "residues_written")
 
