@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: leaving early, clipping, and measuring how it goes."""
+"""What happens around the steps of a run: leaving early, clipping, freeing, and measuring how it goes."""
 
 from __future__ import annotations
 
@@ -98,6 +98,18 @@ class GradientClipping(Callback):
         if state.timestamp.batch.value % EVERY == 0:
             norm = self._norm.full_tensor() if hasattr(self._norm, "full_tensor") else self._norm
             logger.log_metrics({"gradient_norm": norm.item()})
+
+
+class GradientRelease(Callback):
+    """Frees the gradients before an evaluation, which has no use for them.
+
+    FSDP version 1 then gives the parameters their whole shape, and bf16, and leaves their gradients as they are,
+    fp32 shards. A compiler refuses such a pair, and is at work when a run that was resumed first evaluates.
+    """
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        for optimizer in state.optimizers:
+            optimizer.zero_grad()
 
 
 class TokenMonitor(Callback):

@@ -16,7 +16,7 @@ from composer.core import Callback
 from composer.utils import dist, get_device
 
 from esm2_composer.attention import select_attention, what_triton_lacks
-from esm2_composer.callbacks import GradientClipping, Preemption, TokenMonitor
+from esm2_composer.callbacks import GradientClipping, GradientRelease, Preemption, TokenMonitor
 from esm2_composer.checkpoints import (
     Index,
     check_resumed,
@@ -188,6 +188,7 @@ def build_callbacks(recipe: Recipe, model: MaskedLanguageModel, on_gpu: bool) ->
         RuntimeEstimator(),
         *([MemoryMonitor()] if on_gpu else []),
         GradientClipping(recipe.optimizer.clip_norm),
+        GradientRelease(),
         TokenMonitor(model, recipe.device_microbatch_tokens),
         Divergence(recipe.callbacks.max_loss_rise),  # this and the next may end the run
         Preemption(),

@@ -253,10 +253,10 @@ def shards(raw: Path) -> Path:
     return folder / "shards"
 
 
-def command(shards: Path, *overrides: str) -> list[str]:
+def command(shards: Path, *overrides: str, script: str = "train.py") -> list[str]:
     """Arguments for composer or python: demo.yaml shrunk to a model and a run of seconds."""
     return [
-        str(ROOT / "train.py"),
+        str(ROOT / script),
         str(ROOT / "yamls/demo.yaml"),
         *(f"data.remote={shards}", "data.max_length=128", "device_microbatch_tokens=2048"),
         *("model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=64"),
@@ -264,6 +264,10 @@ def command(shards: Path, *overrides: str) -> list[str]:
         "callbacks.best_checkpoints=0",
         *overrides,
     ]
+
+
+# What trains sharded by each version of FSDP on CPU ranks, and the key that asks for it.
+SHARDED = {1: ("tests/gpu_train.py", "fsdp.version=1"), 2: ("train.py", "fsdp.version=2")}
 
 
 @pytest.fixture(scope="session")

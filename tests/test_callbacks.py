@@ -1,13 +1,14 @@
-"""Ranks leave together, once one of them was told to."""
+"""Ranks leave together, once one of them was told to; gradients are gone while a model is evaluated."""
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from esm2_composer import preemption
-from esm2_composer.callbacks import Preempted, Preemption
+from esm2_composer.callbacks import GradientRelease, Preempted, Preemption
 from esm2_composer.ranks import end_process_group
 
 
@@ -39,3 +40,11 @@ def test_a_rank_alone_leaves_after_the_update_in_which_it_is_told(monkeypatch):
     monkeypatch.setattr(preemption.received, "is_set", lambda: True)
     with pytest.raises(Preempted):
         callback.batch_end(None, None)
+
+
+def test_gradients_are_freed_before_an_evaluation():
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    GradientRelease().eval_start(SimpleNamespace(optimizers=(optimizer,)), None)
+    assert [parameter.grad for parameter in model.parameters()] == [None, None]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from benchmarks.parity import random_model
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
-from conftest import ROOT, Run, composer, python
+from conftest import ROOT, SHARDED, Run, composer, python
 from plot_convergence import PUBLISHED, read_scalars
 
 from esm2_composer.config import load_recipe
@@ -178,9 +179,11 @@ SMALL = (
 )
 
 
-def start(recipe: str, shards: Path, folder: Path, *overrides: str, ranks: int = 1):
+def start(
+    recipe: str, shards: Path, folder: Path, *overrides: str, ranks: int = 1, script: str = "train.py"
+) -> subprocess.CompletedProcess:
     """A few updates of a recipe, its model and batch made small."""
-    command = (ROOT / "train.py", ROOT / f"yamls/{recipe}.yaml", f"data.remote={shards}", *SMALL, *overrides)
+    command = (ROOT / script, ROOT / f"yamls/{recipe}.yaml", f"data.remote={shards}", *SMALL, *overrides)
     result = python(*command, cwd=folder) if ranks == 1 else composer("-n", str(ranks), *command, cwd=folder)
     assert result.returncode == 0, result.stderr
     return result
@@ -198,11 +201,14 @@ def test_a_recipe_starts_on_a_cpu_and_says_what_it_leaves_out(size, shards, tmp_
     assert len(read_scalars(tmp_path / f"runs/esm2_{size}/tensorboard", LOSS)) == 4
 
 
-def test_the_3b_recipe_trains_sharded_resumes_on_one_rank_and_is_evaluated(shards, tmp_path, call):
-    start("3b", shards, tmp_path, "fsdp.version=2", ranks=2)
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_3b_recipe_trains_sharded_resumes_on_one_rank_and_is_evaluated(version, shards, tmp_path, call):
+    script, key = SHARDED[version]
+    start("3b", shards, tmp_path, key, "precision=fp32", ranks=2, script=script)
     checkpoint = tmp_path / "runs/esm2_3b/checkpoints/latest-rank0.pt"
     assert len(list(checkpoint.glob("__*_0.distcp"))) == 2
-    start("3b", shards, tmp_path, "fsdp.version=2", "max_duration=6ba", "eval_interval=6ba")
+    longer = ("max_duration=6ba", "eval_interval=6ba")
+    start("3b", shards, tmp_path, key, "precision=fp32", *longer, script=script)
     events = tmp_path / "runs/esm2_3b/tensorboard"
     assert sorted(read_scalars(events, LOSS)) == list(range(6))
     code, out, err = call(evaluate.main, checkpoint, "--data", shards, "--max-length", "128", "--json")
@@ -212,10 +218,43 @@ def test_the_3b_recipe_trains_sharded_resumes_on_one_rank_and_is_evaluated(shard
     assert perplexity == pytest.approx(logged[6], rel=1e-5)
 
 
+COPIES = ("fsdp.data_parallel_shard_degree=2", "fsdp.data_parallel_replicate_degree=-1")
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "others", "overrides"),
+    [
+        ("650m", 4, 2, COPIES),
+        ("650m", 2, 4, ("compile=true",)),
+        ("650m", 2, 1, ("fsdp.state_dict_type=full",)),
+        ("3b", 4, 1, ()),
+        ("15b", 4, 2, COPIES),
+        ("15b", 2, 4, ("compile=true",)),
+    ],
+)
 @pytest.mark.slow
+def test_a_recipe_trains_and_resumes_as_on_gpus(size, ranks, others, overrides, shards, tmp_path):
+    """In bf16, sharded and copied by FSDP version 1, on 2 to 4 ranks; beside one rank in fp32."""
+    script, _ = SHARDED[1]
+    longer = ("max_duration=6ba", "eval_interval=6ba")
+    start(size, shards, tmp_path, *overrides, ranks=ranks, script=script)
+    resumed = start(size, shards, tmp_path, *overrides, *longer, ranks=others, script=script)
+    assert "update 4 of 6" in resumed.stderr
+    start(size, shards, tmp_path, *longer, "run_name=one")
+    losses, exact = (
+        read_scalars(tmp_path / "runs" / name / "tensorboard", LOSS) for name in (f"esm2_{size}", "one")
+    )
+    assert losses.keys() == exact.keys() == set(range(6))
+    assert losses != exact
+    assert losses == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("given", [False, True], ids=["made", "given"])
-def test_the_15b_recipe_has_its_weights_on_one_rank(shards, tmp_path, given):
+def test_the_15b_recipe_has_its_weights_on_one_rank(version, shards, tmp_path, given):
     """And so begins where one rank alone does. Given ones have rounded frequencies, as published ones have."""
+    script, key = SHARDED[version]
     weights = ()
     if given:
         model = random_model(ESM2Config(num_layers=2, hidden_size=64, num_heads=4, ffn_hidden_size=128))
@@ -225,7 +264,8 @@ def test_the_15b_recipe_has_its_weights_on_one_rank(shards, tmp_path, given):
         weights = (f"model.init_from={tmp_path}/ep0-ba1", *(f"model.{name}=null" for name in DIMENSIONS))
     for ranks in (1, 2):
         (tmp_path / str(ranks)).mkdir()
-        start("15b", shards, tmp_path / str(ranks), "fsdp.version=2", *weights, ranks=ranks)
+        sharded = (key, "precision=fp32", *weights)
+        start("15b", shards, tmp_path / str(ranks), *sharded, ranks=ranks, script=script)
     one, two = (
         read_scalars(tmp_path / ranks / "runs/esm2_15b/tensorboard", "metrics/valid/perplexity") for ranks in "12"
     )
@@ -233,12 +273,14 @@ def test_the_15b_recipe_has_its_weights_on_one_rank(shards, tmp_path, given):
 
 
 @pytest.mark.slow
-def test_a_sharded_run_killed_on_two_ranks_goes_on_with_two_and_with_one(shards, tmp_path):
-    sharded = ("fsdp.version=2", "save_interval=1ba", "eval_interval=400ba")
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_sharded_run_killed_on_two_ranks_goes_on_with_two_and_with_one(version, shards, tmp_path):
+    script, key = SHARDED[version]
+    sharded = (key, "precision=fp32", "save_interval=1ba", "eval_interval=400ba")
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     killed.mkdir()
     whole.mkdir()
-    arguments = (ROOT / "train.py", ROOT / "yamls/3b.yaml", f"data.remote={shards}", *SMALL, *sharded)
+    arguments = (ROOT / script, ROOT / "yamls/3b.yaml", f"data.remote={shards}", *SMALL, *sharded)
     folder = killed / "runs/esm2_3b/checkpoints"
     with Run("-n", "2", *arguments, "max_duration=400ba", cwd=killed) as run:
         run.wait_until(lambda: any("ba7" in path.name for path in folder.glob("ep*")))
@@ -246,11 +288,11 @@ def test_a_sharded_run_killed_on_two_ranks_goes_on_with_two_and_with_one(shards,
     last = max(int(path.parent.name.split("-ba")[1]) for path in folder.glob("ep*/.metadata"))
     for ranks in (2, 1):
         last += 2
-        start("3b", shards, killed, *sharded, f"max_duration={last}ba", ranks=ranks)
+        start("3b", shards, killed, *sharded, f"max_duration={last}ba", ranks=ranks, script=script)
         assert (folder / "latest-rank0.pt").resolve().name.endswith(f"-ba{last}")
-    done = start("3b", shards, killed, *sharded, f"max_duration={last}ba", ranks=2)
+    done = start("3b", shards, killed, *sharded, f"max_duration={last}ba", ranks=2, script=script)
     assert "is done" in done.stdout
-    start("3b", shards, whole, *sharded, f"max_duration={last}ba")
+    start("3b", shards, whole, *sharded, f"max_duration={last}ba", script=script)
     losses, expected = (read_scalars(path / "runs/esm2_3b/tensorboard", LOSS) for path in (killed, whole))
     assert sorted(expected) == list(range(last))
     assert losses == pytest.approx(expected, rel=1e-4)

@@ -12,7 +12,7 @@ import boto3
 import psutil
 import pytest
 import torch
-from conftest import Run, command, composer, python
+from conftest import SHARDED, Run, command, composer, python
 from moto.server import DomainDispatcherApplication, create_backend_app
 from outcomes import assert_same_weights, assert_user_error, final_weights, losses
 from werkzeug.serving import make_server
@@ -94,10 +94,10 @@ def test_the_newest_and_the_best_are_kept_across_restarts(shards, tmp_path):
     assert kept == {13, 14, *best}
 
 
-def from_and_to_store(shards: Path, store: Store, folder: Path, *overrides: str) -> list[str]:
+def from_and_to_store(shards: Path, store: Store, folder: Path, *overrides: str, **options: str) -> list[str]:
     store.upload(shards, "shards")
     return [
-        *(argument for argument in command(shards) if not argument.startswith("data.remote")),
+        *(argument for argument in command(shards, **options) if not argument.startswith("data.remote")),
         *("data.remote=s3://bucket/shards", f"data.local={folder}/cache", "save_folder=s3://bucket/run"),
         *overrides,
     ]
@@ -136,9 +136,11 @@ def test_a_run_from_and_to_a_store_killed_and_told_to_leave_ends_as_one_that_was
 
 
 @pytest.mark.slow
-def test_a_sharded_run_in_a_store_goes_on_with_fewer_ranks(shards, finished, store, tmp_path):
-    sharded = ("fsdp.version=2", "fsdp.state_dict_type=sharded")
-    arguments = from_and_to_store(shards, store, tmp_path, *sharded)
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_sharded_run_in_a_store_goes_on_with_fewer_ranks(version, shards, finished, store, tmp_path):
+    script, key = SHARDED[version]
+    sharded = (key, "fsdp.state_dict_type=sharded", "precision=fp32")
+    arguments = from_and_to_store(shards, store, tmp_path, *sharded, script=script)
     with Run("-n", "2", *arguments, cwd=tmp_path, **store.environment) as run:
         run.wait_for("update 5/")
         run.launcher.terminate()
@@ -205,9 +207,11 @@ def test_a_full_disk_is_told_and_does_not_lose_the_checkpoint_before(shards, tmp
 
 
 @pytest.mark.slow
-def test_a_full_disk_does_not_end_a_sharded_run(shards, tmp_path):
-    sharded = ("fsdp.version=2", "fsdp.state_dict_type=sharded", "model.hidden_size=64")
-    arguments = command(shards, *sharded, "save_interval=20ba", "max_duration=100ba", "eval_interval=100ba")
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_full_disk_does_not_end_a_sharded_run(version, shards, tmp_path):
+    script, key = SHARDED[version]
+    overrides = (key, "fsdp.state_dict_type=sharded", "model.hidden_size=64", "save_interval=20ba")
+    arguments = command(shards, *overrides, "max_duration=100ba", "eval_interval=100ba", script=script)
     with Run("-n", "2", *arguments, cwd=tmp_path) as run:
         folder = tmp_path / "runs/demo/checkpoints"
         run.wait_until(lambda: list(folder.glob("ep*")))
@@ -346,10 +350,14 @@ def test_twenty_random_kills_end_in_the_same_weights_as_none(shards, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("damage", ["cut", "other bytes"])
-def test_a_sharded_checkpoint_damaged_inside_is_named_and_without_it_the_run_goes_on(shards, tmp_path, damage):
-    sharded = ("fsdp.version=2", "fsdp.state_dict_type=sharded", "schedule.updates=8", "eval_interval=8ba")
-    arguments = ("-n", "2", *command(shards, *sharded, "save_interval=4ba", "max_duration=8ba"))
+def test_a_sharded_checkpoint_damaged_inside_is_named_and_without_it_the_run_goes_on(
+    version, damage, shards, tmp_path
+):
+    script, key = SHARDED[version]
+    sharded = (key, "fsdp.state_dict_type=sharded", "schedule.updates=8", "eval_interval=8ba")
+    arguments = ("-n", "2", *command(shards, *sharded, "save_interval=4ba", "max_duration=8ba", script=script))
     assert composer(*arguments, cwd=tmp_path).returncode == 0
     newest = tmp_path / "runs/demo/checkpoints/ep1-ba8"
     part = newest / "__1_0.distcp"
