@@ -38,7 +38,9 @@ def allow() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # Composer tells FSDP to shard there
     torch.nn.Module.to_empty = lambda module, device, recurse=True: to_empty(module, device="cpu", recurse=recurse)
     _init_utils._check_module_states_for_sync_module_states = lambda states: None  # gloo can send them
-    FlatParamHandle.to_cpu = lambda handle: contextlib.nullcontext()  # which frees what would be the GPU's copy
+    # What torch copies to a CPU, it frees or uses anew where it was.
+    FlatParamHandle.to_cpu = lambda handle: contextlib.nullcontext()
+    torch.Tensor.cpu = torch.Tensor.clone
 
 
 if __name__ == "__main__":
