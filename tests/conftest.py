@@ -268,6 +268,7 @@ def command(shards: Path, *overrides: str, script: str = "train.py") -> list[str
 
 # What trains sharded by each version of FSDP on CPU ranks, and the key that asks for it.
 SHARDED = {1: ("tests/gpu_train.py", "fsdp.version=1"), 2: ("train.py", "fsdp.version=2")}
+COPIES = ("fsdp.data_parallel_shard_degree=2", "fsdp.data_parallel_replicate_degree=-1")  # HSDP
 
 
 @pytest.fixture(scope="session")

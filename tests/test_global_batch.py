@@ -12,7 +12,7 @@ import global_batches
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, composer, python
+from conftest import COPIES, ROOT, composer, python
 
 EPOCH = 4  # batches of 8 in an epoch of the 37 clusters
 BATCHES = 10  # two epochs and a half
@@ -120,21 +120,18 @@ def train(shards: Path, out: Path, *overrides: str, ranks: int = 1) -> dict[str,
     return torch.load(out, weights_only=True)
 
 
-COPIES = ("fsdp.version=1", "fsdp.data_parallel_shard_degree=2", "fsdp.data_parallel_replicate_degree=2")
-
-
 @pytest.mark.slow
 def test_losses_gradients_and_weights_are_those_of_one_rank_on_two_sharded_or_not(
     shards: Path, tmp_path: Path
 ) -> None:
     one = train(shards, tmp_path / "one.pt")
     assert len(one["losses"]) == len(one["norms"]) == 50
-    parts = ("device_microbatch_tokens=256",)
+    parts, sharded = ("device_microbatch_tokens=256",), ("fsdp.version=1", "precision=fp32")
     others = {
         "in small parts": train(shards, tmp_path / "parts.pt", *parts),
         "replicated": train(shards, tmp_path / "replicated.pt", *parts, ranks=2),
-        "sharded": train(shards, tmp_path / "sharded.pt", *parts, "fsdp.version=1", "precision=fp32", ranks=2),
-        "sharded, copied": train(shards, tmp_path / "copied.pt", *parts, *COPIES, "precision=fp32", ranks=4),
+        "sharded": train(shards, tmp_path / "sharded.pt", *parts, *sharded, ranks=2),
+        "sharded, copied": train(shards, tmp_path / "copied.pt", *parts, *sharded, *COPIES, ranks=4),
         "sharded by version 2": train(shards, tmp_path / "sharded2.pt", *parts, "fsdp.version=2", ranks=2),
     }
     for name, other in others.items():

@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from benchmarks.parity import random_model
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
-from conftest import ROOT, SHARDED, Run, composer, python
+from conftest import COPIES, ROOT, SHARDED, Run, composer, python
 from plot_convergence import PUBLISHED, read_scalars
 
 from esm2_composer.config import load_recipe
@@ -216,9 +216,6 @@ def test_the_3b_recipe_trains_sharded_resumes_on_one_rank_and_is_evaluated(versi
     logged = read_scalars(events, "metrics/valid/perplexity")
     perplexity = json.loads(out)["perplexity"]
     assert perplexity == pytest.approx(logged[6], rel=1e-5)
-
-
-COPIES = ("fsdp.data_parallel_shard_degree=2", "fsdp.data_parallel_replicate_degree=-1")
 
 
 @pytest.mark.parametrize(

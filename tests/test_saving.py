@@ -12,7 +12,7 @@ import boto3
 import psutil
 import pytest
 import torch
-from conftest import SHARDED, Run, command, composer, python
+from conftest import COPIES, SHARDED, Run, command, composer, python
 from moto.server import DomainDispatcherApplication, create_backend_app
 from outcomes import assert_same_weights, assert_user_error, final_weights, losses
 from werkzeug.serving import make_server
@@ -136,18 +136,20 @@ def test_a_run_from_and_to_a_store_killed_and_told_to_leave_ends_as_one_that_was
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_sharded_run_in_a_store_goes_on_with_fewer_ranks(version, shards, finished, store, tmp_path):
+@pytest.mark.parametrize(("version", "ranks", "copies"), [(1, 2, ()), (1, 4, COPIES), (2, 2, ())])
+def test_a_sharded_run_in_a_store_goes_on_with_fewer_ranks(
+    version, ranks, copies, shards, finished, store, tmp_path
+):
     script, key = SHARDED[version]
-    sharded = (key, "fsdp.state_dict_type=sharded", "precision=fp32")
+    sharded = (key, *copies, "fsdp.state_dict_type=sharded", "precision=fp32")
     arguments = from_and_to_store(shards, store, tmp_path, *sharded, script=script)
-    with Run("-n", "2", *arguments, cwd=tmp_path, **store.environment) as run:
+    with Run("-n", str(ranks), *arguments, cwd=tmp_path, **store.environment) as run:
         run.wait_for("update 5/")
         run.launcher.terminate()
         code, seconds = run.end()
-    print(f"2 ranks, s3: code {code} in {seconds:.1f} s")
+    print(f"{ranks} ranks, s3: code {code} in {seconds:.1f} s")
     assert code == 75, "".join(run.lines)
-    again = python(*arguments, cwd=tmp_path, **store.environment)
+    again = composer("-n", str(ranks // 2), *arguments, cwd=tmp_path, **store.environment)
     assert again.returncode == 0, again.stderr
     assert losses(tmp_path) == pytest.approx(losses(finished), rel=1e-3)
     kept = {key.split("/")[0] for key in store.keys("run/")}
