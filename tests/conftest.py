@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -160,14 +160,21 @@ def call(monkeypatch, capsys) -> Callable:
 class Run:
     """Composer's launcher on train.py, watched while it runs; or, without one, the only rank, which is faster.
 
-    Use as a context: nothing of it outlives that.
+    `inside` is a command that becomes the one which it is given. Use as a context: nothing of it outlives that.
     """
 
-    def __init__(self, *command: str | Path, cwd: Path, launcher: bool = True, **environment: str) -> None:
+    def __init__(
+        self,
+        *command: str | Path,
+        cwd: Path,
+        launcher: bool = True,
+        inside: Sequence[str] = (),
+        **environment: str,
+    ) -> None:
         python = Path(sys.executable)
         self._has_launcher = launcher
         self._process = subprocess.Popen(
-            [python.with_name("composer") if launcher else python, *(str(part) for part in command)],
+            [*inside, python.with_name("composer") if launcher else python, *(str(part) for part in command)],
             cwd=cwd,
             env={**os.environ, **environment},
             stdout=subprocess.DEVNULL,
