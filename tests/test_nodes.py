@@ -28,8 +28,10 @@ def free_port() -> int:
 
 @pytest.fixture
 def start(shards: Path, tmp_path: Path) -> Callable:
-    """Two nodes of two ranks, each with a launcher, temporary files and a cache of its own: the model is sharded in
-    each, and each has a copy."""
+    """Two nodes of two ranks, each with a launcher, temporary files and a cache of its own.
+
+    The model is sharded in each, and each has a copy.
+    """
     if subprocess.run([*NODE, "true"], capture_output=True).returncode:
         pytest.skip("namespaces cannot be had here")
     script, version = SHARDED[1]
