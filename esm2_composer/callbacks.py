@@ -101,10 +101,11 @@ class GradientClipping(Callback):
 
 
 class GradientRelease(Callback):
-    """Frees the gradients before an evaluation, which has no use for them.
+    """Lets go of the gradients before an evaluation, which has no use for them.
 
-    FSDP version 1 then gives the parameters their whole shape, and bf16, and leaves their gradients as they are,
-    fp32 shards. A compiler refuses such a pair, and is at work when a run that was resumed first evaluates.
+    FSDP version 1 gives the parameters their whole shape then, and bf16, while gradients stay shards in fp32. A
+    gradient that does not fit its parameter is an error for torch.compile, which has code to make in the first
+    evaluation of a run that was resumed.
     """
 
     def eval_start(self, state: State, logger: Logger) -> None:

@@ -7,7 +7,6 @@ that names the file, the key and what would be right. This module imports neithe
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -96,9 +95,15 @@ class FSDPSection:
 
     @property
     def fewest_ranks(self) -> int:
-        """What the data_parallel degrees make: so many ranks or, if one of them is -1, a multiple of that."""
-        degrees = (self.data_parallel_replicate_degree, self.data_parallel_shard_degree)
-        return math.prod(degree for degree in degrees if degree not in (None, -1))
+        """The fewest that the data_parallel degrees make.
+
+        Two ranks at least share a copy of the model. Where it has but one, torch shards nothing, and takes the
+        mean of the gradients in each copy alone: copies would train apart.
+        """
+        copies, shards = self.data_parallel_replicate_degree or 1, self.data_parallel_shard_degree
+        if shards == -1:
+            return 2 * copies if copies > 1 else 1
+        return max(copies, 1) * shards
 
     @property
     def takes_multiples(self) -> bool:
@@ -106,10 +111,13 @@ class FSDPSection:
 
     def check_degrees(self, ranks: int) -> None:
         """Raise a UserError if the shards and their replicas do not make the ranks."""
-        if ranks % self.fewest_ranks if self.takes_multiples else ranks != self.fewest_ranks:
+        copies, shards = self.data_parallel_replicate_degree, self.data_parallel_shard_degree
+        unit = (copies or 1) if shards == -1 else shards
+        makes = ranks % unit == 0 if self.takes_multiples else ranks == self.fewest_ranks
+        if not makes or ranks < self.fewest_ranks:
             raise UserError(
-                f"fsdp.data_parallel_replicate_degree {self.data_parallel_replicate_degree} times "
-                f"data_parallel_shard_degree {self.data_parallel_shard_degree} does not make the {ranks} ranks"
+                f"fsdp.data_parallel_replicate_degree {copies} times data_parallel_shard_degree {shards} does not "
+                f"make the {ranks} ranks, two or more to a copy"
             )
 
 
@@ -425,6 +433,8 @@ def _fsdp_problems(fsdp: FSDPSection) -> Iterator[str]:
     for key, degree in (("data_parallel_replicate_degree", replicate), ("data_parallel_shard_degree", shard)):
         if degree is not None and degree != -1 and degree < 1:
             yield f"'fsdp.{key}' is {degree}; it must be at least 1, or -1 for what the other one leaves"
+    if shard == 1:
+        yield "'fsdp.data_parallel_shard_degree' is 1, which shards nothing; leave it out, or set fsdp=null"
     if replicate == shard == -1:
         yield "'fsdp.data_parallel_replicate_degree' and 'fsdp.data_parallel_shard_degree' are both -1; set one"
     if fsdp.version == 2 and (replicate, shard) != (None, -1):

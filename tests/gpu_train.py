@@ -1,6 +1,7 @@
 """train.py with what recipes keep for GPUs, on CPU ranks: FSDP version 1, and bf16.
 
-torch has both on CPUs too, but for a few lines: Composer and our runner do not ask for them there.
+torch has both on CPUs too, but for a few lines: Composer and our runner do not ask for them there. What else a GPU
+has, its kernels, streams, memory and NCCL, is not here.
 
     composer -n N tests/gpu_train.py RECIPE [key=value ...]
 """
@@ -25,7 +26,7 @@ TRAIN = Path(__file__).parent.parent / "train.py"
 
 
 def autocast(precision: Precision, *_: object, **__: object) -> contextlib.AbstractContextManager:
-    """As Composer's `get_precision_context` on GPUs."""
+    """In the place of Composer's `get_precision_context`, which casts on GPUs only."""
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == Precision.AMP_BF16)
 
 
@@ -38,7 +39,7 @@ def allow() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # Composer tells FSDP to shard there
     torch.nn.Module.to_empty = lambda module, device, recurse=True: to_empty(module, device="cpu", recurse=recurse)
     _init_utils._check_module_states_for_sync_module_states = lambda states: None  # gloo can send them
-    # What torch copies to a CPU, it frees or uses anew where it was.
+    # torch frees what it has copied to a CPU, or writes over it; from a CPU `cpu()` is no copy.
     FlatParamHandle.to_cpu = lambda handle: contextlib.nullcontext()
     torch.Tensor.cpu = torch.Tensor.clone
 

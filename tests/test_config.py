@@ -307,6 +307,7 @@ def test_what_is_nested_too_deep_is_one_line() -> None:
         ("save_folder=runs/{run_name}", "'save_folder' is runs/{run_name}, with braces; write ${run_name}"),
         ("fsdp.data_parallel_replicate_degree=0", "'fsdp.data_parallel_replicate_degree' is 0; it must be"),
         ("fsdp.data_parallel_replicate_degree=-1", "'fsdp.data_parallel_replicate_degree' and"),
+        ("fsdp.data_parallel_shard_degree=1", "'fsdp.data_parallel_shard_degree' is 1, which shards nothing"),
         ("model.num_layers=3", "'model' needs exactly one of: size, init_from"),
         ("model.init_from=weights.pt", "'model' needs exactly one of: size, init_from"),
         ("model.size=null", "'model' needs exactly one of: size, init_from"),

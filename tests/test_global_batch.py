@@ -140,5 +140,10 @@ def test_losses_gradients_and_weights_are_those_of_one_rank_on_two_sharded_or_no
         assert other["weights"].keys() == one["weights"].keys()
         differences = {key: (other["weights"][key] - weight).abs() for key, weight in one["weights"].items()}
         furthest = max(differences, key=lambda key: differences[key].max())
+        apart = (
+            max(abs(ours / theirs - 1) for ours, theirs in zip(other[key], one[key], strict=True))
+            for key in ("losses", "norms")
+        )
+        print("{}: losses at most {:.1e}, norms {:.1e} apart, relative".format(name, *apart))
         print(f"{name}: weights at most {differences[furthest].max():.1e} apart, {furthest}")
         assert differences[furthest].max() <= 1e-5

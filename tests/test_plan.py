@@ -154,8 +154,8 @@ def test_gpus_that_the_degrees_do_not_make_are_refused_as_in_training(degrees):
 
 
 def test_a_dry_run_on_one_rank_tells_of_those_that_the_degrees_make():
-    assert "memory a GPU, of 8:" in describe(recipe("3b", *HALVES), 1)
-    assert "memory a GPU, of 16:" in describe(recipe("3b", *HALVES), 16)
+    assert "memory a GPU, of 16:" in describe(recipe("3b", *HALVES), 1)
+    assert "memory a GPU, of 32:" in describe(recipe("3b", *HALVES), 32)
     assert "memory a GPU, of 1:" in describe(recipe("8m"), 1)
     with pytest.raises(UserError, match="3 GPUs cannot share global_train_batch_size 2048 equally; 2 can"):
         describe(recipe("8m"), 3)

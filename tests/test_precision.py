@@ -169,7 +169,7 @@ def test_the_loss_in_fp8_follows_fp32() -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_compiled_and_sharded_layers_can_be_evaluated_first_after_an_update(version: int, one_rank) -> None:
-    """As in a run that was resumed."""
+    """As in a run that was resumed. Version 1 needs the gradients to be gone."""
     (batch,) = batches(1, sequences=3)
     torch._dynamo.reset()
     net = ESM2(SMALL)

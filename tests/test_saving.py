@@ -141,7 +141,7 @@ def test_a_sharded_run_in_a_store_goes_on_with_fewer_ranks(
     version, ranks, copies, shards, finished, store, tmp_path
 ):
     script, key = SHARDED[version]
-    sharded = (key, *copies, "fsdp.state_dict_type=sharded", "precision=fp32")
+    sharded = (key, *copies, "fsdp.state_dict_type=sharded")
     arguments = from_and_to_store(shards, store, tmp_path, *sharded, script=script)
     with Run("-n", str(ranks), *arguments, cwd=tmp_path, **store.environment) as run:
         run.wait_for("update 5/")
@@ -151,7 +151,7 @@ def test_a_sharded_run_in_a_store_goes_on_with_fewer_ranks(
     assert code == 75, "".join(run.lines)
     again = composer("-n", str(ranks // 2), *arguments, cwd=tmp_path, **store.environment)
     assert again.returncode == 0, again.stderr
-    assert losses(tmp_path) == pytest.approx(losses(finished), rel=1e-3)
+    assert losses(tmp_path) == pytest.approx(losses(finished), rel=1e-4)
     kept = {key.split("/")[0] for key in store.keys("run/")}
     assert kept == {"recipe.yaml", "checkpoints.json", "ep1-ba12", "ep2-ba14"}
 
