@@ -112,9 +112,9 @@ class FSDPSection:
     def check_degrees(self, ranks: int) -> None:
         """Raise a UserError if the shards and their replicas do not make the ranks."""
         copies, shards = self.data_parallel_replicate_degree, self.data_parallel_shard_degree
-        unit = (copies or 1) if shards == -1 else shards
-        makes = ranks % unit == 0 if self.takes_multiples else ranks == self.fewest_ranks
-        if not makes or ranks < self.fewest_ranks:
+        each = ranks // (copies or 1) if shards == -1 else shards  # of a copy
+        number = ranks // each if copies == -1 else copies or 1
+        if number * each != ranks or each == 1 < number:
             raise UserError(
                 f"fsdp.data_parallel_replicate_degree {copies} times data_parallel_shard_degree {shards} does not "
                 f"make the {ranks} ranks, two or more to a copy"
