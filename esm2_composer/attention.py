@@ -4,8 +4,8 @@ A flat batch holds T tokens of B sequences; sequence b is the tokens cu_seqlens[
 kernel here computes padding, and no token sees another sequence.
 
     cpu     a loop over sequences around torch's CPU flash attention; any device, any dtype: the reference
-    triton  ours (see `triton_attention`), which rotates too, and with it a layer's norms and GELU
-            (`triton_elementwise`); CUDA, fp16 or bf16, and a C compiler
+    triton  ours (see `triton_attention`), which rotates too, and with it the rest of a layer (`triton_layer`);
+            CUDA, fp16 or bf16, and a C compiler
     torch   FlashAttention-2's variable-length kernel inside torch: its public function where there is one
             (from 2.11), the operator behind it before; CUDA, fp16 or bf16
     flash   the flash-attn package, version 3 (`flash_attn_interface`) or else 2; CUDA, fp16 or bf16
@@ -40,14 +40,11 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int],
 @dataclass(frozen=True)
 class Attention:
     """A kernel. Triton's takes q, k and v together, (T, 3, heads, head_dim), and the rotary tables, instead of
-    rotated q and k, and v; where it is chosen, the operators of `triton_elementwise` are there, too."""
+    rotated q and k, and v; and with it comes what computes a whole layer (`triton_layer.compute`)."""
 
     name: str
     kernel: Callable[..., torch.Tensor]
-
-    @property
-    def triton(self) -> bool:
-        return self.name == "triton"
+    layer: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 @functools.cache
@@ -65,8 +62,8 @@ def select_attention(backend: str, device_type: str, dtype: torch.dtype, heads: 
         found.append(Attention("torch", _torch_varlen_function() or _torch_varlen_operator))
         spills = capability < (9, 0) and head_size > 64  # Triton's; it would have too few registers
         wanted = backend == "triton" or (backend == "auto" and not spills)
-        if wanted and (function := _triton_kernel(dtype, heads, head_size)) is not None:
-            found.append(Attention("triton", function))
+        if wanted and (attention := _triton(dtype, heads, head_size)) is not None:
+            found.append(attention)
     chosen = [attention for attention in found if backend in ("auto", attention.name)]
     if not chosen:
         kind = f"{device_type} in {dtype}".replace("torch.", "")
@@ -142,7 +139,7 @@ def what_triton_lacks() -> str | None:
     return None if header.exists() else str(header)
 
 
-def _triton_kernel(dtype: torch.dtype, heads: int, head_size: int) -> Callable[..., torch.Tensor] | None:
+def _triton(dtype: torch.dtype, heads: int, head_size: int) -> Attention | None:
     """None, and a line in the log, where it cannot be built, or computes something else on this GPU."""
     if lack := what_triton_lacks():
         log.warning("attention: Triton cannot be used: %s is missing", lack)
@@ -164,7 +161,7 @@ def _triton_kernel(dtype: torch.dtype, heads: int, head_size: int) -> Callable[.
         if not error < TOLERANCE:
             log.warning("attention: Triton cannot be used: a kernel of it is off by %.1e on this GPU", error)
             return None
-    return attend
+    return Attention("triton", attend, importlib.import_module("esm2_composer.triton_layer").compute)
 
 
 TOLERANCE = 1.5e-2  # bf16's rounding makes some 5e-3

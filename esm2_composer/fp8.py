@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from esm2_composer.attention import what_triton_lacks, worst
 from esm2_composer.errors import UserError
-from esm2_composer.model import ESM2
+from esm2_composer.model import ESM2, Product
 
 FINE, WIDE = torch.float8_e4m3fn, torch.float8_e5m2
 TOLERANCE = 1e-2  # relative, of a product in bf16
@@ -37,7 +37,7 @@ def use_fp8(net: ESM2) -> None:
         _check_gpu(*sizes)
     for layer in net.layers:  # the head's inputs are few, and too fine for fp8
         for module in (layer.qkv, layer.out, layer.fc1, layer.fc2):
-            module.product = product
+            module.product = FP8
 
 
 def _check_gpu(k: int, n: int) -> None:
@@ -62,28 +62,16 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.
     return torch.ops.esm2_composer.fp8_product(x, weight, bias)[0]
 
 
-@torch.library.custom_op("esm2_composer::fp8_product", mutates_args=())
-def fp8_product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x weight^T + bias, (T, N) in the type of x (see `product`); and, for the backward pass, the transposes of x
-    and weight in fp8, (K, T to the next multiple of 16) and (K, N), and their scales, fp32 ()."""
+def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+    """x weight^T + bias, (T, N) in the type of x; and, for the backward pass, the transposes of x and weight in
+    fp8, (K, T to the next multiple of 16) and (K, N), and their scales, fp32 ()."""
     rounded, x_transposed, x_scale = _round(x, FINE)
     rounded_weight, weight_transposed, weight_scale = _round(weight, FINE)
     out = _multiply(rounded, rounded_weight, x_scale, weight_scale, x.dtype, bias)
-    return out, x_transposed, weight_transposed, x_scale, weight_scale
+    return out, (x_transposed, weight_transposed, x_scale, weight_scale)
 
 
-@fp8_product.register_fake
-def _(x, weight, bias):
-    (tokens, k), n = x.shape, weight.shape[0]
-    x_transposed = x.new_empty(k, _to_16(tokens), dtype=FINE)
-    x_scale, weight_scale = (x.new_empty((), dtype=torch.float32) for _ in range(2))
-    return x.new_empty(tokens, n), x_transposed, x.new_empty(k, n, dtype=FINE), x_scale, weight_scale
-
-
-@torch.library.custom_op("esm2_composer::fp8_product_backward", mutates_args=())
-def fp8_product_backward(
+def backward(
     grad: torch.Tensor,
     x_transposed: torch.Tensor,
     weight_transposed: torch.Tensor,
@@ -96,6 +84,28 @@ def fp8_product_backward(
     grad_x = _multiply(rounded, weight_transposed, scale, weight_scale, grad.dtype)
     grad_weight = _multiply(transposed, x_transposed, scale, x_scale, grad.dtype)
     return grad_x, grad_weight
+
+
+# For autograd, and for a compiler, which takes these two as they are
+
+
+@torch.library.custom_op("esm2_composer::fp8_product", mutates_args=())
+def fp8_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    out, kept = forward(x, weight, bias)
+    return out, *kept
+
+
+@fp8_product.register_fake
+def _(x, weight, bias):
+    (tokens, k), n = x.shape, weight.shape[0]
+    x_transposed = x.new_empty(k, _to_16(tokens), dtype=FINE)
+    x_scale, weight_scale = (x.new_empty((), dtype=torch.float32) for _ in range(2))
+    return x.new_empty(tokens, n), x_transposed, x.new_empty(k, n, dtype=FINE), x_scale, weight_scale
+
+
+fp8_product_backward = torch.library.custom_op("esm2_composer::fp8_product_backward", backward, mutates_args=())
 
 
 @fp8_product_backward.register_fake
@@ -119,13 +129,16 @@ def _gradients(ctx, grad: torch.Tensor, *_) -> tuple:
 
 fp8_product.register_autograd(_gradients, setup_context=_keep)
 
+FP8 = Product(product, forward, backward)
+
 
 def _round(x: torch.Tensor, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `triton_fp8.round_both`."""
     if x.is_cuda:
         from esm2_composer.triton_fp8 import round_both
 
-        return round_both(x, kind)
+        # Of an fp32 matrix, Triton 3.6 wrote a quarter of the transpose into wrong places (on an H200).
+        return round_both(x if x.dtype.itemsize == 2 else x.bfloat16(), kind)
     scale = x.abs().max().float().clamp(min=1e-12) / torch.finfo(kind).max
     rounded = (x.float() / scale).to(kind)
     filled = F.pad(rounded.float(), (0, 0, 0, _to_16(len(x)) - len(x)))

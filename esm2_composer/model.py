@@ -10,10 +10,10 @@ weights of a kind: some published checkpoints were trained with ones that fp16 h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,23 +92,33 @@ def add(x: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor:
     return x if update is None else x + update
 
 
-def add_norm(
-    x: torch.Tensor, update: torch.Tensor | None, norm: nn.LayerNorm, triton: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and update (T, D) -> their sum (T, D), and its norm (T, D); by `triton_elementwise`, if `triton`."""
-    if triton and update is not None:
-        return torch.ops.esm2_composer.add_norm(x, update, norm.weight, norm.bias, norm.eps)[:2]
-    x = add(x, update)
-    return x, norm(x)
+class Product(NamedTuple):
+    """How x (T, K), weight (N, K) and bias (N,) become x weight^T + bias, (T, N) in the type of x."""
+
+    linear: Callable[..., torch.Tensor]  # x, weight, bias -> out, for autograd
+    forward: Callable[..., tuple]  # the same without it -> out, and a tuple of tensors to keep
+    backward: Callable[..., tuple]  # the gradient of out, and those tensors -> those of x and weight
+
+
+def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple:
+    weight = weight.to(x.dtype)
+    return torch.addmm(bias.to(x.dtype), x, weight.t()), (x, weight)
+
+
+def _backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> tuple:
+    return grad @ weight, grad.t() @ x
+
+
+PLAIN = Product(F.linear, _forward, _backward)
 
 
 class Linear(nn.Linear):
     """`fp8` puts another product in the place of this one."""
 
-    product = staticmethod(F.linear)
+    product = PLAIN
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x, self.weight, self.bias)
+        return self.product.linear(x, self.weight, self.bias)
 
 
 class Layer(nn.Module):
@@ -132,19 +142,15 @@ class Layer(nn.Module):
         The next layer adds them up, since it norms the sum: that takes one pass over memory, where a sum here and
         a norm there would take two, and their gradients three.
         """
-        x, qkv = self.project(x, update, attention.triton)
-        if attention.triton:
-            mixed = attention.kernel(qkv, tables.view(torch.float32), cu_seqlens, max_seqlen)
-        else:
-            mixed = attention.kernel(*self.rotate_qkv(qkv, tables), cu_seqlens, max_seqlen)
-        return self.after_attention(x, mixed, attention.triton)
+        if attention.layer is not None:
+            return attention.layer(self, x, update, tables, cu_seqlens, max_seqlen)
+        x, qkv = self.project(x, update)
+        return self.after_attention(x, attention.kernel(*self.rotate_qkv(qkv, tables), cu_seqlens, max_seqlen))
 
-    def project(
-        self, x: torch.Tensor, update: torch.Tensor | None, triton: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def project(self, x: torch.Tensor, update: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """x and update (T, D) -> their sum (T, D), and its q, k and v, (T, 3, H, K)."""
-        x, normed = add_norm(x, update, self.attention_norm, triton)
-        return x, self.qkv(normed).view(-1, 3, self.num_heads, self.head_size)
+        x = add(x, update)
+        return x, self.qkv(self.attention_norm(x)).view(-1, 3, self.num_heads, self.head_size)
 
     def rotate_qkv(self, qkv: torch.Tensor, tables: torch.Tensor) -> tuple:
         """qkv (T, 3, H, K) -> q, k, v (T, H, K), q and k rotated."""
@@ -153,15 +159,10 @@ class Layer(nn.Module):
         # ESM-2 scales q by K^-0.5 before the rotation; rotation is linear, so the kernel may scale instead.
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def after_attention(
-        self, x: torch.Tensor, mixed: torch.Tensor, triton: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def after_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (T, D) and the attention's output (T, H, K) -> x (T, D), and what is to be added to it (T, D)."""
-        x, normed = add_norm(x, self.out(mixed.flatten(1)), self.ffn_norm, triton)
-        if triton:
-            hidden = self.fc1.product(normed, self.fc1.weight, self.fc1.bias.detach())
-            return x, self.fc2(torch.ops.esm2_composer.gelu(hidden, self.fc1.bias))
-        return x, self.fc2(F.gelu(self.fc1(normed)))
+        x = x + self.out(mixed.flatten(1))
+        return x, self.fc2(F.gelu(self.fc1(self.ffn_norm(x))))
 
 
 class Head(nn.Module):
@@ -274,7 +275,7 @@ class ESM2(nn.Module):
         """Compile the layers for any number of tokens; `options` go to `torch.compile`.
 
         The parts around attention are compiled, the same code for all layers. Attention's kernels are no matter
-        for a compiler, and some cannot be traced.
+        for a compiler, and some cannot be traced. Where Triton computes whole layers, nothing is left to compile.
         """
         # Each is compiled anew for training, evaluation, inference mode and other dtypes, `project` for the first
         # layer too, which has no update yet.

@@ -256,53 +256,74 @@ def _backward_kv(
     _store(grad_k + H * K, ROW, rows, length, columns, inside, acc_v)
 
 
+def attend_forward(
+    qkv: torch.Tensor, tables: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(rotated q (rotated k)^T / sqrt(K)) v, of each sequence by itself.
+
+    Args:
+        qkv: fp16 or bf16 (T, 3, H, K), contiguous, not rotated. q and k in it ARE OVERWRITTEN by the rotated ones.
+        tables: fp32 (2, T, 1, K / 2), contiguous, cosines and sines.
+        cu_seqlens: int32 (B+1,), where each sequence starts, and T at the end.
+        max_seqlen: the longest sequence.
+
+    Returns:
+        (T, H, K), in the type of qkv; and, for the backward pass, the logarithms (base 2) of the softmax's sums,
+        fp32 (H, T).
+    """
+    tokens, _, heads, size = qkv.shape
+    out = qkv.new_empty(tokens, heads, size)
+    lse = qkv.new_empty(heads, tokens, dtype=torch.float32)
+    grid, numbers = _sizes(qkv, cu_seqlens, max_seqlen)
+    rows = triton.cdiv(tokens * 2 * heads, ROTATED_ROWS)
+    _rotate[(rows,)](qkv, tables, tokens, *numbers[3:6], ROTATED_ROWS)
+    _forward[grid](qkv, out, lse, cu_seqlens, *numbers, num_warps=WARPS, num_stages=STAGES)
+    return out, lse
+
+
+def attend_backward(
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    tables: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+) -> torch.Tensor:
+    """The gradient of qkv as it was before its rotation, (T, 3, H, K), from that of out, (T, H, K), contiguous."""
+    delta, grad_qkv = torch.empty_like(lse), torch.empty_like(qkv)
+    grid, numbers = _sizes(qkv, cu_seqlens, max_seqlen)
+    together = qkv, tables, grad, lse, delta, grad_qkv, cu_seqlens, *numbers
+    _backward_q[grid](out, *together, num_warps=WARPS, num_stages=STAGES)
+    _backward_kv[grid](*together, num_warps=WARPS, num_stages=STAGES)
+    return grad_qkv
+
+
+def _sizes(qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> tuple[tuple, tuple]:
+    """The programs, and the numbers that every kernel but the rotation takes last."""
+    tokens, _, heads, size = qkv.shape
+    wide, tiles = max(16, triton.next_power_of_2(size)), triton.cdiv(max_seqlen, OWN)
+    grid = tiles * (len(cu_seqlens) - 1), heads
+    return grid, (tokens, tiles, size**-0.5, heads, size, wide, OWN, OTHER)
+
+
 class RotatedAttention(torch.autograd.Function):
-    """softmax(rotated q (rotated k)^T / sqrt(K)) v, of each sequence by itself."""
+    """`attend_forward` by itself, where no layer computes it."""
 
     @staticmethod
     def forward(
         ctx, qkv: torch.Tensor, tables: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
     ) -> torch.Tensor:
-        """`attend`, as autograd has it."""
-        tokens, _, heads, size = qkv.shape
-        assert qkv.is_contiguous()
-        assert tables.is_contiguous()
-        wide = max(16, triton.next_power_of_2(size))
-        out = qkv.new_empty(tokens, heads, size)
-        lse = qkv.new_empty(heads, tokens, dtype=torch.float32)
-        tiles = triton.cdiv(max_seqlen, OWN)
+        out, lse = attend_forward(qkv, tables, cu_seqlens, max_seqlen)
         ctx.save_for_backward(qkv, tables, out, lse, cu_seqlens)
-        ctx.grid = (tiles * (len(cu_seqlens) - 1), heads)
-        ctx.numbers = (tokens, tiles, size**-0.5, heads, size, wide, OWN, OTHER)
-        rows = triton.cdiv(tokens * 2 * heads, ROTATED_ROWS)
-        with torch.cuda.device_of(qkv):  # Triton launches on the current one
-            _rotate[(rows,)](qkv, tables, tokens, heads, size, wide, ROTATED_ROWS)
-            _forward[ctx.grid](qkv, out, lse, cu_seqlens, *ctx.numbers, num_warps=WARPS, num_stages=STAGES)
+        ctx.max_seqlen = max_seqlen
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple:
-        qkv, tables, out, lse, cu_seqlens = ctx.saved_tensors
-        grad = grad.contiguous()
-        delta, grad_qkv = torch.empty_like(lse), torch.empty_like(qkv)
-        together = qkv, tables, grad, lse, delta, grad_qkv, cu_seqlens, *ctx.numbers
-        with torch.cuda.device_of(qkv):
-            _backward_q[ctx.grid](out, *together, num_warps=WARPS, num_stages=STAGES)
-            _backward_kv[ctx.grid](*together, num_warps=WARPS, num_stages=STAGES)
+        grad_qkv = attend_backward(grad.contiguous(), *ctx.saved_tensors, ctx.max_seqlen)
         return grad_qkv, None, None, None
 
 
-def attend(qkv: torch.Tensor, tables: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
-    """Attention after the rotation.
-
-    Args:
-        qkv: fp16 or bf16 (T, 3, H, K), contiguous, not rotated. q and k in it ARE OVERWRITTEN by the rotated ones.
-        tables: fp32 (2, T, 1, K / 2), cosines and sines.
-        cu_seqlens: int32 (B+1,), where each sequence starts, and T at the end.
-        max_seqlen: the longest sequence.
-
-    Returns:
-        (T, H, K), in the type of qkv.
-    """
-    return RotatedAttention.apply(qkv, tables, cu_seqlens, max_seqlen)
+attend = RotatedAttention.apply

@@ -1,11 +1,12 @@
-"""What a layer computes between its matrix products, in Triton: sums with layer norm, and GELU.
+"""What a layer computes between its matrix products, in Triton: sums with layer norm, GELU, and the sums of rows
+that biases' gradients are.
 
 Forward and backward are one pass over memory each, at its speed, and the backward pass also adds up what the
-gradients of weights and biases need. torch's compiler takes 1.5 to 4 times as long (docs/performance.md); since
-these are operators of torch, it compiles what is around them.
+gradients of weights and biases need. torch's compiler takes 1.5 to 4 times as long (docs/performance.md).
 
 T tokens, D columns of the residual stream, F of the feed-forward. A program adds up SUMMED rows, in their order,
-and writes one row of sums: results are the same to the last bit every time.
+and writes one row of sums: results are the same to the last bit every time. Tensors are contiguous, and on the
+current GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from esm2_composer.attention import worst
 # The best of a few dozen on an H200, for D of 320, 1,280 and 2,560, and four times these.
 NORM_ROWS = 32  # a program adds up
 GELU_ROWS, GELU_COLUMNS, GELU_SUMMED = 16, 128, 128  # a tile, and the rows that a program adds up
+SUM_ROWS, SUM_COLUMNS, SUM_SUMMED = 32, 64, 256  # likewise, where nothing else is done
 NUMBERS = 4096  # of a program of GELU's forward pass
 WARPS = 4
 
@@ -118,6 +120,20 @@ def _gelu_backward(
     tl.store(sums + program * F + columns, tl.sum(total, 0), columns < F)
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def _sum_rows(
+    grad, sums, tokens, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMMED: tl.constexpr
+):  # fmt: skip
+    columns, program = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for step in range(0, SUMMED, ROWS):
+        rows = program * SUMMED + step + tl.arange(0, ROWS)
+        places = rows.to(tl.int64)[:, None] * C + columns[None, :]
+        there = (rows < tokens)[:, None] & (columns < C)[None, :]
+        total += tl.load(grad + places, there, 0.0).to(tl.float32)
+    tl.store(sums + program * C + columns, tl.sum(total, 0), columns < C)
+
+
 def _width(columns: int) -> dict[str, int]:
     wide = triton.next_power_of_2(columns)
     return {"WIDE": wide, "num_warps": min(max(wide // 1024, 1), 16)}
@@ -130,7 +146,6 @@ def _stages(columns: int, itemsize: int) -> int:
     return 3 if row <= 16384 else 2 if row <= 32768 else 1
 
 
-@torch.library.custom_op("esm2_composer::add_norm", mutates_args=())
 def add_norm(
     x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -147,157 +162,88 @@ def add_norm(
         each row's mean and 1 / deviation, fp32 (T,).
     """
     tokens, d = x.shape
-    x, update = x.contiguous(), update.contiguous()  # a compiler may have padded rows
-    total, normed = x.new_empty(x.shape), update.new_empty(x.shape)
+    total, normed = torch.empty_like(x), torch.empty_like(update)
     mean, rstd = (x.new_empty(tokens, dtype=torch.float32) for _ in range(2))
-    with torch.cuda.device_of(x):  # Triton launches on the current one
-        _add_norm[(tokens,)](x, update, weight, bias, total, normed, mean, rstd, eps, D=d, **_width(d))
+    _add_norm[(tokens,)](x, update, weight, bias, total, normed, mean, rstd, eps, D=d, **_width(d))
     return total, normed, mean, rstd
 
 
-@add_norm.register_fake
-def _(x, update, weight, bias, eps):
-    mean, rstd = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), update.new_empty(x.shape), mean, rstd
-
-
-@torch.library.custom_op("esm2_composer::add_norm_backward", mutates_args=())
 def add_norm_backward(
     grad_total: torch.Tensor, grad_normed: torch.Tensor, total: torch.Tensor, weight: torch.Tensor,
     mean: torch.Tensor, rstd: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The gradients of x and of the update, the second empty if their types are the same, and partial sums for
-    those of weight and bias, (2, programs, D)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The gradients of x and of the update, (T, D), one tensor if their types are the same; and those of weight
+    and bias, fp32 (D,)."""
     tokens, d = total.shape
-    grad_total, grad_normed = grad_total.contiguous(), grad_normed.contiguous()
     both, programs = grad_normed.dtype != total.dtype, triton.cdiv(tokens, NORM_ROWS)
-    grad_x, grad_update = total.new_empty(total.shape), grad_normed.new_empty(total.shape if both else 0)
+    grad_x = torch.empty_like(total)
+    grad_update = torch.empty_like(grad_normed) if both else grad_x
     sums = total.new_empty(2, programs, d, dtype=torch.float32)
-    with torch.cuda.device_of(total):
-        _add_norm_backward[(programs,)](
-            grad_total, grad_normed, total, weight, mean, rstd, grad_x, grad_update, sums[0], sums[1], tokens,
-            D=d, SUMMED=NORM_ROWS, BOTH=both, STAGES=_stages(d, total.element_size()), **_width(d),
-        )  # fmt: skip
-    return grad_x, grad_update, sums
+    _add_norm_backward[(programs,)](
+        grad_total, grad_normed, total, weight, mean, rstd, grad_x, grad_update, sums[0], sums[1], tokens,
+        D=d, SUMMED=NORM_ROWS, BOTH=both, STAGES=_stages(d, total.element_size()), **_width(d),
+    )  # fmt: skip
+    return grad_x, grad_update, *sums.sum(1)
 
 
-@add_norm_backward.register_fake
-def _(grad_total, grad_normed, total, weight, mean, rstd):
-    both, programs = grad_normed.dtype != total.dtype, triton.cdiv(total.shape[0], NORM_ROWS)
-    sums = total.new_empty(2, programs, total.shape[1], dtype=torch.float32)
-    return total.new_empty(total.shape), grad_normed.new_empty(total.shape if both else 0), sums
-
-
-def _keep_for_norm(ctx, inputs: tuple, output: tuple) -> None:
-    _, _, weight, bias, _ = inputs
-    total, _, mean, rstd = output
-    ctx.save_for_backward(total, weight, mean, rstd)
-    ctx.bias_type = bias.dtype
-    ctx.mark_non_differentiable(mean, rstd)
-
-
-def _norm_gradients(ctx, grad_total, grad_normed, _mean, _rstd) -> tuple:
-    total, weight, mean, rstd = ctx.saved_tensors
-    grad_x, grad_update, sums = add_norm_backward(grad_total, grad_normed, total, weight, mean, rstd)
-    grad_weight, grad_bias = sums.sum(1)
-    if grad_normed.dtype == total.dtype:
-        grad_update = grad_x
-    return grad_x, grad_update, grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_type), None
-
-
-add_norm.register_autograd(_norm_gradients, setup_context=_keep_for_norm)
-
-
-@torch.library.custom_op("esm2_composer::gelu", mutates_args=())
-def gelu(hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """GELU (Hendrycks and Gimpel, 2016), not its approximation by tanh, of hidden (T, F), which is the sum of a
-    product and a bias (F,).
-
-    The bias has its gradient from here, where hidden's is made: the sum must have hidden it from autograd.
-    """
-    hidden, numbers = hidden.contiguous(), hidden.numel()
-    out = hidden.new_empty(hidden.shape)
-    with torch.cuda.device_of(hidden):
-        _gelu[(triton.cdiv(numbers, NUMBERS),)](hidden, out, numbers, NUMBERS=NUMBERS, num_warps=WARPS)
+def gelu(hidden: torch.Tensor) -> torch.Tensor:
+    """GELU (Hendrycks and Gimpel, 2016), not its approximation by tanh, of hidden (T, F)."""
+    out, numbers = torch.empty_like(hidden), hidden.numel()
+    _gelu[(triton.cdiv(numbers, NUMBERS),)](hidden, out, numbers, NUMBERS=NUMBERS, num_warps=WARPS)
     return out
 
 
-@gelu.register_fake
-def _(hidden, bias):
-    return hidden.new_empty(hidden.shape)
-
-
-@torch.library.custom_op("esm2_composer::gelu_backward", mutates_args=())
 def gelu_backward(hidden: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient, (T, F), and its partial sums over tokens, (programs, F)."""
+    """The gradient, (T, F), and its sum over tokens, fp32 (F,): that of a bias that was added before."""
     tokens, f = hidden.shape
-    hidden, grad = hidden.contiguous(), grad.contiguous()
-    grad_hidden, programs = hidden.new_empty(hidden.shape), triton.cdiv(tokens, GELU_SUMMED)
+    grad_hidden, programs = torch.empty_like(hidden), triton.cdiv(tokens, GELU_SUMMED)
     sums = hidden.new_empty(programs, f, dtype=torch.float32)
-    with torch.cuda.device_of(hidden):
-        _gelu_backward[(triton.cdiv(f, GELU_COLUMNS), programs)](
-            hidden, grad, grad_hidden, sums, tokens,
-            F=f, ROWS=GELU_ROWS, COLUMNS=GELU_COLUMNS, SUMMED=GELU_SUMMED, num_warps=WARPS,
-        )  # fmt: skip
-    return grad_hidden, sums
+    _gelu_backward[(triton.cdiv(f, GELU_COLUMNS), programs)](
+        hidden, grad, grad_hidden, sums, tokens,
+        F=f, ROWS=GELU_ROWS, COLUMNS=GELU_COLUMNS, SUMMED=GELU_SUMMED, num_warps=WARPS,
+    )  # fmt: skip
+    return grad_hidden, sums.sum(0)
 
 
-@gelu_backward.register_fake
-def _(hidden, grad):
-    sums = hidden.new_empty(triton.cdiv(hidden.shape[0], GELU_SUMMED), hidden.shape[1], dtype=torch.float32)
-    return hidden.new_empty(hidden.shape), sums
-
-
-def _keep_for_gelu(ctx, inputs: tuple, output: torch.Tensor) -> None:
-    hidden, bias = inputs
-    ctx.save_for_backward(hidden)
-    ctx.bias_type = bias.dtype
-
-
-def _gelu_gradients(ctx, grad: torch.Tensor) -> tuple:
-    grad_hidden, sums = gelu_backward(*ctx.saved_tensors, grad)
-    return grad_hidden, sums.sum(0).to(ctx.bias_type)
-
-
-gelu.register_autograd(_gelu_gradients, setup_context=_keep_for_gelu)
+def sum_rows(grad: torch.Tensor) -> torch.Tensor:
+    """The sum over tokens of (T, C), fp32 (C,): a bias's gradient."""
+    tokens, c = grad.shape
+    programs = triton.cdiv(tokens, SUM_SUMMED)
+    sums = grad.new_empty(programs, c, dtype=torch.float32)
+    _sum_rows[(triton.cdiv(c, SUM_COLUMNS), programs)](
+        grad, sums, tokens, C=c, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, SUMMED=SUM_SUMMED, num_warps=WARPS
+    )
+    return sums.sum(0)
 
 
 def elementwise_error(dtype: torch.dtype, columns: int, device: str) -> float:
     """The largest relative error of sums with norm, of GELU on four times the columns, as in all published models,
-    and of their gradients on this device, beside torch's in fp32; NaN if any is."""
+    of a bias's gradient, and of their gradients on this device, beside torch's in fp32; NaN if any is."""
     errors = []
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
         generator = torch.Generator().manual_seed(0)
 
         def draw(kind: torch.dtype, *shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator).to(device, kind).requires_grad_()
+            return torch.randn(shape, generator=generator).to(device, kind)
 
         for stream in (torch.float32, dtype):  # as under autocast, and as under FSDP, with their weights
-            ours = (
-                draw(stream, 100, columns),
-                draw(dtype, 100, columns),
-                draw(stream, columns),
-                draw(stream, columns),
-            )
-            theirs = [x.detach().float().requires_grad_() for x in ours]
-            total = theirs[0] + theirs[1]
-            exact = total, F.layer_norm(total, (columns,), *theirs[2:])
-            errors += _errors(add_norm(*ours, 1e-5)[:2], exact, ours, theirs)
-        ours = draw(dtype, 300, 4 * columns), draw(dtype, 4 * columns)
-        theirs = [
-            ours[0].detach().float().requires_grad_(),
-            torch.zeros(4 * columns, device=device).requires_grad_(),
-        ]
-        errors += _errors((gelu(*ours),), (F.gelu(theirs[0] + theirs[1]),), ours, theirs)
+            given = *(draw(kind, 100, columns) for kind in (stream, dtype)), *(draw(stream, columns) for _ in "wb")
+            grads = draw(stream, 100, columns), draw(dtype, 100, columns)
+            total, normed, mean, rstd = add_norm(*given, 1e-5)
+            got = add_norm_backward(*grads, total, given[2], mean, rstd)
+            exact = [x.float().requires_grad_() for x in given]
+            summed = exact[0] + exact[1]
+            want = summed, F.layer_norm(summed, (columns,), *exact[2:])
+            wanted = torch.autograd.grad(want, exact, [grad.float() for grad in grads])
+            errors += _errors((total, normed, *got), (*want, *wanted))
+        hidden, grad = draw(dtype, 300, 4 * columns), draw(dtype, 300, 4 * columns)
+        exact = hidden.float().requires_grad_()
+        want = F.gelu(exact)
+        (wanted,) = torch.autograd.grad(want, exact, grad.float())
+        got = gelu(hidden), *gelu_backward(hidden, grad), sum_rows(grad)
+        errors += _errors(got, (want, wanted, wanted.sum(0), grad.float().sum(0)))
     return worst(*errors)
 
 
-def _errors(out: tuple, exact: tuple, ours: tuple, theirs: list) -> list[float]:
-    """Relative, of outputs and of the gradients of a sum of them."""
-    weights = [torch.linspace(-1, 1, x.numel(), device=x.device).view_as(x) for x in exact]
-    got, want = (
-        torch.autograd.grad(sum((x.float() * w).sum() for x, w in zip(outputs, weights, strict=True)), inputs)
-        for outputs, inputs in ((out, ours), (exact, theirs))
-    )
-    pairs = zip((*out, *got), (*exact, *want), strict=True)
-    return [((a.float() - b).norm() / b.norm()).item() for a, b in pairs]
+def _errors(got: tuple, exact: tuple) -> list[float]:
+    return [((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]

@@ -49,8 +49,8 @@ def _round(
 
 
 def round_both(x: torch.Tensor, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (R, C), C a multiple of 16 -> x / scale rounded, (R, C); its transpose, (C, R to the next multiple of 16),
-    filled with zeros; and the scale, fp32 ()."""
+    """x (R, C), bf16 or fp16, C a multiple of 16 -> x / scale rounded, (R, C); its transpose, (C, R to the next
+    multiple of 16), filled with zeros; and the scale, fp32 ()."""
     (rows, width), x = x.shape, x.contiguous()
     rounded = x.new_empty(x.shape, dtype=kind)
     transposed = x.new_empty(width, triton.cdiv(rows, 16) * 16, dtype=kind)

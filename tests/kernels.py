@@ -1,6 +1,21 @@
-"""Triton's code for GPUs that are not here."""
+"""Triton's code for GPUs that are not here: interpreted, one operation at a time, or compiled."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
+
+
+def interpreted(call: str) -> str:
+    """What "module.function(arguments)" of a test module prints where Triton interprets its kernels, for which a
+    process must ask beforehand."""
+    here = Path(__file__).parent
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{here}:{here.parent}"}
+    command = [sys.executable, "-c", f"import {call.split('.')[0]}; {call}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def compile_for(capability: int, function: Any, types: dict[str, str], values: dict[str, int], warps: int) -> Any:

@@ -47,7 +47,7 @@ def select(backend: str, device: str, dtype: torch.dtype, heads: int = 4, head_s
 def kernel(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32):
     """The kernel of a backend, taking rotated q, k and v."""
     found = select(backend, device, dtype)
-    if not found.triton:
+    if found.layer is None:
         return found.kernel
 
     def without_rotation(q, k, v, cu_seqlens, max_seqlen):
@@ -193,10 +193,11 @@ def test_auto_takes_triton_where_its_launchers_can_be_built(missing, monkeypatch
     found = select("auto", "cuda", torch.bfloat16)
     what = {"compiler": "a C compiler", "headers": f"{tmp_path}/Python.h", "package": "the package triton"}
     if missing is None:
-        assert (found.name, found.triton) == ("triton", True)
+        assert found.name == "triton"
+        assert found.layer is not None
         assert caplog.messages == ["attention on cuda: triton"]
     else:
-        assert (found.name, found.triton) == ("torch", False)
+        assert (found.name, found.layer) == ("torch", None)
         told = f"attention: Triton cannot be used: {what[missing]} is missing"
         assert caplog.messages == [told, "attention on cuda: torch"]
 

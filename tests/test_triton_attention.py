@@ -5,13 +5,9 @@ Without a GPU Triton interprets them, one operation at a time, which a process m
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from kernels import interpreted
 
 from esm2_composer.model import rotary_frequencies, rotary_tables
 
@@ -58,13 +54,7 @@ SIZES = [(8, 3), (16, 2), (24, 2), (64, 1)]
 
 
 def test_interpreted_they_are_exact() -> None:
-    code = f"import test_triton_attention as t; t.print_errors({SIZES})"
-    here = Path(__file__).parent
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{here}:{here.parent}"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    errors = [float(line) for line in done.stdout.split()]
+    errors = [float(line) for line in interpreted(f"test_triton_attention.print_errors({SIZES})").split()]
     assert len(errors) == 2 * len(SIZES)
     assert max(errors[::2]) < 1e-6  # fp32
     assert max(errors[1::2]) < 2e-3  # fp16; the interpreter has no bf16

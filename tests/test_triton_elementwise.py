@@ -1,19 +1,14 @@
-"""Sums with norm, and GELU, in Triton equal torch's in float64, forward and backward, and so do layers on them.
+"""Sums with norm, GELU, and sums of rows in Triton equal torch's in float64, forward and backward.
 
 Without a GPU Triton interprets them, one operation at a time, which a process must ask for before it imports them.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import compile_for
+from kernels import compile_for, interpreted
 
 from esm2_composer.attention import TOLERANCE
 
@@ -21,43 +16,37 @@ SHAPES = [(1, 48), (33, 320), (129, 64), (300, 1280)]  # around the 32 and 128 r
 
 
 def largest_errors(tokens: int, columns: int, stream: torch.dtype, dtype: torch.dtype, device: str) -> list[float]:
-    """Relative: of the sum, its norm, and their gradients; of GELU and its gradients."""
-    from esm2_composer.triton_elementwise import add_norm, gelu
+    """Relative: of the sum, its norm, and their gradients; of GELU and its gradients; of a sum of rows."""
+    from esm2_composer.triton_elementwise import add_norm, add_norm_backward, gelu, gelu_backward, sum_rows
 
     generator = torch.Generator().manual_seed(tokens)
 
     def draw(kind: torch.dtype, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device, kind).requires_grad_()
+        return torch.randn(shape, generator=generator).to(device, kind)
 
-    x, update, hidden = draw(stream, tokens, columns), draw(dtype, tokens, columns), draw(dtype, tokens, columns)
-    weight, bias = draw(torch.float32, columns), draw(torch.float32, columns)
-    given = x, update, weight, bias, hidden
-    total, normed, *_ = add_norm(x, update, weight, bias, 1e-5)
-    activated = gelu(hidden, bias)
+    shape = tokens, columns
+    given = draw(stream, *shape), draw(dtype, *shape), *(draw(torch.float32, columns) for _ in range(2))
+    hidden, grads = draw(dtype, *shape), (draw(stream, *shape), draw(dtype, *shape))
+    total, normed, mean, rstd = add_norm(*given, 1e-5)
+    grad_x, grad_update, *others = add_norm_backward(*grads, total, given[2], mean, rstd)
+    activated, (grad_hidden, grad_bias) = gelu(hidden), gelu_backward(hidden, grads[1])
     assert (total.dtype, normed.dtype, activated.dtype) == (stream, dtype, dtype)
-    exact = [one.detach().cpu().double().requires_grad_() for one in given]
+    assert (grad_x.dtype, grad_update.dtype, grad_hidden.dtype) == (stream, dtype, dtype)
+    ours = total, normed, grad_x, grad_update, *others, activated, grad_hidden, grad_bias, sum_rows(grads[1])
+
+    exact = [one.cpu().double().requires_grad_() for one in (*given, hidden)]
+    grads = [grad.cpu().double() for grad in grads]
     summed = exact[0] + exact[1]
-    # The hidden numbers have the bias in them already, but its gradient is what theirs sums up to.
-    theirs = summed, F.layer_norm(summed, (columns,), *exact[2:4]), F.gelu(exact[4] + exact[3] - exact[3].detach())
-    ours = total, normed, activated
-    weights = [torch.randn(total.shape, generator=generator) for _ in ours]
-    sum((out.float() * w.to(device)).sum() for out, w in zip(ours, weights, strict=True)).backward()
-    sum((out * w).sum() for out, w in zip(theirs, weights, strict=True)).backward()
-    pairs = [*zip(ours, theirs, strict=True)] + [
-        (one.grad, want.grad) for one, want in zip(given, exact, strict=True)
-    ]
-    return [((got.cpu().double() - want).norm() / want.norm()).item() for got, want in pairs]
-
-
-def interpreted(code: str) -> str:
-    here = Path(__file__).parent
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{here}:{here.parent}"}
-    command = [sys.executable, "-c", f"import test_triton_elementwise as t; t.{code}"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    norms, bent = (summed, F.layer_norm(summed, (columns,), *exact[2:4])), F.gelu(exact[4])
+    of_norms = torch.autograd.grad(norms, exact[:4], grads)
+    (of_gelu,) = torch.autograd.grad(bent, exact[4], grads[1])
+    theirs = *norms, *of_norms, bent, of_gelu, of_gelu.sum(0), grads[1].sum(0)
+    return [((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True)]
 
 
 def test_interpreted_they_are_exact() -> None:
-    rows = [[float(error) for error in line.split()] for line in interpreted("print_errors()").splitlines()]
+    printed = interpreted("test_triton_elementwise.print_errors()")
+    rows = [[float(error) for error in line.split()] for line in printed.splitlines()]
     assert len(rows) == 3 * len(SHAPES)
     assert max(map(max, rows[::3])) < 1e-6  # fp32
     assert max(map(max, rows[1::3])) < 2e-3  # an fp32 stream, else fp16; the interpreter has no bf16
@@ -71,50 +60,8 @@ def print_errors() -> None:
             print(*largest_errors(*shape, stream, dtype, "cpu"))
 
 
-def test_interpreted_a_model_on_them_trains_as_on_torchs_and_compiles_without_a_break() -> None:
-    lines = interpreted("compare_models()").splitlines()
-    assert [line.split()[0] for line in lines] == ["eager", "compiled"]
-    for line in lines:
-        assert max(map(float, line.split()[1:3])) < 3e-6
-    assert lines[1].split()[3:] == ["3", "graphs,", "0", "breaks"]
-
-
-def compare_models() -> None:
-    from esm2_composer import model as module
-    from esm2_composer import triton_attention, triton_elementwise
-    from esm2_composer.attention import Attention
-    from esm2_composer.model import ESM2, ESM2Config
-
-    def net(**compiled) -> ESM2:
-        torch.manual_seed(0)
-        made = ESM2(ESM2Config(2, 32, 2, 64))
-        for parameter in made.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-        if compiled:
-            made.compile_layers(**compiled)
-        return made
-
-    def train(net: ESM2) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        net.zero_grad()
-        for lengths in ([5, 60], [33], [40, 40, 40]):  # gradients add up; below 33 tokens torch 2.11 compiles anew
-            tokens = torch.arange(sum(lengths)) % 20 + 4
-            logits = net(tokens, F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int(), max(lengths))
-            F.cross_entropy(logits, tokens).backward()
-        return logits.detach(), [p.grad.clone() for p in net.parameters() if p.grad is not None]
-
-    assert torch.ops.esm2_composer.gelu.default == triton_elementwise.gelu._opoverload
-    logits, grads = train(net())
-    module.select_attention = lambda *_: Attention("triton", triton_attention.attend)
-    for name, one in (("eager", net()), ("compiled", net(backend="aot_eager"))):
-        got, ours = train(one)
-        error = max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, grads, strict=True))
-        counts = torch._dynamo.utils.counters
-        print(name, ((got - logits).norm() / logits.norm()).item(), error, counts["stats"]["unique_graphs"],
-              "graphs,", sum(counts["graph_break"].values()), "breaks")  # fmt: skip
-
-
-@pytest.mark.parametrize("change", [lambda x: 1.03 * x, lambda x: x.detach() + 0 * x, lambda x: x / 0])
-@pytest.mark.parametrize("which", ["add_norm", "gelu"])
+@pytest.mark.parametrize("change", [lambda x: 1.03 * x, lambda x: 0 * x, lambda x: x / 0])
+@pytest.mark.parametrize("which", ["add_norm", "add_norm_backward", "gelu", "gelu_backward", "sum_rows"])
 def test_their_check_sees_rounding_only_where_they_are_right(which, change, monkeypatch) -> None:
     """torch's own in their place, and wrong ones."""
     from esm2_composer import triton_elementwise as module
@@ -122,15 +69,32 @@ def test_their_check_sees_rounding_only_where_they_are_right(which, change, monk
     def add_norm(x, update, weight, bias, eps):
         total = x + update
         normed = F.layer_norm(total.float(), weight.shape, weight.float(), bias.float(), eps)
-        return total, normed.to(update.dtype), None, None
+        return total, normed.to(update.dtype), bias, None
 
-    monkeypatch.setattr(module, "add_norm", add_norm)
-    monkeypatch.setattr(module, "gelu", lambda hidden, bias: F.gelu(hidden + (bias - bias.detach()).to(hidden)))
+    def add_norm_backward(grad_total, grad_normed, total, weight, bias, _):
+        given = [x.float().requires_grad_() for x in (total, weight, bias)]
+        normed = F.layer_norm(given[0], weight.shape, *given[1:])
+        grad_x, *others = torch.autograd.grad(normed, given, grad_normed.float())
+        return grad_total + grad_x, grad_total + grad_x, *others
+
+    def gelu_backward(hidden, grad):
+        hidden = hidden.float().requires_grad_()
+        (grad,) = torch.autograd.grad(F.gelu(hidden), hidden, grad.float())
+        return grad, grad.sum(0)
+
+    right = {
+        "add_norm": add_norm,
+        "add_norm_backward": add_norm_backward,
+        "gelu": F.gelu,
+        "gelu_backward": gelu_backward,
+        "sum_rows": lambda grad: grad.float().sum(0),
+    }
+    for name, function in right.items():
+        monkeypatch.setattr(module, name, function)
     assert module.elementwise_error(torch.bfloat16, 320, "cpu") < TOLERANCE
-    right = getattr(module, which)
 
     def wrong(*given):
-        out = right(*given)
+        out = right[which](*given)
         return (out[0], change(out[1]), *out[2:]) if isinstance(out, tuple) else change(out)
 
     monkeypatch.setattr(module, which, wrong)
@@ -140,7 +104,7 @@ def test_their_check_sees_rounding_only_where_they_are_right(which, change, monk
 @pytest.mark.parametrize(
     ("columns", "stream"), [(320, "*fp32"), (5120, "*fp32"), (5120, "*bf16"), (16384, "*fp32")]
 )
-@pytest.mark.parametrize("kernel", ["_add_norm", "_add_norm_backward", "_gelu", "_gelu_backward"])
+@pytest.mark.parametrize("kernel", ["_add_norm", "_add_norm_backward", "_gelu", "_gelu_backward", "_sum_rows"])
 def test_they_compile_for_gpus_to_wide_loads(kernel: str, columns: int, stream: str) -> None:
     """For an A100 and an H100, neither of which this takes."""
     from esm2_composer import triton_elementwise as module
@@ -152,38 +116,22 @@ def test_they_compile_for_gpus_to_wide_loads(kernel: str, columns: int, stream: 
     values = {
         "D": columns,
         "F": columns,
+        "C": columns,
         "WIDE": width["WIDE"],
         "BOTH": stream == "*fp32",
         "NUMBERS": module.NUMBERS,
     }
-    values |= {"ROWS": module.GELU_ROWS, "COLUMNS": module.GELU_COLUMNS}
     values["STAGES"] = module._stages(columns, 4 if stream == "*fp32" else 2)
-    values["SUMMED"] = module.GELU_SUMMED if "gelu" in kernel else module.NORM_ROWS
-    warps = module.WARPS if "gelu" in kernel else width["num_warps"]
+    tile = {
+        "_gelu_backward": (module.GELU_ROWS, module.GELU_COLUMNS, module.GELU_SUMMED),
+        "_sum_rows": (module.SUM_ROWS, module.SUM_COLUMNS, module.SUM_SUMMED),
+    }
+    values |= zip(("ROWS", "COLUMNS", "SUMMED"), tile.get(kernel, (0, 0, module.NORM_ROWS)), strict=True)
+    warps = width["num_warps"] if "norm" in kernel else module.WARPS
     for capability in (80, 90):
         made = compile_for(capability, function, types, values, warps)
         assert "ld.global.v4.b32" in made.asm["ptx"] or "ld.global.v4.u32" in made.asm["ptx"]
         assert made.metadata.shared <= 99 * 1024  # what an L40S has
-
-
-def test_rows_may_be_padded_or_transposed() -> None:
-    """As a compiler may leave them."""
-    assert float(interpreted("print_strided_error()")) < 1e-6
-
-
-def print_strided_error() -> None:
-    from esm2_composer.triton_elementwise import add_norm, gelu
-
-    wide, weight = torch.randn(48, 64), torch.ones(48)
-    for x in (wide[:, :48], torch.randn(48, 40).t()):
-        x = x.detach().requires_grad_()
-        out = add_norm(x, x, weight, 0 * weight, 1e-5)[1] + gelu(x, weight)
-        (got,) = torch.autograd.grad((out**2).sum(), x)
-        exact = F.layer_norm(2 * x, (48,)) + F.gelu(x)
-        (want,) = torch.autograd.grad((exact**2).sum(), x)
-        errors = [(out - exact).norm() / exact.norm(), (got - want).norm() / want.norm()]
-        assert max(errors) < 1e-6
-    print(max(errors).item())
 
 
 @pytest.mark.gpu

@@ -3,24 +3,15 @@ compiled for a GPU that is not here."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from kernels import compile_for
+from kernels import compile_for, interpreted
 
 
 def test_interpreted_they_are_exact() -> None:
-    here = Path(__file__).parent
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{here}:{here.parent}"}
-    command = [sys.executable, "-c", "import test_triton_fp8 as t; t.check_rounding()"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "8 sizes and types\n"
+    assert interpreted("test_triton_fp8.check_rounding()") == "8 sizes and types\n"
 
 
 def check_rounding() -> None:
@@ -53,15 +44,15 @@ def check_rounding() -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp8e4nv", "fp8e5"])
-@pytest.mark.parametrize("given", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("kernel", ["_largest", "_round"])
-def test_they_compile_for_a_gpu(kernel: str, given: str, kind: str) -> None:
-    """For an H100, which this does not take: to loads and stores of 16 bytes, and the instruction that rounds."""
+def test_they_compile_for_a_gpu(kernel: str, kind: str) -> None:
+    """For an H100, which this does not take: to loads and stores of 16 bytes, and the instruction that rounds. And
+    threads exchange numbers before they round them: Triton 3.6 puts some that were rounded into wrong places."""
     from esm2_composer import triton_fp8 as module
 
     function = getattr(module, kernel)
     types = dict.fromkeys(("largest", "scale"), "*fp32") | dict.fromkeys(("rounded", "transposed"), f"*{kind}")
-    types |= {"x": given, "rows": "i32", "numbers": "i64", "limit": "fp32"}
+    types |= {"rows": "i32", "numbers": "i64", "limit": "fp32"}
     values = {name: getattr(module, name) for name in ("NUMBERS", "BLOCKS", "ROWS", "COLUMNS")} | {"WIDTH": 1280}
     made = compile_for(90, function, types, values, module.WARPS)
     assert "ld.global.v4.b32" in made.asm["ptx"] or "ld.global.v4.u32" in made.asm["ptx"]
@@ -70,4 +61,24 @@ def test_they_compile_for_a_gpu(kernel: str, given: str, kind: str) -> None:
         assert set(stores) == {"st.global.v4.b32", "st.global.b32"}
         assert stores.count("st.global.b32") == 1  # of the scale
         assert f"cvt.rn.satfinite.{'e4m3x2' if kind == 'fp8e4nv' else 'e5m2x2'}.f32" in made.asm["ptx"]
+        exchanged = re.findall(r"convert_layout.*", made.asm["ttgir"])
+        assert exchanged
+        assert not any("xf8" in line for line in exchanged)
     assert made.metadata.shared <= 48 * 1024
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("rows", [300, 512, 32768])
+def test_on_a_gpu_they_are_exact(rows: int, kind: torch.dtype) -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no fp8 here")
+    from esm2_composer.triton_fp8 import round_both
+
+    x = torch.randn(rows, 1280, device="cuda").bfloat16()
+    rounded, transposed, scale = round_both(x, kind)
+    factor = torch.finfo(kind).max / x.abs().max().float()
+    assert scale.item() == pytest.approx(1 / factor.item(), rel=1e-6)
+    assert torch.equal(rounded.float(), (x.float() * factor).to(kind).float())
+    assert torch.equal(transposed[:, :rows].float(), rounded.float().t())
+    assert not transposed[:, rows:].float().any()

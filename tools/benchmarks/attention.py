@@ -95,7 +95,7 @@ def once(
     if device == "cuda":
         torch.cuda._sleep(10_000_000)  # cycles, in which all that follows is queued
     moments = [moment(device)]
-    if attention.triton:
+    if attention.layer is not None:
         out = attention.kernel(given, tables, cu_seqlens, longest)
     else:
         out = attention.kernel(*rotation(device)(given, tables), cu_seqlens, longest)

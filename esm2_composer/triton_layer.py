@@ -1,0 +1,81 @@
+"""A layer as one node of autograd, on the kernels of `triton_attention` and `triton_elementwise`.
+
+A host needs longer to launch a layer's kernels through autograd and torch.compile than a GPU to run them on a few
+thousand tokens, which is what each of many GPUs has of a global batch (docs/performance.md). Here it does nothing
+but launch them, forward in one function and backward in another. The numbers are those of `model.Layer`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from esm2_composer.model import Layer, compute_dtype
+from esm2_composer.triton_attention import attend_backward, attend_forward
+from esm2_composer.triton_elementwise import add_norm, add_norm_backward, gelu, gelu_backward, sum_rows
+
+
+def compute(
+    layer: Layer,
+    x: torch.Tensor,
+    update: torch.Tensor | None,
+    tables: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Layer.forward` on a GPU, in fp16 or bf16."""
+    if update is None:
+        update = torch.zeros_like(x, dtype=compute_dtype(x))
+    parameters = [
+        parameter
+        for part in (layer.attention_norm, layer.qkv, layer.out, layer.ffn_norm, layer.fc1, layer.fc2)
+        for parameter in (part.weight, part.bias)  # FSDP has tensors in the place of parameters
+    ]
+    settings = layer.num_heads, layer.attention_norm.eps, layer.qkv.product
+    tables = tables.view(torch.float32)
+    return TritonLayer.apply(x, update, tables, cu_seqlens, max_seqlen, settings, *parameters)
+
+
+class TritonLayer(torch.autograd.Function):
+    """See `compute`."""
+
+    @staticmethod
+    def forward(ctx, x, update, tables, cu_seqlens, max_seqlen, settings, *parameters) -> tuple:
+        heads, eps, product = settings
+        w_norm1, b_norm1, w_qkv, b_qkv, w_out, b_out, w_norm2, b_norm2, w1, b1, w2, b2 = parameters
+        with torch.cuda.device_of(x):  # Triton launches on the current one
+            x, normed, *moments1 = add_norm(x, update, w_norm1, b_norm1, eps)
+            qkv, kept_qkv = product.forward(normed, w_qkv, b_qkv)
+            qkv = qkv.view(len(x), 3, heads, -1)
+            mixed, lse = attend_forward(qkv, tables, cu_seqlens, max_seqlen)
+            out, kept_out = product.forward(mixed.view(len(x), -1), w_out, b_out)
+            total, normed, *moments2 = add_norm(x, out, w_norm2, b_norm2, eps)
+            hidden, kept1 = product.forward(normed, w1, b1)
+            made, kept2 = product.forward(gelu(hidden), w2, b2)
+        attention = qkv, tables, mixed, lse, cu_seqlens
+        norms = x, w_norm1, *moments1, total, w_norm2, *moments2
+        ctx.save_for_backward(*attention, *norms, hidden, *kept_qkv, *kept_out, *kept1, *kept2)
+        ctx.max_seqlen, ctx.product = max_seqlen, product
+        return total, made
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total, grad_made) -> tuple:
+        saved, backward = ctx.saved_tensors, ctx.product.backward
+        attention, norm1, norm2, hidden, kept = saved[:5], saved[5:9], saved[9:13], saved[13], saved[14:]
+        each = len(kept) // 4
+        kept_qkv, kept_out, kept1, kept2 = (kept[i : i + each] for i in range(0, len(kept), each))
+        grad_total, grad_made = grad_total.contiguous(), grad_made.contiguous()
+        with torch.cuda.device_of(grad_total):
+            grad, w2 = backward(grad_made, *kept2)
+            grad, b1 = gelu_backward(hidden, grad)
+            grad, w1 = backward(grad, *kept1)
+            grad_total, grad, w_norm2, b_norm2 = add_norm_backward(grad_total, grad, *norm2)
+            b_out = sum_rows(grad)
+            grad, w_out = backward(grad, *kept_out)
+            grad = attend_backward(grad, *attention, ctx.max_seqlen).flatten(1)
+            b_qkv = sum_rows(grad)
+            grad, w_qkv = backward(grad, *kept_qkv)
+            grad_x, grad_update, w_norm1, b_norm1 = add_norm_backward(grad_total, grad, *norm1)
+            b2 = sum_rows(grad_made)
+        parameters = w_norm1, b_norm1, w_qkv, b_qkv, w_out, b_out, w_norm2, b_norm2, w1, b1, w2, b2
+        return grad_x, grad_update, None, None, None, None, *parameters

@@ -1,0 +1,113 @@
+"""Layers in Triton train as torch's do: outputs and gradients, saved or computed anew, in fp32, fp16 and fp8.
+
+Without a GPU Triton interprets its kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernels import interpreted
+from torch.utils.checkpoint import checkpoint
+
+from esm2_composer import model as module
+from esm2_composer.attention import Attention, select_attention
+from esm2_composer.fp8 import use_fp8
+from esm2_composer.model import ESM2, ESM2Config
+
+BATCHES = [5, 40], [33]  # lengths
+CASES = ["fp32", "autocast", "half", "fp8", "checkpointed", "frozen"]
+
+
+def make(config: ESM2Config, case: str, device: str = "cpu") -> ESM2:
+    torch.manual_seed(0)
+    net = ESM2(config)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    if case == "half":
+        net = net.half()
+    if case == "fp8":
+        use_fp8(net)
+    if case == "frozen":
+        net.layers[0].requires_grad_(False)
+        net.embed.requires_grad_(False)
+    if case == "checkpointed":
+        for layer in net.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return net.to(device)
+
+
+def train(net: ESM2, case: str, device: str = "cpu") -> list[torch.Tensor]:
+    """Logits of the last of two batches, and gradients, added up."""
+    kind = torch.bfloat16 if device == "cuda" else torch.float16
+    for lengths in BATCHES:
+        tokens = torch.arange(sum(lengths), device=device) % 20 + 4
+        cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(device)
+        with torch.autocast(device, kind) if case == "autocast" else contextlib.nullcontext():
+            logits = net(tokens, cu_seqlens, max(lengths))
+        F.cross_entropy(logits.float(), tokens).backward()
+    return [logits.detach(), *(p.grad for p in net.parameters() if p.grad is not None)]
+
+
+def errors(got: list[torch.Tensor], want: list[torch.Tensor]) -> list[float]:
+    return [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(got, want, strict=True)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted_a_model_on_it_trains_as_on_torchs(case: str) -> None:
+    largest, whole = map(float, interpreted(f"test_triton_layer.print_errors('{case}')").split())
+    # Of fp16, the biases of keys are noise: their true gradient is none.
+    assert (whole if case in ("autocast", "half") else largest) < (2e-3 if case in ("autocast", "half") else 1e-5)
+
+
+def print_errors(case: str) -> None:
+    """The largest error of logits and gradients, and that of all together."""
+    config = ESM2Config(2, 32, 2, 64)
+    torch_only = "fp32" if case in ("autocast", "half") else case
+    want = train(make(config, torch_only), torch_only)
+    kernel, compute = triton()
+    module.select_attention = lambda *_: Attention("triton", kernel, compute)
+    got = train(make(config, case), case)
+    together = [torch.cat([x.float().flatten() for x in each]) for each in (got, want)]
+    print(max(errors(got, want)), *errors(together[:1], together[1:]))
+
+
+def triton() -> tuple:
+    from esm2_composer.triton_attention import attend
+    from esm2_composer.triton_layer import compute
+
+    return attend, compute
+
+
+def test_interpreted_it_evaluates_without_a_gradient() -> None:
+    assert float(interpreted("test_triton_layer.print_inference_error()")) < 1e-6
+
+
+def print_inference_error() -> None:
+    config = ESM2Config(2, 32, 2, 64)
+    tokens, cu_seqlens = torch.arange(40) % 20 + 4, torch.tensor([0, 7, 40], dtype=torch.int32)
+    with torch.inference_mode():
+        want = make(config, "fp32").represent(tokens, cu_seqlens, layer=1)
+        kernel, compute = triton()
+        module.select_attention = lambda *_: Attention("triton", kernel, compute)
+        print(*errors([make(config, "fp32").represent(tokens, cu_seqlens, layer=1)], [want]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["autocast", "checkpointed"])
+@pytest.mark.parametrize("size", ["8m", "650m"])
+def test_on_a_gpu_a_model_on_it_trains_as_on_torchs(size: str, case: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    c = module.SIZES[size]
+    assert select_attention("auto", "cuda", torch.bfloat16, c.num_heads, c.head_size).name == "triton"
+    dimensions = 2, c.hidden_size, c.num_heads, c.ffn_hidden_size
+    want = train(make(ESM2Config(*dimensions, attention="cpu"), "fp32", "cuda"), "fp32", "cuda")
+    net = make(ESM2Config(*dimensions), case, "cuda")
+    got = train(net, "autocast", "cuda")
+    together = [torch.cat([x.float().flatten() for x in each]) for each in (got, want)]
+    assert max(errors([got[0], together[0]], [want[0], together[1]])) < 3e-2
