@@ -1,10 +1,10 @@
 """Training steps (forward, backward, clip, AdamW) of one model on the same sequences of UniRef-like lengths, by
 this project through Composer's Trainer and by transformers' EsmForMaskedLM in plain PyTorch, padded to 1,024 and
 to the longest of a microbatch (a transformers without sdpa for ESM takes part as it is, and with sdpa patched in);
-on a GPU compiled too, layer by layer, ours under FSDP as its recipe has it, on torch's attention, in fp8, with
-flash-attn, and faesm and esm-efficient, as far as these are installed: real tokens a second, the model's
-operations as a share of the peak and of a matrix product measured in the same run (operations on real tokens only,
-the same number for all), and peak memory.
+on a GPU transformers' compiled too, layer by layer, ours under FSDP as its recipe has it, in fp8, and compiled on
+torch's attention, and with flash-attn, faesm and esm-efficient, as far as these are installed: real tokens a
+second, the model's operations as a share of the peak and of a matrix product measured in the same run (operations
+on real tokens only, the same number for all), and peak memory.
 
 Every contender runs in a process of its own, the contenders in turns, so that none profits from another's memory
 or from a quiet moment of the machine. On a CPU peak memory is what the steps added to the process; on a GPU it is
