@@ -2,7 +2,7 @@
 
 Counted, not assumed: parameters and operations of the model, bytes of weights, optimizer state and of what the
 backward pass needs of a token. Assumed, and told with every result: the mean protein, the share of the peak that
-the GPUs reach (MFU), link speeds, and what a step costs besides.
+the GPUs reach (MFU), link speeds, what a host takes to launch a layer, and what a step costs besides.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ MFU = {16: 0.15, 24: 0.20, 32: 0.28}  # by head size
 MFU_OTHERWISE = 0.40
 LINK_SHARE = 0.7  # of a link's speed that collectives reach
 HOP = 5e-6  # seconds of a collective's ring from one GPU to the next
+# Seconds in which a host launches a layer's kernels, forward and backward, and what FSDP adds, on few tokens as on
+# many: as measured on an H200's (docs/performance.md).
+LAUNCHING, LAUNCHING_FSDP = 1.6e-3, 2.7e-3
 STEP_OVERHEAD = 0.03  # seconds of a step on the host: pooling, counters, logging
 RESERVED = 4e9  # bytes a GPU holds besides: context, communication buffers, fragmentation
 
@@ -68,6 +71,7 @@ class Plan:
     activation_bytes: float  # of a microbatch, as far as its share of a step fills it
     compute_seconds: float  # a step
     communication_seconds: float  # a step; hidden behind computing as far as that lasts
+    launching_seconds: float  # a step, on the host, meanwhile
     step_seconds: float
     updates: int
 
@@ -140,6 +144,8 @@ def make_plan(
     compute = repeated * flops / gpus / (mfu * gpu.flops)
     shards, state, unsharded = _memory(recipe.fsdp, parameters, layer, gpus)
     communication = _communication(recipe.fsdp, parameters, config.num_layers, gpus, shards, rounds, gpu)
+    of_layer = LAUNCHING + (LAUNCHING_FSDP if recipe.fsdp is not None else 0)
+    launching = repeated * rounds * config.num_layers * of_layer
     return Plan(
         gpus=gpus,
         parameters=parameters,
@@ -150,7 +156,8 @@ def make_plan(
         activation_bytes=activations * share,
         compute_seconds=compute,
         communication_seconds=communication,
-        step_seconds=max(compute, communication) + STEP_OVERHEAD,
+        launching_seconds=launching,
+        step_seconds=max(compute, communication, launching) + STEP_OVERHEAD,
         updates=recipe.updates,
     )
 
@@ -250,7 +257,9 @@ def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -
     kept = recipe.save_num_checkpoints_to_keep + recipe.callbacks.best_checkpoints
     between = batches(recipe.save_interval)
     mean = plan.real_tokens // recipe.global_train_batch_size
-    waits = " (it waits for the network)" if plan.communication_seconds > plan.compute_seconds else ""
+    meanwhile = {"network": plan.communication_seconds, "host": plan.launching_seconds}
+    slowest = max(meanwhile, key=meanwhile.__getitem__)
+    waits = f" (it waits for the {slowest})" if meanwhile[slowest] > plan.compute_seconds else ""
     rows = {
         "assuming": f"{mfu:.0%} MFU, {mean} tokens a protein; a GPU sends {gpu.node_link / 1e9:.0f} GB/s "
         f"within a node of {NODE}, {gpu.network / 1e9:.0f} GB/s to others",
@@ -259,8 +268,9 @@ def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -
         "memory a GPU": f"{_memory_text(plan)} of {gpu.memory / 1e9:.0f}: "
         + (f"does NOT fit; change: {change}" if change else "fits"),
         "microbatch": f"{recipe.device_microbatch_tokens:,} tokens; memory holds {fitting:,}",
-        "a step": f"{plan.step_seconds:.3f} s: computing {plan.compute_seconds:.3f}, communicating meanwhile "
-        f"{plan.communication_seconds:.3f}{waits}, besides {STEP_OVERHEAD}",
+        "a step": f"{plan.step_seconds:.3f} s: computing {plan.compute_seconds:.3f}, "
+        f"meanwhile communicating {plan.communication_seconds:.3f} and launching {plan.launching_seconds:.3f}"
+        f"{waits}; besides {STEP_OVERHEAD}",
         "speed": f"{plan.real_tokens / plan.step_seconds / gpus:,.0f} real tokens a second and GPU",
         "whole recipe": f"{plan.days:.2f} days, {hours:,.0f} GPU-hours for {plan.updates:,} updates",
         "checkpoints": f"{_gigabytes(plan.checkpoint_bytes)} each, every {between:,} updates "

@@ -1,6 +1,7 @@
 """The plan counts what the model counts, keeps what autograd keeps, and meets published speeds."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from esm2_composer.model import ESM2, ESM2Config, count_parameters
 from esm2_composer.plan import (
     GPUS,
     RESERVED,
+    STEP_OVERHEAD,
     describe,
     fitting_microbatch,
     make_plan,
@@ -124,6 +126,31 @@ def test_the_microbatch_that_is_said_to_fit_does_and_a_larger_one_does_not(size)
         )  # which fill it
         plan = make_plan(changed, 64, GPUS["h100"], 0.4)
         assert (plan.memory <= GPUS["h100"].memory) == fits
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tokens", "seconds"),
+    [  # in which an H200's host launched an update's forward and backward passes: docs/performance.md
+        (["fsdp=null"], 1024, 0.053),
+        ([], 1024, 0.148),
+        ([], 10_240, 0.133),
+    ],
+)
+def test_launching_takes_what_was_measured_within_ten_per_cent(overrides, tokens, seconds):
+    plan = make_plan(recipe("650m", *overrides, f"global_train_batch_size={tokens // 319}"), 1, GPUS["h200"], 0.49)
+    assert plan.launching_seconds == pytest.approx(seconds, rel=0.1)
+
+
+def test_a_host_that_has_too_many_layers_to_launch_for_few_tokens_is_told_of():
+    told = {gpus: report(recipe("650m"), gpus, "h100") for gpus in (16, 64)}
+    assert {gpus: "waits for the host" in text for gpus, (text, _) in told.items()} == {16: False, 64: True}
+    assert told[64][1]["step_seconds"] == told[64][1]["launching_seconds"] + STEP_OVERHEAD
+    assert "waits" not in report(recipe("650m", "fsdp=null"), 64, "h100")[0]
+    network = replace(GPUS["h100"], node_link=20e9)
+    assert make_plan(recipe("650m"), 64, network, 0.4).communication_seconds > told[64][1]["launching_seconds"]
+    twice = recipe("15b", "fsdp.activation_checkpointing=false")
+    repeated, once = (make_plan(r, 64, GPUS["h100"], 0.4).launching_seconds for r in (recipe("15b"), twice))
+    assert repeated == pytest.approx(once * 4 / 3)
 
 
 def test_more_gpus_stop_helping_where_the_network_or_the_step_itself_takes_over():
