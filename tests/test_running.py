@@ -140,17 +140,18 @@ def test_the_early_warning_goes_to_a_rank_and_not_to_the_launcher(python):
 
 
 @pytest.mark.parametrize(
-    ("size", "row"),
-    re.findall(r"^\| (\w+) \| (\d+ [AH]100 \| .*) \|$", TEXT, re.MULTILINE),
+    ("size", "overrides", "row"),
+    re.findall(r"^\| (\w+)(?:, `(.*?)`)? \| (\d+ [AH]100 \| .*) \|$", TEXT, re.MULTILINE),
     ids=lambda part: part[:4],
 )
-def test_the_plans_that_are_told_are_those_of_the_tool(size, row):
+def test_the_plans_that_are_told_are_those_of_the_tool(size, overrides, row):
     gpus, gpu = row.split(" | ")[0].split()
-    recipe = load_recipe(str(ROOT / f"yamls/{size.lower()}.yaml"), data_is_here=False)
+    recipe = load_recipe(str(ROOT / f"yamls/{size.lower()}.yaml"), overrides.split(), data_is_here=False)
     _, plan = report(recipe, int(gpus), gpu.lower())
-    step, compute, communication = (plan[f"{key}_seconds"] for key in ("step", "compute", "communication"))
+    keys = "step", "compute", "communication", "launching"
+    step, compute, communication, launching = (plan[f"{key}_seconds"] for key in keys)
     assert row.split(" | ")[1:] == [
-        f"{step:.3f} s: {compute:.3f}, {communication:.3f}",
+        f"{step:.3f} s: {compute:.3f}, {communication:.3f}, {launching:.3f}",
         *(f"{plan['days']:.2f} days", f"{plan['gpu_hours']:,.0f}", str(plan["useful_gpus"])),
     ]
 
