@@ -5,7 +5,8 @@ a layer are rounded to e4m3 and their gradients to e5m2 (Micikevicius et al., FP
 each tensor under a scale of its own, found anew at each use. What it gives up: a scale belongs to a whole
 microbatch, so other sequences beside one change its last digits, and so do other numbers of ranks.
 
-On a CPU the numbers are rounded as on a GPU, and multiplied in fp32: for tests.
+On a CPU the numbers are rounded as on a GPU (where fp32 weights become bf16 first), and multiplied in fp32: for
+tests.
 """
 
 from __future__ import annotations

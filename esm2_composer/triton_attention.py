@@ -10,7 +10,8 @@ rotation (see `attention.rotate`) is undone in registers, before gradients of q 
 where the product that comes next reads them, which saves several passes over all three.
 
 Scores are in base 2, which is what the hardware has. T tokens, B sequences, H heads, K head size, WIDE the power
-of two of at least 16 that holds K: half of a row of q lies in each half of WIDE, and zeros behind it.
+of two of at least 16 that holds K: half of a row of q lies in each half of WIDE, and zeros behind it. Tensors are
+contiguous, and on the current GPU.
 """
 
 from __future__ import annotations

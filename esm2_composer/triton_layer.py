@@ -22,9 +22,13 @@ def compute(
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Layer.forward` on a GPU, in fp16 or bf16."""
-    if update is None:
-        update = torch.zeros_like(x, dtype=compute_dtype(x))
+    """`Layer.forward` on a GPU, in fp16 or bf16.
+
+    The layer's modules are not called: hooks on them, and what other modules in their place compute, have no
+    effect; and the product of `qkv` stands for all four.
+    """
+    kind = compute_dtype(x)
+    update = torch.zeros_like(x, dtype=kind) if update is None else update.to(kind)
     parameters = [
         parameter
         for part in (layer.attention_norm, layer.qkv, layer.out, layer.ffn_norm, layer.fc1, layer.fc2)
@@ -32,6 +36,7 @@ def compute(
     ]
     settings = layer.num_heads, layer.attention_norm.eps, layer.qkv.product
     tables = tables.view(torch.float32)
+    x, update = x.contiguous(), update.contiguous()
     return TritonLayer.apply(x, update, tables, cu_seqlens, max_seqlen, settings, *parameters)
 
 
@@ -43,39 +48,43 @@ class TritonLayer(torch.autograd.Function):
         heads, eps, product = settings
         w_norm1, b_norm1, w_qkv, b_qkv, w_out, b_out, w_norm2, b_norm2, w1, b1, w2, b2 = parameters
         with torch.cuda.device_of(x):  # Triton launches on the current one
-            x, normed, *moments1 = add_norm(x, update, w_norm1, b_norm1, eps)
+            x, normed, mean1, rstd1 = add_norm(x, update, w_norm1, b_norm1, eps)
             qkv, kept_qkv = product.forward(normed, w_qkv, b_qkv)
             qkv = qkv.view(len(x), 3, heads, -1)
             mixed, lse = attend_forward(qkv, tables, cu_seqlens, max_seqlen)
             out, kept_out = product.forward(mixed.view(len(x), -1), w_out, b_out)
-            total, normed, *moments2 = add_norm(x, out, w_norm2, b_norm2, eps)
+            total, normed, mean2, rstd2 = add_norm(x, out, w_norm2, b_norm2, eps)
             hidden, kept1 = product.forward(normed, w1, b1)
             made, kept2 = product.forward(gelu(hidden), w2, b2)
-        attention = qkv, tables, mixed, lse, cu_seqlens
-        norms = x, w_norm1, *moments1, total, w_norm2, *moments2
-        ctx.save_for_backward(*attention, *norms, hidden, *kept_qkv, *kept_out, *kept1, *kept2)
+        ctx.save_for_backward(
+            qkv, tables, mixed, lse, cu_seqlens, x, w_norm1, mean1, rstd1, total, w_norm2, mean2, rstd2, hidden,
+            *kept_qkv, *kept_out, *kept1, *kept2,
+        )  # fmt: skip
         ctx.max_seqlen, ctx.product = max_seqlen, product
         return total, made
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total, grad_made) -> tuple:
-        saved, backward = ctx.saved_tensors, ctx.product.backward
-        attention, norm1, norm2, hidden, kept = saved[:5], saved[5:9], saved[9:13], saved[13], saved[14:]
-        each = len(kept) // 4
+        """Parameters' names are those of their gradients here, but for `w_norm1` and `w_norm2` before theirs."""
+        (
+            qkv, tables, mixed, lse, cu_seqlens, x, w_norm1, mean1, rstd1, total, w_norm2, mean2, rstd2, hidden,
+            *kept,
+        ) = ctx.saved_tensors  # fmt: skip
+        backward, each = ctx.product.backward, len(kept) // 4
         kept_qkv, kept_out, kept1, kept2 = (kept[i : i + each] for i in range(0, len(kept), each))
         grad_total, grad_made = grad_total.contiguous(), grad_made.contiguous()
-        with torch.cuda.device_of(grad_total):
+        with torch.cuda.device_of(total):
             grad, w2 = backward(grad_made, *kept2)
+            b2 = sum_rows(grad_made)
             grad, b1 = gelu_backward(hidden, grad)
             grad, w1 = backward(grad, *kept1)
-            grad_total, grad, w_norm2, b_norm2 = add_norm_backward(grad_total, grad, *norm2)
+            grad_total, grad, w_norm2, b_norm2 = add_norm_backward(grad_total, grad, total, w_norm2, mean2, rstd2)
             b_out = sum_rows(grad)
             grad, w_out = backward(grad, *kept_out)
-            grad = attend_backward(grad, *attention, ctx.max_seqlen).flatten(1)
+            grad = attend_backward(grad, qkv, tables, mixed, lse, cu_seqlens, ctx.max_seqlen).flatten(1)
             b_qkv = sum_rows(grad)
             grad, w_qkv = backward(grad, *kept_qkv)
-            grad_x, grad_update, w_norm1, b_norm1 = add_norm_backward(grad_total, grad, *norm1)
-            b2 = sum_rows(grad_made)
+            grad_x, grad_update, w_norm1, b_norm1 = add_norm_backward(grad_total, grad, x, w_norm1, mean1, rstd1)
         parameters = w_norm1, b_norm1, w_qkv, b_qkv, w_out, b_out, w_norm2, b_norm2, w1, b1, w2, b2
         return grad_x, grad_update, None, None, None, None, *parameters

@@ -368,6 +368,12 @@ def test_time_in_which_kernels_overlap_counts_once():
     assert parts == {"attention": 4, "optimizer": 0, "matrix products": 4, profile.OTHER: 1}
 
 
+def test_a_profile_of_compiled_layers_on_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="nothing is left to compile"):
+        profile.measure(arguments("--device", "cuda", "--compile", module=profile))
+
+
 def test_time_between_operators_is_nobodys():
     cpu = torch.profiler.ProfilerActivity.CPU
     with (

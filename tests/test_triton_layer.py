@@ -6,16 +6,19 @@ Without a GPU Triton interprets its kernels.
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from kernels import interpreted
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.utils.checkpoint import checkpoint
 
 from esm2_composer import model as module
-from esm2_composer.attention import Attention, select_attention
+from esm2_composer.attention import Attention, select_attention, worst
 from esm2_composer.fp8 import use_fp8
 from esm2_composer.model import ESM2, ESM2Config
 
@@ -59,21 +62,18 @@ def errors(got: list[torch.Tensor], want: list[torch.Tensor]) -> list[float]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted_a_model_on_it_trains_as_on_torchs(case: str) -> None:
-    largest, whole = map(float, interpreted(f"test_triton_layer.print_errors('{case}')").split())
-    # Of fp16, the biases of keys are noise: their true gradient is none.
-    assert (whole if case in ("autocast", "half") else largest) < (2e-3 if case in ("autocast", "half") else 1e-5)
+    largest = float(interpreted(f"test_triton_layer.print_errors('{case}')"))
+    assert largest < (5e-3 if case in ("autocast", "half") else 1e-5)  # those are in fp16
 
 
 def print_errors(case: str) -> None:
-    """The largest error of logits and gradients, and that of all together."""
+    """The largest error of logits and gradients."""
     config = ESM2Config(2, 32, 2, 64)
     torch_only = "fp32" if case in ("autocast", "half") else case
     want = train(make(config, torch_only), torch_only)
     kernel, compute = triton()
     module.select_attention = lambda *_: Attention("triton", kernel, compute)
-    got = train(make(config, case), case)
-    together = [torch.cat([x.float().flatten() for x in each]) for each in (got, want)]
-    print(max(errors(got, want)), *errors(together[:1], together[1:]))
+    print(worst(*errors(train(make(config, case), case), want)))
 
 
 def triton() -> tuple:
@@ -83,18 +83,61 @@ def triton() -> tuple:
     return attend, compute
 
 
-def test_interpreted_it_evaluates_without_a_gradient() -> None:
-    assert float(interpreted("test_triton_layer.print_inference_error()")) < 1e-6
+def test_interpreted_it_infers_and_takes_gradients_that_are_one_number_in_all_places() -> None:
+    assert float(interpreted("test_triton_layer.print_other_errors()")) < 1e-5
 
 
-def print_inference_error() -> None:
-    config = ESM2Config(2, 32, 2, 64)
+def print_other_errors() -> None:
     tokens, cu_seqlens = torch.arange(40) % 20 + 4, torch.tensor([0, 7, 40], dtype=torch.int32)
-    with torch.inference_mode():
-        want = make(config, "fp32").represent(tokens, cu_seqlens, layer=1)
-        kernel, compute = triton()
-        module.select_attention = lambda *_: Attention("triton", kernel, compute)
-        print(*errors([make(config, "fp32").represent(tokens, cu_seqlens, layer=1)], [want]))
+
+    def results() -> list[torch.Tensor]:
+        net = make(ESM2Config(2, 32, 2, 64), "fp32")
+        with torch.inference_mode():
+            inferred = net.represent(tokens, cu_seqlens, layer=1)
+        net.represent(tokens, cu_seqlens, layer=1).sum().backward()
+        return [inferred, *(p.grad for p in net.parameters() if p.grad is not None)]
+
+    want = results()
+    kernel, compute = triton()
+    module.select_attention = lambda *_: Attention("triton", kernel, compute)
+    print(worst(*errors(results(), want)))
+    x = torch.randn(40, 32, requires_grad=True)
+    layer = make(ESM2Config(1, 32, 2, 64), "fp32").layers[0]
+    out = compute(layer, x, None, torch.zeros(2, 40, 1, 8, dtype=torch.int32), cu_seqlens, 33)[0].square().sum()
+    (grad,) = torch.autograd.grad(out, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+def test_interpreted_it_can_be_sharded_over_two_ranks() -> None:
+    """Where a layer's weights are freed between its forward and its backward pass."""
+    assert float(interpreted("test_triton_layer.print_sharded_error()")) < 1e-5
+
+
+def print_sharded_error() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(train_sharded, (folder,), 2, start_method="fork")
+
+
+def train_sharded(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    config = ESM2Config(2, 32, 2, 64)
+    plain, net = make(config, "fp32"), make(config, "fp32")
+    train(plain, "fp32")
+    kernel, compute = triton()
+    module.select_attention = lambda *_: Attention("triton", kernel, compute)
+    wrap = CustomPolicy(net.fsdp_wrap_fn)
+    sharded = FullyShardedDataParallel(
+        net, auto_wrap_policy=wrap, device_id=torch.device("cpu"), use_orig_params=True
+    )
+    train(sharded, "fp32")
+    with FullyShardedDataParallel.summon_full_params(sharded, with_grads=True):
+        pairs = zip(net.parameters(), plain.parameters(), strict=True)
+        grads = [(ours.grad, theirs.grad) for ours, theirs in pairs if theirs.grad is not None]
+    if not rank:
+        print(worst(*errors(*zip(*grads, strict=True))))
+    torch.distributed.barrier()
 
 
 @pytest.mark.gpu
@@ -110,4 +153,4 @@ def test_on_a_gpu_a_model_on_it_trains_as_on_torchs(size: str, case: str) -> Non
     net = make(ESM2Config(*dimensions), case, "cuda")
     got = train(net, "autocast", "cuda")
     together = [torch.cat([x.float().flatten() for x in each]) for each in (got, want)]
-    assert max(errors([got[0], together[0]], [want[0], together[1]])) < 3e-2
+    assert worst(*errors([got[0], together[0]], [want[0], together[1]])) < 3e-2

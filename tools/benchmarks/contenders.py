@@ -72,7 +72,7 @@ def contenders(device: str, size: str) -> dict[str, Callable[[Work], Outcome]]:
     """Those that can run here: ours first, and last those that take minutes to compile."""
     on_gpu = device == "cuda"
     found = {"esm2_composer": ours}
-    if not on_gpu:  # there whole layers are in Triton, and nothing is left to compile
+    if not on_gpu:  # on a GPU whole layers are in Triton, and nothing is left to compile
         found["esm2_composer, compiled"] = partial(ours, compiled=True)
     if on_gpu and recipe_of(size, sharded=True).fsdp is not None:
         found["esm2_composer, FSDP"] = partial(ours, sharded=True)

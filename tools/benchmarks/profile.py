@@ -20,6 +20,7 @@ from benchmarks.contenders import Work, make_trainer, recipe_of
 from benchmarks.limits import Limits, compute_type, measure_limits
 from benchmarks.step import add_work_arguments, check, in_own_process, make_work
 
+from esm2_composer.errors import UserError
 from esm2_composer.model import SIZES
 from esm2_composer.plan import skeleton
 
@@ -36,12 +37,14 @@ WAITS = {"item": r"^aten::_local_scalar_dense$", "device": r"^cuda(Stream|Device
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_work_arguments(parser)
-    parser.add_argument("--compile", action="store_true", help="the layers")
+    parser.add_argument("--compile", action="store_true", help="the layers, on a CPU")
     parser.add_argument("--sharded", action="store_true", help="by FSDP, as the recipe has it")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     check(args)
+    if args.compile and args.device == "cuda":
+        raise UserError("--compile: on a GPU whole layers are in Triton, and nothing is left to compile")
     limits = in_own_process(measure_limits, args.device)
     work = make_work(args, limits)
     found = in_own_process(profile_steps, work, args.compile, args.sharded)
