@@ -47,6 +47,14 @@ class Attention:
     layer: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a product of x comes out as: autocast's type, where that is on."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
 @functools.cache
 def select_attention(backend: str, device_type: str, dtype: torch.dtype, heads: int, head_size: int) -> Attention:
     """The attention of `backend` on a device of type "cpu" or "cuda", for q, k and v of `dtype`; logged once.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from esm2_composer.alphabet import MASK, PAD, VOCAB_SIZE
-from esm2_composer.attention import rotate, select_attention
+from esm2_composer.attention import compute_dtype, rotate, select_attention
 
 INIT_STD = 0.02
 LAYER_NORM_EPS = 1e-5
@@ -77,14 +77,6 @@ def rotary_tables(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.T
     """cos and sin of position * frequency, fp32 (2, T, 1, K/2), from (T,) and fp32 (K/2,)."""
     angles = positions.float()[:, None, None] * frequencies
     return torch.stack((angles.cos(), angles.sin()))
-
-
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """What a product of x comes out as: autocast's type, where that is on."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
 
 
 def add(x: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor:

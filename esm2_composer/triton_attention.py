@@ -272,12 +272,14 @@ def attend_forward(
         (T, H, K), in the type of qkv; and, for the backward pass, the logarithms (base 2) of the softmax's sums,
         fp32 (H, T).
     """
+    assert qkv.is_contiguous()
+    assert tables.is_contiguous()
     tokens, _, heads, size = qkv.shape
     out = qkv.new_empty(tokens, heads, size)
     lse = qkv.new_empty(heads, tokens, dtype=torch.float32)
     grid, numbers = _sizes(qkv, cu_seqlens, max_seqlen)
     rows = triton.cdiv(tokens * 2 * heads, ROTATED_ROWS)
-    _rotate[(rows,)](qkv, tables, tokens, *numbers[3:6], ROTATED_ROWS)
+    _rotate[(rows,)](qkv, tables, tokens, *numbers[3:6], ROTATED_ROWS)  # H, K and WIDE
     _forward[grid](qkv, out, lse, cu_seqlens, *numbers, num_warps=WARPS, num_stages=STAGES)
     return out, lse
 

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import torch
 
-from esm2_composer.model import Layer, compute_dtype
+from esm2_composer.attention import compute_dtype
 from esm2_composer.triton_attention import attend_backward, attend_forward
 from esm2_composer.triton_elementwise import add_norm, add_norm_backward, gelu, gelu_backward, sum_rows
 
 
 def compute(
-    layer: Layer,
+    layer: torch.nn.Module,
     x: torch.Tensor,
     update: torch.Tensor | None,
     tables: torch.Tensor,
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Layer.forward` on a GPU, in fp16 or bf16.
+    """`model.Layer.forward`, of the layer, on a GPU, in fp16 or bf16.
 
     The layer's modules are not called: hooks on them, and what other modules in their place compute, have no
     effect; and the product of `qkv` stands for all four.

@@ -6,7 +6,7 @@ later, while a GPU still computes. W&B writes to a folder that goes with the pro
 And what an answer of all ranks costs on this machine, for which a run would wait after each update, had it not
 asked before: a number summed by gloo, by the number of ranks.
 
-On a CPU the model's steps lie outside the time between two updates. On a GPU the layers are compiled, as in runs.
+On a CPU the model's steps lie outside the time between two updates.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def time_updates(loggers: str, work: Work) -> tuple[list[float], list[float]]:
     the model's call in one update to that in the next."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": folder, "WANDB_SILENT": "true"}
-        trainer = make_trainer(work, work.device == "cuda", loggers=make_loggers(loggers, folder))
+        trainer = make_trainer(work, loggers=make_loggers(loggers, folder))
         (optimizer,) = trainer.state.optimizers
         ends, starts = [], []
         optimizer.register_step_post_hook(lambda *_: ends.append(time.perf_counter()))
