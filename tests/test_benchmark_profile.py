@@ -13,11 +13,10 @@ import pytest
 import torch
 from benchmarks import profile
 from benchmarks.contenders import Work, make_trainer
-from benchmarks.limits import Limits
 from composer import Trainer
 from composer.callbacks import LRMonitor, MemoryMonitor, SpeedMonitor
 from composer.models import ComposerModel
-from test_benchmark_step import H200, TINY, arguments
+from test_benchmark_step import CPU, H200, TINY, arguments
 from torch.autograd.profiler_util import FunctionEvent
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,8 +25,6 @@ from esm2_composer.attention import Attention
 from esm2_composer.errors import UserError
 from esm2_composer.model import SIZES
 from esm2_composer.plan import skeleton
-
-CPU = Limits("CPU, 2 threads", None, 1e11, 1e10, None)
 
 
 @pytest.mark.parametrize(
