@@ -19,8 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_conversion import hashes
-from test_layouts import write_layout
+from raw_data import hashes, write_layout
 
 from esm2_composer.fasta import read_fasta
 

@@ -14,6 +14,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from raw_data import write_clusters, write_layout, write_proteins
 
 from esm2_composer.conversion_plan import make_plan
 from esm2_composer.errors import Passing, UserError
@@ -21,23 +22,6 @@ from esm2_composer.fasta import read_fasta
 from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout, read_flat, reading
 from esm2_composer.proteins import Sequences
 from esm2_composer.records import Report
-
-
-def write_clusters(path: Path, columns: dict[str, Any], row_group_size: int | None = None) -> Path:
-    pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
-    return path
-
-
-def write_proteins(path: Path, proteins: dict[str, str | None]) -> Path:
-    with contextlib.closing(sqlite3.connect(path)) as database, database:
-        database.execute("CREATE TABLE protein (id TEXT PRIMARY KEY, sequence TEXT)")
-        database.executemany("INSERT INTO protein VALUES (?, ?)", proteins.items())
-    return path
-
-
-def write_layout(folder: Path, columns: dict[str, Any], proteins: dict[str, str | None]) -> tuple[Path, Path]:
-    """Write clusters.parquet and proteins.db; returns their paths."""
-    return write_clusters(folder / "clusters.parquet", columns), write_proteins(folder / "proteins.db", proteins)
 
 
 def rows(layout: Layout, scratch: Path) -> list[tuple[str | None, list[str | None]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_layouts import write_layout
+from raw_data import write_layout
 
 from esm2_composer import parts
 from esm2_composer.conversion_plan import make_plan

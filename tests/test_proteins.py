@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_layouts import write_proteins
+from raw_data import write_proteins
 
 from esm2_composer import proteins
 from esm2_composer.errors import UserError

@@ -15,7 +15,7 @@ from pathlib import Path
 import convert as convert_tool
 import pytest
 from conftest import ROOT
-from test_conversion import MESS, bionemo, flat, hashes, members_of, random_data, read_split
+from raw_data import MESS, bionemo, flat, hashes, members_of, random_data, read_split
 from test_storage import Bucket, bucket  # noqa: F401
 
 from esm2_composer import conversion_plan

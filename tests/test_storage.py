@@ -11,8 +11,8 @@ from pathlib import Path
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from raw_data import bionemo, hashes, in_order, random_data
 from streaming import StreamingDataset
-from test_conversion import bionemo, hashes, in_order, random_data
 
 from esm2_composer import conversion_plan, storage
 from esm2_composer.conversion import Interrupted, Options, convert

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstd
 from conftest import cluster
+from raw_data import SPLIT_FILES, bionemo
 from streaming import MDSWriter
-from test_conversion import SPLIT_FILES, bionemo
 
 from esm2_composer import mds
 from esm2_composer.conversion import Options, convert
