@@ -16,10 +16,11 @@ from composer.core import State
 from composer.utils import dist
 from omegaconf.errors import OmegaConfBaseException
 
-from esm2_composer.config import Recipe, changes, to_yaml
+from esm2_composer.config import changes, to_yaml
 from esm2_composer.errors import UserError
 from esm2_composer.folders import DIVERGED, PROBE, Folder, ask, is_sharded, updates
 from esm2_composer.ranks import on_every_rank, on_rank_zero
+from esm2_composer.schema import Recipe
 
 RECIPE = "recipe.yaml"
 INDEX = "checkpoints.json"

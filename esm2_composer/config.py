@@ -1,7 +1,7 @@
-"""The YAML schema: what a recipe may say, checked before anything heavy is imported.
+"""A recipe: read from YAML, with overrides, and checked before anything heavy is imported.
 
-A recipe's keys are the fields below. An unknown key, a wrong type or an impossible value is a `UserError`
-that names the file, the key and what would be right. This module imports neither torch nor Composer.
+An unknown key, a wrong type or an impossible value is a `UserError` that names the file, the key and what would be
+right. This module imports neither torch nor Composer.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -21,154 +21,11 @@ from omegaconf.omegaconf import get_yaml_loader
 
 from esm2_composer.errors import UserError
 from esm2_composer.files import is_remote, lies_in, refuse_irregular
+from esm2_composer.schema import DataSection, FSDPSection, ModelSection, Recipe, batches
 from esm2_composer.splits import SPLITS, cache_problem, can_be_folder, count_clusters, lacking
 from esm2_composer.strict import build
 
 T = TypeVar("T")
-
-MAX_INT = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class ModelSection:
-    size: Literal["8m", "35m", "150m", "650m", "3b", "15b"] | None = None
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    num_heads: int | None = None
-    ffn_hidden_size: int | None = None
-    attention: Literal["auto", "cpu", "triton", "torch", "flash"] = "auto"
-    init_from: str | None = None
-
-    @property
-    def dimensions(self) -> dict[str, int | None]:
-        names = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")
-        return {name: getattr(self, name) for name in names}
-
-
-@dataclass(frozen=True)
-class DataSection:
-    remote: str
-    local: str | None = None
-    cache_limit: str | None = None
-    num_workers: int = 4
-    max_length: int = 1024
-    min_length: int = 1
-    mask_fraction: float = 0.15
-    mask_split: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    replacement: Literal["amino_acids", "all_tokens"] = "amino_acids"
-
-    def split(self, name: str) -> tuple[str | None, str]:
-        """(remote, local) of a split; remote is None where the shards are read in place."""
-        remote = f"{self.remote.rstrip('/')}/{name}"
-        return (None, remote) if self.local is None else (remote, f"{self.local}/{name}")
-
-
-@dataclass(frozen=True)
-class OptimizerSection:
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-
-
-@dataclass(frozen=True)
-class ScheduleSection:
-    warmup: int
-    decay_fraction: float = 0.9
-    floor: float = 0.1
-    updates: int | None = None  # max_duration's, once the recipe is loaded
-
-
-@dataclass(frozen=True)
-class FSDPSection:
-    """Passed to Composer as they are, except `version`: 1 needs GPUs, 2 runs anywhere."""
-
-    version: Literal[1, 2] = 1
-    sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP"] = "FULL_SHARD"
-    data_parallel_shard_degree: int = -1
-    data_parallel_replicate_degree: int | None = None
-    mixed_precision: Literal["DEFAULT", "FULL"] = "DEFAULT"
-    activation_checkpointing: bool = False
-    sync_module_states: bool = False
-    state_dict_type: Literal["full", "sharded"] = "full"
-
-    @property
-    def fewest_ranks(self) -> int:
-        """The fewest that the data_parallel degrees make.
-
-        Two ranks at least share a copy of the model. Where it has but one, torch shards nothing, and takes the
-        mean of the gradients in each copy alone: copies would train apart.
-        """
-        copies, shards = self.data_parallel_replicate_degree or 1, self.data_parallel_shard_degree
-        if shards == -1:
-            return 2 * copies if copies > 1 else 1
-        return max(copies, 1) * shards
-
-    @property
-    def takes_multiples(self) -> bool:
-        return -1 in (self.data_parallel_replicate_degree, self.data_parallel_shard_degree)
-
-    def check_degrees(self, ranks: int) -> None:
-        """Raise a UserError if the shards and their replicas do not make the ranks."""
-        copies, shards = self.data_parallel_replicate_degree, self.data_parallel_shard_degree
-        each = ranks // (copies or 1) if shards == -1 else shards  # of a copy
-        number = ranks // each if copies == -1 else copies or 1
-        if number * each != ranks or each == 1 < number:
-            raise UserError(
-                f"fsdp.data_parallel_replicate_degree {copies} times data_parallel_shard_degree {shards} does not "
-                f"make the {ranks} ranks, two or more to a copy"
-            )
-
-
-@dataclass(frozen=True)
-class WandbSection:
-    project: str
-    entity: str | None = None
-    group: str | None = None
-    name: str | None = None
-    tags: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class LoggersSection:
-    wandb: WandbSection | None = None
-
-
-@dataclass(frozen=True)
-class CallbacksSection:
-    best_checkpoints: int = 0
-    max_loss_rise: float | None = 0.5
-
-
-@dataclass(frozen=True)
-class Recipe:
-    run_name: str
-    max_duration: str
-    eval_interval: str
-    global_train_batch_size: int
-    device_microbatch_tokens: int
-    save_folder: str
-    model: ModelSection
-    data: DataSection
-    optimizer: OptimizerSection
-    schedule: ScheduleSection
-    seed: int = 17
-    save_interval: str = "1000ba"
-    save_num_checkpoints_to_keep: int = 3
-    autoresume: bool = True
-    precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
-    compile: Literal[True, False, "auto"] = False
-    fp8: bool = False
-    tensorboard_folder: str | None = None
-    fsdp: FSDPSection | None = None
-    loggers: LoggersSection = field(default_factory=LoggersSection)
-    callbacks: CallbacksSection = field(default_factory=CallbacksSection)
-
-    @property
-    def updates(self) -> int:
-        """`max_duration` as a number of optimizer updates."""
-        return batches(self.max_duration)
 
 
 # What may differ between a checkpoint and the run that resumes it; all else decides what is trained.
@@ -304,94 +161,26 @@ def _override(content: DictConfig, override: str, path: str) -> DictConfig:
         ) from error
 
 
-def batches(duration: str) -> int:
-    """1000 for "1000ba"; 0 for what is no number of batches."""
-    match = re.fullmatch(r"([1-9]\d{0,8})ba", duration)
-    return int(match[1]) if match else 0
-
-
 def _problems(r: Recipe, data_is_here: bool) -> Iterator[str]:
     """What is wrong with values that are each of the right type."""
     for key in ("max_duration", "eval_interval", "save_interval"):
         if not batches(getattr(r, key)):
             yield f"'{key}' is {getattr(r, key)!r}; write a number of updates such as 1000ba"
-    at_least = {
-        "global_train_batch_size": (r.global_train_batch_size, 1),
-        "save_num_checkpoints_to_keep": (r.save_num_checkpoints_to_keep, 1),
-        "seed": (r.seed, 0),
-        "schedule.warmup": (r.schedule.warmup, 0),
-        "schedule.updates": (r.schedule.updates, 1),
-        "callbacks.best_checkpoints": (r.callbacks.best_checkpoints, 0),
-        "data.num_workers": (r.data.num_workers, 0),
-        "data.min_length": (r.data.min_length, 1),
-        "data.max_length": (r.data.max_length, 8),
-        "optimizer.weight_decay": (r.optimizer.weight_decay, 0),
-    }
-    for key, (value, minimum) in at_least.items():
-        if value < minimum:
-            yield f"'{key}' is {value}; it must be at least {minimum}"
     if r.data.min_length > r.data.max_length - 2:
         yield f"'data.min_length' is {r.data.min_length}; with <cls> and <eos> that exceeds data.max_length"
-    named = {"run_name": r.run_name, "save_folder": r.save_folder, "data.remote": r.data.remote}
-    named |= {"data.local": r.data.local, "model.init_from": r.model.init_from}
-    named |= {"tensorboard_folder": r.tensorboard_folder}
-    if wandb := r.loggers.wandb:
-        named |= {f"loggers.wandb.{key}": getattr(wandb, key) for key in ("project", "entity", "group", "name")}
-        named |= {f"loggers.wandb.tags[{i}]": tag for i, tag in enumerate(wandb.tags)}
-        if len(wandb.project) > 128 or re.search(r"[/\\#?%:]", wandb.project):
-            yield (
-                f"'loggers.wandb.project' is {wandb.project!r}; W&B takes at most 128 characters, "
-                "and none of / \\ # ? % :"
-            )
-    for key, value in named.items():
-        if value is not None and not value.strip():
-            yield f"'{key}' is empty"
-        elif value is not None and not value.isprintable():
-            yield f"'{key}' is {value!r}; leave out what cannot be printed"
+    if (wandb := r.loggers.wandb) and (len(wandb.project) > 128 or re.search(r"[/\\#?%:]", wandb.project)):
+        yield (
+            f"'loggers.wandb.project' is {wandb.project!r}; W&B takes at most 128 characters, "
+            "and none of / \\ # ? % :"
+        )
     if any(part in ("", ".", "..") for part in r.run_name.split("/")):
         yield f"'run_name' is {r.run_name!r}; write a name such as a or a/b, with no part empty, . or .."
-    at_most = {
-        "data.max_length": (r.data.max_length, MAX_INT),  # places of tokens are int32
-        "data.num_workers": (r.data.num_workers, 1024),
-        "device_microbatch_tokens": (r.device_microbatch_tokens, MAX_INT),
-        "global_train_batch_size": (r.global_train_batch_size, MAX_INT),
-        "save_num_checkpoints_to_keep": (r.save_num_checkpoints_to_keep, MAX_INT),
-        "schedule.updates": (r.schedule.updates, MAX_INT),
-        "seed": (r.seed, MAX_INT),  # ranks add theirs
-        "callbacks.best_checkpoints": (r.callbacks.best_checkpoints, MAX_INT),
-    }
-    for key, (value, maximum) in at_most.items():
-        if value > maximum:
-            yield f"'{key}' is {value}; it must be at most {maximum}"
     if r.data.cache_limit is not None:
         limit = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(?:kb|mb|gb|tb)", r.data.cache_limit)
         if not limit or not float(limit[1]):
             yield f"'data.cache_limit' is {r.data.cache_limit!r}; write a size such as 200gb"
         if r.data.local is None:
             yield "'data.cache_limit' is the limit of data.local, which is not set"
-    above_zero = {
-        "optimizer.lr": r.optimizer.lr,
-        "optimizer.eps": r.optimizer.eps,
-        "optimizer.clip_norm": r.optimizer.clip_norm,
-        "schedule.decay_fraction": r.schedule.decay_fraction,
-        "data.mask_fraction": r.data.mask_fraction,
-        "callbacks.max_loss_rise": r.callbacks.max_loss_rise,
-    }
-    for key, value in above_zero.items():
-        if value is not None and not value > 0:
-            yield f"'{key}' is {value}; it must be above 0"
-    at_most_one = {
-        "data.mask_fraction": r.data.mask_fraction,
-        "schedule.decay_fraction": r.schedule.decay_fraction,
-        "schedule.floor": r.schedule.floor,
-        **{f"data.mask_split[{i}]": share for i, share in enumerate(r.data.mask_split)},
-    }
-    for key, value in at_most_one.items():
-        if not 0 <= value <= 1:
-            yield f"'{key}' is {value}; it must lie between 0 and 1"
-    for i, beta in enumerate(r.optimizer.betas):
-        if not 0 <= beta < 1:
-            yield f"'optimizer.betas[{i}]' is {beta}; it must be at least 0 and below 1"
     if abs(sum(r.data.mask_split) - 1) > 1e-6:
         yield f"'data.mask_split' adds up to {sum(r.data.mask_split):g}, not 1"
     if r.schedule.warmup >= r.schedule.updates:
@@ -453,9 +242,6 @@ def _model_problems(model: ModelSection) -> Iterator[str]:
         absent = ", ".join(name for name in model.dimensions if name not in given)
         yield f"'model' gives {', '.join(given)} but not {absent}"
         return
-    for name in given:
-        if model.dimensions[name] < 1:
-            yield f"'model.{name}' is {model.dimensions[name]}; it must be at least 1"
     if given and model.hidden_size % (8 * model.num_heads):
         yield (
             f"'model.hidden_size' is {model.hidden_size}; it must be a multiple of 8 times model.num_heads, "

@@ -8,8 +8,8 @@ from collections import deque
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-from esm2_composer.config import Recipe
 from esm2_composer.loggers import LOSS
+from esm2_composer.schema import Recipe
 
 
 class Diverged(Exception):

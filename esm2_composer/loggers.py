@@ -16,8 +16,8 @@ from composer.utils import dist
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from esm2_composer.config import Recipe
 from esm2_composer.errors import UserError
+from esm2_composer.schema import Recipe
 
 LOSS = "loss/train/total"
 PERPLEXITY = "metrics/valid/perplexity"

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from esm2_composer.config import FSDPSection, ModelSection, Recipe, batches, to_yaml
+from esm2_composer.config import to_yaml
 from esm2_composer.errors import UserError, naming
 from esm2_composer.model import ESM2, SIZES, ESM2Config, count_parameters
+from esm2_composer.schema import FSDPSection, ModelSection, Recipe, batches
 from esm2_composer.weights import read_config
 
 

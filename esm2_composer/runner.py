@@ -25,7 +25,7 @@ from esm2_composer.checkpoints import (
     find_checkpoint,
     take_over,
 )
-from esm2_composer.config import DataSection, ModelSection, Recipe, batches, flatten
+from esm2_composer.config import flatten
 from esm2_composer.data import (
     ClusterDraw,
     canonical_nodes,
@@ -49,6 +49,7 @@ from esm2_composer.pool import data_spec
 from esm2_composer.preemption import shelter_worker
 from esm2_composer.ranks import on_rank_zero, say
 from esm2_composer.saving import CheckpointSaver
+from esm2_composer.schema import DataSection, ModelSection, Recipe, batches
 from esm2_composer.task import MaskedLanguageModel
 
 

@@ -19,11 +19,11 @@ from composer.utils.checkpoint import save_checkpoint
 from torch.distributed.checkpoint import CheckpointException
 
 from esm2_composer.checkpoints import Index, best, superseded
-from esm2_composer.config import Recipe, batches
 from esm2_composer.errors import OneLine, Passing, UserError
 from esm2_composer.folders import Folder, ask, updates
 from esm2_composer.loggers import hand_on_all
 from esm2_composer.ranks import on_rank_zero, say
+from esm2_composer.schema import Recipe, batches
 
 WAITS = (2, 4, 8, 16)  # seconds before trying to save again
 WAITS_LEAVING = (2, 4, 8)  # within preemption.GRACE

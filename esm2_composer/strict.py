@@ -1,28 +1,36 @@
-"""A mapping, as YAML gives it, to dataclasses: every key is a field, and every value of its field's type."""
+"""A mapping, as YAML gives it, to dataclasses: a key is a field, a value of its field's type and in its range."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import math
+import operator
 import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from esm2_composer.errors import UserError
 
 Section = TypeVar("Section")
 
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+# What annotated_types' Ge, Gt, Le and Lt demand, by the attribute that each has.
+LIMITS = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "above"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "below"),
+}
 
 
 def build(cls: type[Section], content: Any, path: str) -> Section:
     """A dataclass instance from what the file at `path` holds.
 
     Raises:
-        UserError: a key is unknown or missing, or a value is not of its field's type.
+        UserError: a key is unknown or missing, or a value is not of its field's type, or not in its range.
     """
     return _Reader(cls, path).section(cls, content, "")
 
@@ -39,7 +47,7 @@ class _Reader:
         for key in content:
             if key not in fields:
                 raise self._mistake(f"unknown key '{prefix}{key}'; {self._where(str(key), [*fields], prefix)}")
-        hints = typing.get_type_hints(cls)
+        hints = typing.get_type_hints(cls, include_extras=True)
         values = {}
         for name, field in fields.items():
             if name in content:
@@ -56,6 +64,8 @@ class _Reader:
 
     def _value(self, hint: Any, value: Any, key: str) -> Any:
         origin, args = typing.get_origin(hint), typing.get_args(hint)
+        if origin is Annotated:
+            return self._in_range(hint.__metadata__, self._value(args[0], value, key), key)
         if origin in (types.UnionType, typing.Union):
             if value is None and type(None) in args:
                 return None
@@ -69,7 +79,7 @@ class _Reader:
             if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
                 count = "" if args[-1] is Ellipsis else f"{len(args)} "
                 raise self._mistake(f"'{key}' must be a list of {count}values, not {value!r}")
-            return tuple(self._value(args[0], item, key) for item in value)
+            return tuple(self._value(args[0], item, f"{key}[{i}]") for i, item in enumerate(value))
         if hint is float and isinstance(value, int) and not isinstance(value, bool):
             try:
                 return float(value)
@@ -83,6 +93,17 @@ class _Reader:
             raise self._mistake(f"'{key}' must be a finite number, not {value}")
         if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
             raise self._mistake(f"'{key}' must be {TYPE_NAMES[hint]}, not {value!r}")
+        if hint is str and not value.strip():
+            raise self._mistake(f"'{key}' is empty")
+        if hint is str and not value.isprintable():
+            raise self._mistake(f"'{key}' is {value!r}; leave out what cannot be printed")
+        return value
+
+    def _in_range(self, limits: Sequence[Any], value: Any, key: str) -> Any:
+        for name, (holds, told) in LIMITS.items():
+            for bound in (getattr(limit, name) for limit in limits if hasattr(limit, name)):
+                if not holds(value, bound):
+                    raise self._mistake(f"'{key}' is {value}; it must be {told} {bound}")
         return value
 
     def _one_of(self, allowed: Sequence[Any], value: Any, key: str) -> Any:

@@ -22,10 +22,11 @@ from esm2_composer.checkpoints import (
     superseded,
     take_over,
 )
-from esm2_composer.config import Recipe, load_recipe, to_yaml
+from esm2_composer.config import load_recipe, to_yaml
 from esm2_composer.errors import StoreAway, UserError
 from esm2_composer.folders import DIVERGED, LocalFolder, open_folder
 from esm2_composer.saving import CheckpointSaver
+from esm2_composer.schema import Recipe
 
 
 @pytest.mark.filterwarnings("ignore")  # torch: it says that there is a single process

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from esm2_composer.config import Recipe, changes, load_recipe, to_yaml
+from esm2_composer.config import changes, load_recipe, to_yaml
 from esm2_composer.errors import UserError
+from esm2_composer.schema import Recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "yamls").glob("*.yaml"))
 
@@ -234,27 +235,13 @@ def test_what_is_nested_too_deep_is_one_line() -> None:
         ("device_microbatch_tokens=1023", "'device_microbatch_tokens' is 1023; it must hold"),
         ("data.max_length=4096", "'device_microbatch_tokens' is 2048; it must hold a sequence of data.max_length"),
         ("data.mask_split=[0.8, 0.1, 0.2]", "'data.mask_split' adds up to 1.1, not 1"),
-        ("data.mask_split=[1.2, -0.1, -0.1]", "'data.mask_split[0]' is 1.2; it must lie between 0 and 1"),
-        ("data.mask_fraction=1.01", "'data.mask_fraction' is 1.01; it must lie between 0 and 1"),
         ("data.min_length=1023", "'data.min_length' is 1023; with <cls> and <eos> that exceeds data.max_length"),
         ("data.cache_limit=many", "'data.cache_limit' is 'many'; write a size such as 200gb"),
         ("data.cache_limit=٣gb", "'data.cache_limit' is '٣gb'; write a size such as 200gb"),
         (f"data.cache_limit={'9' * 400}gb", "'data.cache_limit' is '999"),
         ("data.cache_limit=0gb", "'data.cache_limit' is '0gb'; write a size such as 200gb"),
-        ("run_name=''", "'run_name' is empty"),
         ("loggers.wandb.project=team/esm2", "'loggers.wandb.project' is 'team/esm2'; W&B takes at most"),
         (f"loggers.wandb.project={'p' * 129}", "'loggers.wandb.project' is 'ppp"),
-        ("loggers.wandb.project=''", "'loggers.wandb.project' is empty"),
-        ("loggers.wandb={project: p, tags: [a, '']}", "'loggers.wandb.tags[1]' is empty"),
-        (
-            'loggers.wandb={project: p, group: "a\\0"}',
-            "'loggers.wandb.group' is 'a\\x00'; leave out what cannot be",
-        ),
-        ('run_name="a\\nb"', "'run_name' is 'a\\nb'; leave out what cannot be printed"),
-        ('save_folder="a\\0b"', "'save_folder' is 'a\\x00b'; leave out"),
-        ('tensorboard_folder="a\\0b"', "'tensorboard_folder' is 'a\\x00b'; leave out"),
-        ('data.local="a\\0b"', "'data.local' is 'a\\x00b'; leave out"),
-        ('data.remote="a\\0b"', "'data.remote' is 'a\\x00b'; leave out"),
         ("save_folder=/dev/null/x", "'save_folder' is /dev/null/x; it must be a folder"),
         ("save_folder=tiny.yaml", "'save_folder' is tiny.yaml; it must be a folder"),
         ("tensorboard_folder=tiny.yaml/a/b", "'tensorboard_folder' is tiny.yaml/a/b; it must be a folder"),
@@ -266,43 +253,12 @@ def test_what_is_nested_too_deep_is_one_line() -> None:
         ("run_name=a/../../b", "'run_name' is 'a/../../b'; write"),
         ("run_name=/tmp/a", "'run_name' is '/tmp/a'; write"),
         ("run_name=a//b", "'run_name' is 'a//b'; write"),
-        ("save_folder=''", "'save_folder' is empty"),
         ("data.local=s3://bucket/cache", "'data.local' is s3://bucket/cache; it must be a folder"),
         ("data.local=/dev/null", "'data.local' is /dev/null; it must be a folder"),
         ("data.local=tiny.yaml/a/b", "'data.local' is tiny.yaml/a/b; it must be a folder"),
-        ("data.local=' '", "'data.local' is empty"),
-        ("data.max_length=2147483648", "'data.max_length' is 2147483648; it must be at most 2147483647"),
-        ("device_microbatch_tokens=9999999999", "'device_microbatch_tokens' is 9999999999; it must be at most"),
         ("data.cache_limit=2gb", "'data.cache_limit' is the limit of data.local, which is not set"),
-        ("data.mask_fraction=0", "'data.mask_fraction' is 0.0; it must be above 0"),
-        ("data.min_length=0", "'data.min_length' is 0; it must be at least 1"),
-        ("data.max_length=7", "'data.max_length' is 7; it must be at least 8"),
-        ("data.num_workers=-1", "'data.num_workers' is -1; it must be at least 0"),
-        ("data.num_workers=1025", "'data.num_workers' is 1025; it must be at most 1024"),
-        ("schedule.warmup=-1", "'schedule.warmup' is -1; it must be at least 0"),
-        ("schedule.decay_fraction=0", "'schedule.decay_fraction' is 0.0; it must be above 0"),
-        ("schedule.floor=1.1", "'schedule.floor' is 1.1; it must lie between 0 and 1"),
-        ("optimizer.lr=0", "'optimizer.lr' is 0.0; it must be above 0"),
-        ("optimizer.clip_norm=-1", "'optimizer.clip_norm' is -1.0; it must be above 0"),
-        ("global_train_batch_size=0", "'global_train_batch_size' is 0; it must be at least 1"),
-        ("global_train_batch_size=2147483648", "'global_train_batch_size' is 2147483648; it must be at most"),
-        ("schedule.updates=2147483648", "'schedule.updates' is 2147483648; it must be at most 2147483647"),
-        ("schedule.updates=0", "'schedule.updates' is 0; it must be at least 1"),
-        ("save_num_checkpoints_to_keep=0", "'save_num_checkpoints_to_keep' is 0; it must be at least 1"),
-        ("seed=-1", "'seed' is -1; it must be at least 0"),
-        ("seed=2147483648", "'seed' is 2147483648; it must be at most 2147483647"),
-        ("optimizer.eps=0", "'optimizer.eps' is 0.0; it must be above 0"),
-        ("optimizer.weight_decay=-0.1", "'optimizer.weight_decay' is -0.1; it must be at least 0"),
-        ("callbacks.best_checkpoints=-1", "'callbacks.best_checkpoints' is -1; it must be at least 0"),
-        (
-            "callbacks.best_checkpoints=2147483648",
-            "'callbacks.best_checkpoints' is 2147483648; it must be at most",
-        ),
-        ("save_num_checkpoints_to_keep=2147483648", "'save_num_checkpoints_to_keep' is 2147483648; it must be"),
-        ("callbacks.max_loss_rise=0", "'callbacks.max_loss_rise' is 0.0; it must be above 0"),
         ("save_folder=gs://bucket/run", "'save_folder' is gs://bucket/run; write a folder or s3://bucket/prefix"),
         ("save_folder=s3://", "'save_folder' is s3://; write a folder or s3://bucket/prefix"),
-        ("tensorboard_folder=''", "'tensorboard_folder' is empty"),
         ("tensorboard_folder=s3://bucket/logs", "'tensorboard_folder' is s3://bucket/logs; it must be a folder"),
         ("save_folder=runs/{run_name}", "'save_folder' is runs/{run_name}, with braces; write ${run_name}"),
         ("fsdp.data_parallel_replicate_degree=0", "'fsdp.data_parallel_replicate_degree' is 0; it must be"),
@@ -322,7 +278,6 @@ def test_a_mistake_is_one_line_with_the_key(override: str, message: str) -> None
 @pytest.mark.parametrize(
     ("override", "key"),
     [
-        ("optimizer.betas=[1.0, 0.98]", "optimizer.betas"),  # refused by AdamW
         ("optimizer.weight_decay=.nan", "optimizer.weight_decay"),
         ("optimizer.lr=.inf", "optimizer.lr"),
         ("data.mask_split[0]=0.7", "data.mask_split"),

@@ -21,7 +21,6 @@ from test_epochs import lay_out_nodes
 from torch.utils.data import DataLoader
 
 from esm2_composer import alphabet
-from esm2_composer.config import DataSection
 from esm2_composer.data import (
     ClusterDraw,
     Share,
@@ -32,6 +31,7 @@ from esm2_composer.data import (
 )
 from esm2_composer.errors import StoreAway, UserError
 from esm2_composer.masking import MaskingRule
+from esm2_composer.schema import DataSection
 
 NOTHING_MASKED = MaskingRule(fraction=1e-15)
 BATCH = 8

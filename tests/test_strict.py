@@ -32,7 +32,7 @@ from test_config import MINIMAL, folder, mistake  # noqa: F401
         ("run_name=[a]", "'run_name' must be a string, not ['a']"),
         ("data.mask_split=0.8", "'data.mask_split' must be a list of 3 values, not 0.8"),
         ("data.mask_split=[0.8, 0.2]", "'data.mask_split' must be a list of 3 values, not [0.8, 0.2]"),
-        ("optimizer.betas=[0.9, b]", "'optimizer.betas' must be a number, not 'b'"),
+        ("optimizer.betas=[0.9, b]", "'optimizer.betas[1]' must be a number, not 'b'"),
         ("data=shards", "'data' must be a mapping of keys, not 'shards'"),
         ("model.size=9m", "'model.size' is '9m'; allowed: 8m, 35m, 150m, 650m, 3b, 15b"),
         ("precision=amp_bf61", "'precision' is 'amp_bf61'; allowed: fp32, amp_bf16; did you mean"),

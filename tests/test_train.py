@@ -23,7 +23,7 @@ from streaming import MDSWriter
 from transformers import AutoModelForMaskedLM
 
 from esm2_composer import runner
-from esm2_composer.config import DataSection, load_recipe
+from esm2_composer.config import load_recipe
 from esm2_composer.errors import UserError
 from esm2_composer.fsdp import DivideByRanks
 from esm2_composer.loggers import PERPLEXITY
@@ -31,6 +31,7 @@ from esm2_composer.plan import GPUS, make_plan
 from esm2_composer.ranks import end_process_group
 from esm2_composer.records import COLUMNS
 from esm2_composer.runner import Done, build_trainer, digest_of_all_nodes
+from esm2_composer.schema import DataSection
 
 DIMENSIONS = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")
 

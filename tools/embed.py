@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from esm2_composer.config import MAX_INT
 from esm2_composer.errors import ArgumentParser, UserError, run_command
 from esm2_composer.files import refuse_existing
+from esm2_composer.schema import MAX_INT
 
 
 def main() -> None:

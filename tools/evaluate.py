@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from esm2_composer import preemption
-from esm2_composer.config import MAX_INT, DataSection
 from esm2_composer.errors import ArgumentParser, OneLine, UserError, run_command
 from esm2_composer.files import is_remote
 from esm2_composer.place import check_place
+from esm2_composer.schema import MAX_INT, DataSection
 from esm2_composer.splits import cache_problem, lacking
 
 SEQUENCES_A_RANK = 64  # taken up at a time

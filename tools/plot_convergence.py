@@ -24,9 +24,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from esm2_composer.config import DataSection
 from esm2_composer.errors import ArgumentParser, UserError, run_command
 from esm2_composer.files import is_remote, refuse_existing, refuse_irregular
+from esm2_composer.schema import DataSection
 from esm2_composer.splits import cache_problem, lacking
 
 PERPLEXITY = "metrics/valid/perplexity"

@@ -32,9 +32,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from esm2_composer.alphabet import AMINO_ACIDS, CLS, EOS, PAD
 from esm2_composer.attention import select_attention
-from esm2_composer.config import Recipe, load_recipe
+from esm2_composer.config import load_recipe
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, SIZES
+from esm2_composer.schema import Recipe
 from esm2_composer.weights import hugging_face_config
 
 LONGEST = 1024  # tokens of a sequence
