@@ -2,7 +2,7 @@
 
 The method is that of FlashAttention-2 (Dao, 2023): scores are never whole in memory, and the backward pass
 computes them anew. Why not its own kernel: that is made for sequences of thousands and heads of 64 and more, and
-takes half as long again to twice as long for ESM-2's (docs/performance.md). Triton comes with torch.
+takes 1.3 to 2 times as long for ESM-2's (docs/performance.md). Triton comes with torch.
 
 A program computes one tile of one sequence and head. Of queries: the forward pass, and the gradient of q. Of keys:
 the gradients of k and v. Each is written by one program, so results are the same to the last bit every time. The

@@ -2,7 +2,7 @@
 that biases' gradients are.
 
 Forward and backward are one pass over memory each, at its speed, and the backward pass also adds up what the
-gradients of weights and biases need. torch's compiler takes 1.5 to 4 times as long (docs/performance.md).
+gradients of weights and biases need. torch's compiler takes 1.3 to 4.6 times as long (docs/performance.md).
 
 T tokens, D columns of the residual stream, F of the feed-forward. A program adds up SUMMED rows, in their order,
 and writes one row of sums: results are the same to the last bit every time. Tensors are contiguous, and on the

@@ -40,6 +40,7 @@ SMALL = {
     "OUT_OR_SPLIT": "data/uniref50",
     "CHECKPOINT": "runs/esm2_650m/checkpoints/latest-rank0.pt",
     "global_train_batch_size=1024": "global_train_batch_size=16",
+    "max_duration=200ba schedule.updates=200 schedule.warmup=20 save_interval=50ba eval_interval=100ba": "",
     "max_duration=25000ba": "max_duration=4ba",
     "max_duration=600000ba": "max_duration=6ba",
     "max_duration=20000ba schedule.updates=20000": "max_duration=2ba schedule.updates=2",

@@ -1,6 +1,6 @@
 #!/bin/bash
 #SBATCH --job-name=esm2_650m
-#SBATCH --nodes=8
+#SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1       # a launcher a node; it starts a rank for each GPU
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=96
