@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from esm2_composer import alphabet
 from esm2_composer.epochs import shards_in_use
-from esm2_composer.errors import OneLine, StoreAway, UserError
+from esm2_composer.errors import OneLine, StoreAway, UserError, system_error
 from esm2_composer.masking import MaskingRule, choose, keyed_words, token_uniforms
 from esm2_composer.patience import patiently
 from esm2_composer.records import LONGEST_COUNTED
@@ -254,12 +254,12 @@ def evaluation_loader(
 
 
 def make_cache(data: DataSection) -> None:
-    """Raise a UserError if `data.local` cannot be made: Streaming would blame the shards."""
+    """Raise a UserError, or Passing, if `data.local` cannot be made: Streaming would blame the shards."""
     if data.local is not None:
         try:
             Path(data.local).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"data.local {data.local} cannot be made ({error.strerror})") from error
+            raise system_error(f"data.local {data.local} cannot be made ({error.strerror})", error) from error
 
 
 def check_cache(data: DataSection, splits: Collection[str] = ("train", "valid")) -> None:

@@ -26,6 +26,8 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 # What the system answers to a path that somebody gave, whatever is done with it.
 REFUSED = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# And to one of a recipe, where what is not there is a mistake too, and no defect.
+MISTAKEN = (*REFUSED, errno.ENOENT, errno.EEXIST, errno.ELOOP, errno.EROFS)
 
 MAX_LINE = 1000  # characters
 
@@ -57,6 +59,11 @@ class Passing(OneLine):
 
 class StoreAway(Passing):
     """A store does not answer."""
+
+
+def system_error(message: str, error: OSError) -> OneLine:
+    """For a path that a recipe gives: a UserError if the path is at fault, Passing if a disk or a network is."""
+    return UserError(message) if error.errno in (None, *MISTAKEN) else Passing(message)
 
 
 class ArgumentParser(argparse.ArgumentParser):

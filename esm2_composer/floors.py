@@ -67,16 +67,17 @@ def floors(train: np.ndarray, valid: np.ndarray, rule: MaskingRule) -> dict[str,
     """
     masked, replaced, kept = rule.split
     choices = np.arange(alphabet.VOCAB_SIZE) if rule.all_tokens else alphabet.AMINO_ACIDS
-    # joint[s, t]: the true token is t and the input shows s, given that it is not masked
-    joint = np.diag(kept * train)
-    joint[choices] += replaced / len(choices) * train
-    shown = joint.sum(1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        given_shown = -np.log(joint / shown)
-        entropy = -np.log(train)
+
+    def joint(frequencies: np.ndarray) -> np.ndarray:
+        """[s, t]: how often the true token is t, and the input shows s, not <mask>."""
+        shares = np.diag(kept * frequencies)
+        shares[choices] += replaced / len(choices) * frequencies
+        return shares
+
     present = valid > 0
-    unigram = float(valid[present] @ entropy[present])
-    after_replacement = float(valid[present] @ given_shown[choices][:, present].mean(0))
-    after_keeping = float(valid[present] @ given_shown.diagonal()[present])
-    copier = masked * unigram + replaced * after_replacement + kept * after_keeping
+    unigram = -float(valid[present] @ np.log(train[present]))
+    seen, model = joint(valid), joint(train)
+    happens = seen > 0
+    given_shown = model[happens] / np.broadcast_to(model.sum(1, keepdims=True), model.shape)[happens]
+    copier = masked * unigram - float(seen[happens] @ np.log(given_shown))
     return {"unigram": math.exp(unigram), "copier": math.exp(copier)}

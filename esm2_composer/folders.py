@@ -28,7 +28,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from esm2_composer import checksums
-from esm2_composer.errors import FULL, Passing, StoreAway, UserError
+from esm2_composer.errors import Passing, StoreAway, UserError, system_error
 from esm2_composer.files import sync, write_durably
 from esm2_composer.patience import patiently
 from esm2_composer.ranks import say
@@ -313,14 +313,13 @@ def ask(folder: Folder, action: Callable[[], Result]) -> Result:
 
     Raises:
         UserError: the folder cannot be used.
-        Passing: worth another start: the store is away, or the disk is full.
+        Passing: worth another start: the store is away, or the disk is full or fails.
     """
     try:
         return patiently(action, str(folder)) if isinstance(folder, S3Folder) else action()
     except StoreAway:
         raise
     except OSError as error:
-        kind = Passing if error.errno in FULL else UserError
-        raise kind(f"save_folder {folder} cannot be written ({error.strerror})") from error
+        raise system_error(f"save_folder {folder} cannot be written ({error.strerror})", error) from error
     except (BotoCoreError, ClientError) as error:
         raise UserError(f"save_folder {folder} cannot be read and written ({error})") from error

@@ -7,7 +7,6 @@ import fcntl
 import json
 import math
 import os
-import tempfile
 import time
 import traceback
 from bisect import bisect_right
@@ -34,8 +33,7 @@ from esm2_composer.mds import Shard, check_index
 from esm2_composer.patience import patiently
 
 HASH = "xxh64"
-# Where the processes of a node share memory; macOS has no such folder, and any file will do.
-SHARED_MEMORY = Path("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
+SHARED_MEMORY = Path("/dev/shm")
 OPENING_SECONDS = 60
 
 
@@ -49,7 +47,7 @@ def opening_alone() -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         if not int(os.environ.get("LOCAL_RANK", 0)):
-            path = Path(tempfile.gettempdir(), f"esm2_composer-{os.getuid()}.lock")
+            path = SHARED_MEMORY / f"esm2_composer-{os.getuid()}.lock"  # runs may have a TMPDIR each
             lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
             stack.callback(os.close, lock)
             deadline = time.monotonic() + OPENING_SECONDS

@@ -105,8 +105,6 @@ def _verify_split(
             lengths, draws = _add(lengths, counted[0]), _add(draws, counted[1])
             clusters, ids = clusters + counted[2], ids + counted[3]
             progress(number, len(shards))
-    if not conversion and not clusters:
-        raise UserError(f"{place}: its shards hold no cluster")
     residues = int(lengths @ np.arange(len(lengths)))
     counts = {"clusters": clusters, "members": int(lengths.sum()), "residues": residues}
     for name, count in counts.items():
@@ -116,6 +114,8 @@ def _verify_split(
                 f"{place}: {count:,} {name}, but conversion.json says {expected}; "
                 "a shard is missing from index.json, or another split's"
             )
+    if not clusters:
+        raise UserError(f"{place}: its shards hold no cluster")
     with _fetched(place, "cluster_ids.parquet") as path:
         if path and _sum_of_hashes(_listed(place, path)) != ids % 2**64:
             raise UserError(f"{place}/cluster_ids.parquet: not the ids of the clusters in the shards")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from esm2_composer import alphabet
 from esm2_composer.checksums import is_damaged
-from esm2_composer.errors import UserError
+from esm2_composer.errors import UserError, system_error
 from esm2_composer.model import ESM2, LAYER_NORM_EPS, ESM2Config, rotary_frequencies
 from esm2_composer.sharded_checkpoint import MODEL_PREFIX, read_sharded
 
@@ -111,7 +111,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+        raise system_error(f"{path}: cannot be read ({error})", error) from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # Where names and shapes of another model lead; files that are damaged or missing have raised before.
         raise UserError(f"{path}: not an ESM-2 ({type(error).__name__}: {error})") from error
@@ -131,7 +131,7 @@ def _open(path: Path) -> tuple[dict, Callable[[], State]]:
         return _from_composer(stored, lambda: {name: tensor.clone() for name, tensor in stored.items()}, path)
     hub_name = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in (".", "..")
     if hub_name and path.suffix != ".pt":
-        return _from_hugging_face(_download(str(path)))
+        return _from_hub(str(path))
     raise UserError(f"{path}: no such file or folder")
 
 
@@ -320,14 +320,25 @@ def _read_tensors(path: Path) -> State:
         raise UserError(f"{path}: cannot be read as weights ({error})") from error
 
 
-def _download(name: str) -> Path:
+def _from_hub(name: str) -> tuple[dict, Callable[[], State]]:
+    folder = _download(name, "*.json", "*.txt")
+    config, read = _from_hugging_face(folder)
+
+    def fetch_and_read() -> State:
+        for pattern in ("*.safetensors", "*.bin"):
+            if not any(folder.glob("*.safetensors")):
+                _download(name, pattern, revision=folder.name)
+        return read()
+
+    return config, fetch_and_read
+
+
+def _download(name: str, *patterns: str, revision: str | None = None) -> Path:
+    """The folder of a snapshot, named after its revision."""
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(name, allow_patterns=["*.bin"])
-        return folder
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # network, permission and spelling all arrive as different types
         raise UserError(f"{name}: neither a path here nor a model on the hub ({error})") from error
 

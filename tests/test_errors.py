@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from esm2_composer.conversion import Interrupted
-from esm2_composer.errors import ArgumentParser, StoreAway, UserError, run_command
+from esm2_composer.errors import ArgumentParser, Passing, StoreAway, UserError, run_command, system_error
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,14 @@ def test_a_path_that_the_system_refuses_is_one_line(capsys, tmp_path, monkeypatc
     assert ended.value.code == 2
     assert told.startswith(f"error: {path}: ")
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [(UserError, errno.ENOENT), (UserError, errno.EROFS), (UserError, None), (Passing, errno.EIO)],
+)
+def test_a_disk_that_fails_is_no_mistake_of_a_recipe(error, number):
+    assert type(system_error("told", OSError(number, "told"))) is error
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "", "x"), PermissionError(errno.EPERM, "")])

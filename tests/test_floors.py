@@ -32,10 +32,11 @@ def test_frequencies_weigh_every_cluster_once():
     assert as_they_are[ids["G"]] == 0
 
 
+@pytest.mark.parametrize("split", [(0.8, 0.1, 0.1), (0.9, 0.0, 0.1), (0.9, 0.1, 0.0), (1.0, 0.0, 0.0)])
 @pytest.mark.parametrize("all_tokens", [False, True])
-def test_the_copier_is_the_best_guess_without_context(all_tokens):
+def test_the_copier_is_the_best_guess_without_context(split, all_tokens):
     """Against a count over simulated masks: the entropy of the truth given what the input shows."""
-    rule = MaskingRule(all_tokens=all_tokens)
+    rule = MaskingRule(split=split, all_tokens=all_tokens)
     generator = np.random.default_rng(0)
     frequencies = np.zeros(33)
     frequencies[4:24] = generator.dirichlet(np.full(20, 5.0))

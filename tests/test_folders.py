@@ -125,13 +125,14 @@ def test_what_tells_whether_a_folder_is_shared_is_cleared(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_worth_another_start(tmp_path, monkeypatch):
-    def full(_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_disk_that_is_full_or_fails_is_worth_another_start(tmp_path, monkeypatch, number):
+    def fail(_: object) -> None:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", fail)
     folder = LocalFolder(str(tmp_path))
-    with pytest.raises(Passing, match=r"cannot be written \(No space left on device\)"):
+    with pytest.raises(Passing, match=rf"cannot be written \({os.strerror(number)}\)"):
         ask(folder, lambda: folder.write("recipe.yaml", "a: 1"))
     assert not list(tmp_path.iterdir())
 

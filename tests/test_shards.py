@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -326,7 +325,7 @@ def test_a_worker_waits_for_no_other_that_failed(fresh: Callable[[], str], tmp_p
 
 
 def test_a_dataset_is_opened_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(shards, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(shards, "OPENING_SECONDS", 0.2)
     inside = threading.Event()
 

@@ -53,6 +53,20 @@ def test_no_process_is_started_for_one_shard(tmp_path: Path, monkeypatch: pytest
     assert verify(str(tmp_path / "out"), workers=4)["train"]["shards"] == 1
 
 
+def test_a_split_without_clusters_is_none(tmp_path: Path) -> None:
+    convert(bionemo(tmp_path, {"ur50_id": ["a"]}, {"a": "MK"}), str(tmp_path / "out"), Options())
+    split = tmp_path / "out/train"
+    (split / "index.json").write_text('{"version": 2, "shards": []}')
+    counts = {f"{name}_written": 0 for name in ("clusters", "members", "residues")}
+    (split / "conversion.json").write_text(
+        json.dumps(json.loads((split / "conversion.json").read_text()) | counts)
+    )
+    for _ in range(2):
+        with pytest.raises(UserError, match="train: its shards hold no cluster"):
+            verify(str(split))
+        (split / "conversion.json").unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize(("split", "over", "padding"), [("train", 0.0195, 0.725), ("valid", 0.05, 0.743)])
 def test_statistics_of_real_data_are_those_in_its_readme(
     real_data: Path, tmp_path: Path, split: str, over: float, padding: float

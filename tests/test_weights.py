@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import zipfile
 
 import huggingface_hub
@@ -339,15 +340,34 @@ def test_a_file_that_is_missing_is_not_looked_for_on_the_hub():
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_name_on_the_hub_is_read_from_its_cache(model, tmp_path, monkeypatch, safe):
     """As huggingface_hub lays out what it has downloaded; no network is used."""
-    snapshot = tmp_path / "models--lab--protein/snapshots/0123abc"
+    revision = 5 * "0123abcd"
+    snapshot = tmp_path / "models--lab--protein/snapshots" / revision
     hugging_face(model).save_pretrained(snapshot, safe_serialization=safe)
     (tmp_path / "models--lab--protein/refs").mkdir()
-    (tmp_path / "models--lab--protein/refs/main").write_text("0123abc")
+    (tmp_path / "models--lab--protein/refs/main").write_text(revision)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert_same_weights(ESM2.from_pretrained("lab/protein"), model)
     with pytest.raises(UserError, match="lab/other: neither a path here nor a model on the hub"):
         ESM2.from_pretrained("lab/other")
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_configuration_on_the_hub_is_read_without_its_weights(model, tmp_path, monkeypatch, safe):
+    hub, cache = tmp_path / "hub", tmp_path / "cache" / (5 * "0123abcd")
+    cache.mkdir(parents=True)
+    hugging_face(model).save_pretrained(hub, safe_serialization=safe)
+
+    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        assert revision in (None, cache.name)  # weights of the configuration that was read, whatever is newest
+        for path in (path for pattern in allow_patterns for path in hub.glob(pattern)):
+            shutil.copy(path, cache)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert read_config("lab/protein") == model.config
+    assert not [*cache.glob("*.safetensors"), *cache.glob("*.bin")]
+    assert_same_weights(ESM2.from_pretrained("lab/protein"), model)
 
 
 def test_a_path_that_is_not_there_is_refused(tmp_path):
