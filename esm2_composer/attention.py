@@ -18,18 +18,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import inspect
 import logging
-import os
-import shutil
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+from esm2_composer.kernel_checks import as_in_training, failure_line, relative_error, what_triton_lacks
 
 log = logging.getLogger(__name__)
 
@@ -39,19 +36,18 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int],
 
 @dataclass(frozen=True)
 class Attention:
-    """A kernel. Triton's takes q, k and v together, (T, 3, heads, head_dim), and the rotary tables, instead of
-    rotated q and k, and v; and with it comes what computes a whole layer (`triton_layer.compute`)."""
+    """A backend: a kernel or, of `triton`, what computes a whole layer (`triton_layer.compute`)."""
 
     name: str
-    kernel: Callable[..., torch.Tensor]
+    kernel: Kernel | None = None
     layer: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """What a product of x comes out as: autocast's type, where that is on."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
+    device_type = x.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
     return x.dtype
 
 
@@ -59,7 +55,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 def select_attention(backend: str, device_type: str, dtype: torch.dtype, heads: int, head_size: int) -> Attention:
     """The attention of `backend` on a device of type "cpu" or "cuda", for q, k and v of `dtype`; logged once.
 
-    Raises ValueError if the backend is unknown or cannot run there, naming those that can.
+    Raises ValueError if the backend is unknown or cannot run there, naming others that can.
     """
     found = [Attention("cpu", _per_sequence)]  # the last is the best
     # Without a GPU to ask, as where a test pretends to have one, it is taken for an Ampere.
@@ -74,9 +70,9 @@ def select_attention(backend: str, device_type: str, dtype: torch.dtype, heads: 
             found.append(attention)
     chosen = [attention for attention in found if backend in ("auto", attention.name)]
     if not chosen:
-        kind = f"{device_type} in {dtype}".replace("torch.", "")
+        where = f"{device_type} in {dtype}".replace("torch.", "")
         names = ", ".join(attention.name for attention in found)
-        raise ValueError(f"attention '{backend}' is not available on {kind}; available here: auto, {names}")
+        raise ValueError(f"attention '{backend}' is not available on {where}; available here: auto, {names}")
     _tell(device_type, chosen[-1].name)
     return chosen[-1]
 
@@ -136,40 +132,27 @@ def _flash_varlen(function: Callable, q, k, v, cu_seqlens, max_seqlen):
     return out[0] if isinstance(out, tuple) else out
 
 
-def what_triton_lacks() -> str | None:
-    """The first thing missing of what Triton needs to build its kernels; None if all is here."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "a C compiler"
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's, as Triton does
-    header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
-    return None if header.exists() else str(header)
-
-
 def _triton(dtype: torch.dtype, heads: int, head_size: int) -> Attention | None:
     """None, and a line in the log, where it cannot be built, or computes something else on this GPU."""
     if lack := what_triton_lacks():
         log.warning("attention: Triton cannot be used: %s is missing", lack)
         return None
     attend = importlib.import_module("esm2_composer.triton_attention").attend
-    elementwise = importlib.import_module("esm2_composer.triton_elementwise")
+    elementwise_error = importlib.import_module("esm2_composer.triton_elementwise").elementwise_error
     if torch.cuda.is_available():
         try:
-            error = worst(
+            errors = (
                 rotated_error(attend, dtype, heads, head_size, "cuda"),
-                elementwise.elementwise_error(dtype, heads * head_size, "cuda"),
+                elementwise_error(dtype, heads * head_size, "cuda"),
             )
         except Exception as failure:  # compilers fail in many ways
-            log.warning(
-                "attention: Triton cannot be used: %s",
-                " ".join(f"{type(failure).__name__}: {failure}".split())[:200],
-            )
+            log.warning("attention: Triton cannot be used: %s", failure_line(failure))
             return None
-        if not error < TOLERANCE:
-            log.warning("attention: Triton cannot be used: a kernel of it is off by %.1e on this GPU", error)
-            return None
-    return Attention("triton", attend, importlib.import_module("esm2_composer.triton_layer").compute)
+        for error in errors:
+            if not error < TOLERANCE:
+                log.warning("attention: Triton cannot be used: a kernel of it is off by %.1e on this GPU", error)
+                return None
+    return Attention("triton", layer=importlib.import_module("esm2_composer.triton_layer").compute)
 
 
 TOLERANCE = 1.5e-2  # bf16's rounding makes some 5e-3
@@ -178,35 +161,24 @@ TOLERANCE = 1.5e-2  # bf16's rounding makes some 5e-3
 def rotated_error(
     attend: Callable[..., torch.Tensor], dtype: torch.dtype, heads: int, head_size: int, device: str
 ) -> float:
-    """The relative error of a kernel that rotates: the largest of its output's and of the gradients' of q, k and
-    v; NaN if any is.
-
-    Compilers and GPUs change; a wrong gradient would show nowhere else than in the loss, weeks later.
-    """
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+    """The relative error of a kernel that rotates, as `triton_attention.attend` does: the largest of its output's
+    and of the gradients' of q, k and v; NaN if any is."""
+    with as_in_training(device):
         draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
         lengths = torch.tensor([1, 64, 40, 150])
         tokens = int(lengths.sum())
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int().to(device)
         angles = 10 * draw(tokens, 1, head_size // 2)
         tables = torch.stack((angles.cos(), angles.sin())).to(device)
-        qkv, weights = (
-            draw(tokens, 3, heads, head_size).to(device, dtype),
-            draw(tokens, heads, head_size).to(device),
-        )
+        qkv = draw(tokens, 3, heads, head_size).to(device, dtype)
+        weights = draw(tokens, heads, head_size).to(device)
         ours, theirs = qkv.clone().requires_grad_(), qkv.float().clone().requires_grad_()
         out = attend(ours.clone(), tables, cu_seqlens, 150)
         q, k, v = theirs.unbind(1)
         exact = _per_sequence(rotate(q, *tables), rotate(k, *tables), v, cu_seqlens, 150)
         (got,) = torch.autograd.grad((out.float() * weights).sum(), ours)
         (want,) = torch.autograd.grad((exact * weights).sum(), theirs)
-    pairs = [(out, exact), *zip(got.unbind(1), want.unbind(1), strict=True)]
-    return worst(*(((a.float() - b).norm() / b.norm()).item() for a, b in pairs))
-
-
-def worst(*errors: float) -> float:
-    """The largest; NaN if any is."""
-    return max(errors, key=lambda error: (error != error, error))
+        return relative_error((out, *got.unbind(1)), (exact, *want.unbind(1)))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from esm2_composer.attention import what_triton_lacks, worst
 from esm2_composer.errors import UserError
+from esm2_composer.kernel_checks import as_in_training, failure_line, relative_error, what_triton_lacks
 from esm2_composer.model import ESM2, Product
 
 FINE, WIDE = torch.float8_e4m3fn, torch.float8_e5m2
@@ -50,8 +50,7 @@ def _check_gpu(k: int, n: int) -> None:
     try:
         error = product_error(k, n, "cuda")
     except Exception as failure:  # compilers fail in many ways
-        told = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
-        raise UserError(f"fp8: products on {gpu} fail ({told})") from failure
+        raise UserError(f"fp8: products on {gpu} fail ({failure_line(failure)})") from failure
     if not error < TOLERANCE:
         raise UserError(f"fp8: products on {gpu} are off by {error:.1e}")
 
@@ -171,15 +170,14 @@ def _multiply(
 def product_error(k: int, n: int, device: str) -> float:
     """The largest relative error of a product and its gradients on this device in bf16, weights in fp32, beside a
     CPU's in fp32, rounded alike; NaN if any is."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+    with as_in_training(device):
         generator = torch.Generator().manual_seed(0)
         sizes = (300, k), (n, k), (n,), (300, n)
         drawn = [torch.randn(size, generator=generator).bfloat16() for size in sizes]
         found = []
-        for place, kind in ((device, torch.bfloat16), ("cpu", torch.float32)):
+        for place, dtype in ((device, torch.bfloat16), ("cpu", torch.float32)):
             x, weight, bias, grad = (y.to(place).requires_grad_() for y in drawn)
-            inputs = x.to(kind), weight.float(), bias.float()
+            inputs = x.to(dtype), weight.float(), bias.float()
             out = product(*inputs)
-            found.append((out, *torch.autograd.grad(out, inputs, grad.to(kind))))
-    pairs = zip(*found, strict=True)
-    return worst(*(((ours.cpu().float() - exact).norm() / exact.norm()).item() for ours, exact in pairs))
+            found.append((out, *torch.autograd.grad(out, inputs, grad.to(dtype))))
+        return relative_error(*found)

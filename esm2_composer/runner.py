@@ -15,7 +15,7 @@ from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator, Speed
 from composer.core import Callback
 from composer.utils import dist, get_device
 
-from esm2_composer.attention import select_attention, what_triton_lacks
+from esm2_composer.attention import select_attention
 from esm2_composer.callbacks import GradientClipping, GradientRelease, Preemption, TokenMonitor
 from esm2_composer.checkpoints import (
     Index,
@@ -40,6 +40,7 @@ from esm2_composer.errors import UserError, naming
 from esm2_composer.folders import open_folder, updates
 from esm2_composer.fp8 import use_fp8
 from esm2_composer.fsdp import DivideByRanks, means_are_sums, parallelism_of
+from esm2_composer.kernel_checks import what_triton_lacks
 from esm2_composer.loggers import Progress, build_loggers, check_wandb
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, count_parameters

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from esm2_composer.attention import worst
+from esm2_composer.kernel_checks import as_in_training, relative_error
 
 # The best of a few dozen on an H200, for D of 320, 1,280 and 2,560, and four times these.
 NORM_ROWS = 32  # a program adds up
@@ -219,31 +219,26 @@ def sum_rows(grad: torch.Tensor) -> torch.Tensor:
 def elementwise_error(dtype: torch.dtype, columns: int, device: str) -> float:
     """The largest relative error of sums with norm, of GELU on four times the columns, as in all published models,
     of the gradients of both, and of sums of rows on this device, beside torch's in fp32; NaN if any is."""
-    errors = []
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+    ours, theirs = [], []
+    with as_in_training(device):
         generator = torch.Generator().manual_seed(0)
 
-        def draw(kind: torch.dtype, *shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator).to(device, kind)
+        def draw(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
 
         for stream in (torch.float32, dtype):  # as under autocast, and as under FSDP, with their weights
-            given = *(draw(kind, 100, columns) for kind in (stream, dtype)), *(draw(stream, columns) for _ in "wb")
+            given = *(draw(each, 100, columns) for each in (stream, dtype)), *(draw(stream, columns) for _ in "wb")
             grads = draw(stream, 100, columns), draw(dtype, 100, columns)
             total, normed, mean, rstd = add_norm(*given, 1e-5)
-            got = add_norm_backward(*grads, total, given[2], mean, rstd)
+            ours += total, normed, *add_norm_backward(*grads, total, given[2], mean, rstd)
             exact = [x.float().requires_grad_() for x in given]
             summed = exact[0] + exact[1]
             want = summed, F.layer_norm(summed, (columns,), *exact[2:])
-            wanted = torch.autograd.grad(want, exact, [grad.float() for grad in grads])
-            errors += _errors((total, normed, *got), (*want, *wanted))
+            theirs += *want, *torch.autograd.grad(want, exact, [grad.float() for grad in grads])
         hidden, grad = draw(dtype, 300, 4 * columns), draw(dtype, 300, 4 * columns)
         exact = hidden.float().requires_grad_()
         want = F.gelu(exact)
         (wanted,) = torch.autograd.grad(want, exact, grad.float())
-        got = gelu(hidden), *gelu_backward(hidden, grad), sum_rows(grad)
-        errors += _errors(got, (want, wanted, wanted.sum(0), grad.float().sum(0)))
-    return worst(*errors)
-
-
-def _errors(got: tuple, exact: tuple) -> list[float]:
-    return [((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
+        ours += gelu(hidden), *gelu_backward(hidden, grad), sum_rows(grad)
+        theirs += want, wanted, wanted.sum(0), grad.float().sum(0)
+        return relative_error(ours, theirs)

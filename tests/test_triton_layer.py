@@ -18,8 +18,9 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.utils.checkpoint import checkpoint
 
 from esm2_composer import model as module
-from esm2_composer.attention import Attention, select_attention, worst
+from esm2_composer.attention import Attention, select_attention
 from esm2_composer.fp8 import use_fp8
+from esm2_composer.kernel_checks import relative_error
 from esm2_composer.model import ESM2, ESM2Config
 
 BATCHES = [5, 40], [33]  # lengths
@@ -56,10 +57,6 @@ def train(net: ESM2, case: str, device: str = "cpu") -> list[torch.Tensor]:
     return [logits.detach(), *(p.grad for p in net.parameters() if p.grad is not None)]
 
 
-def errors(got: list[torch.Tensor], want: list[torch.Tensor]) -> list[float]:
-    return [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(got, want, strict=True)]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted_a_model_on_it_trains_as_on_torchs(case: str) -> None:
     largest = float(interpreted(f"test_triton_layer.print_errors('{case}')"))
@@ -71,16 +68,14 @@ def print_errors(case: str) -> None:
     config = ESM2Config(2, 32, 2, 64)
     torch_only = "fp32" if case in ("autocast", "half") else case
     want = train(make(config, torch_only), torch_only)
-    kernel, compute = triton()
-    module.select_attention = lambda *_: Attention("triton", kernel, compute)
-    print(worst(*errors(train(make(config, case), case), want)))
+    module.select_attention = triton
+    print(relative_error(train(make(config, case), case), want))
 
 
-def triton() -> tuple:
-    from esm2_composer.triton_attention import attend
+def triton(*_: object) -> Attention:
     from esm2_composer.triton_layer import compute
 
-    return attend, compute
+    return Attention("triton", layer=compute)
 
 
 def test_interpreted_it_infers_and_takes_gradients_that_are_one_number_in_all_places() -> None:
@@ -98,12 +93,16 @@ def print_other_errors() -> None:
         return [inferred, *(p.grad for p in net.parameters() if p.grad is not None)]
 
     want = results()
-    kernel, compute = triton()
-    module.select_attention = lambda *_: Attention("triton", kernel, compute)
-    print(worst(*errors(results(), want)))
+    module.select_attention = triton
+    print(relative_error(results(), want))
     x = torch.randn(40, 32, requires_grad=True)
     layer = make(ESM2Config(1, 32, 2, 64), "fp32").layers[0]
-    out = compute(layer, x, None, torch.zeros(2, 40, 1, 8, dtype=torch.int32), cu_seqlens, 33)[0].square().sum()
+    out = (
+        triton()
+        .layer(layer, x, None, torch.zeros(2, 40, 1, 8, dtype=torch.int32), cu_seqlens, 33)[0]
+        .square()
+        .sum()
+    )
     (grad,) = torch.autograd.grad(out, x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
@@ -125,8 +124,7 @@ def train_sharded(rank: int, folder: str) -> None:
     config = ESM2Config(2, 32, 2, 64)
     plain, net = make(config, "fp32"), make(config, "fp32")
     train(plain, "fp32")
-    kernel, compute = triton()
-    module.select_attention = lambda *_: Attention("triton", kernel, compute)
+    module.select_attention = triton
     wrap = CustomPolicy(net.fsdp_wrap_fn)
     sharded = FullyShardedDataParallel(
         net, auto_wrap_policy=wrap, device_id=torch.device("cpu"), use_orig_params=True
@@ -136,7 +134,7 @@ def train_sharded(rank: int, folder: str) -> None:
         pairs = zip(net.parameters(), plain.parameters(), strict=True)
         grads = [(ours.grad, theirs.grad) for ours, theirs in pairs if theirs.grad is not None]
     if not rank:
-        print(worst(*errors(*zip(*grads, strict=True))))
+        print(relative_error(*zip(*grads, strict=True)))
     torch.distributed.barrier()
 
 
@@ -153,4 +151,4 @@ def test_on_a_gpu_a_model_on_it_trains_as_on_torchs(size: str, case: str) -> Non
     net = make(ESM2Config(*dimensions), case, "cuda")
     got = train(net, "autocast", "cuda")
     together = [torch.cat([x.float().flatten() for x in each]) for each in (got, want)]
-    assert worst(*errors([got[0], together[0]], [want[0], together[1]])) < 3e-2
+    assert relative_error([got[0], together[0]], [want[0], together[1]]) < 3e-2

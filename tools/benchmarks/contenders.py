@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from esm2_composer.alphabet import AMINO_ACIDS, CLS, EOS, PAD
 from esm2_composer.attention import select_attention
 from esm2_composer.config import load_recipe
+from esm2_composer.kernel_checks import failure_line
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, SIZES
 from esm2_composer.schema import Recipe
@@ -108,7 +109,7 @@ def run_contender(name: str, work: Work) -> Outcome | Failure:
         return Failure(f"out of memory at {work.microbatch_tokens:,} tokens a microbatch", out_of_memory=True)
     except Exception as error:
         traceback.print_exc()
-        return Failure(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+        return Failure(failure_line(error))
 
 
 # This project
