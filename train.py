@@ -19,7 +19,7 @@ from esm2_composer.errors import (
     EXIT_FAILURE,
     EXIT_PREEMPTED,
     ArgumentParser,
-    OneLine,
+    ReportedError,
     UserError,
     run_command,
 )
@@ -30,7 +30,7 @@ def main() -> int:
     check_place(joins="--dry-run" not in sys.argv)
     try:
         return train()
-    except OneLine:
+    except ReportedError:
         preemption.let_rank_zero_leave_first()
         raise
 

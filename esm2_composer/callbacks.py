@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.distributed
 from composer.core import Callback, State
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from esm2_composer import preemption
 from esm2_composer.loggers import LOSS
-from esm2_composer.ranks import cpu_group
+from esm2_composer.ranks import all_gather, cpu_group
 from esm2_composer.task import MaskedLanguageModel
 
 EVERY = 10  # updates between two readings of values that cost a synchronisation
@@ -131,18 +132,13 @@ class TokenMonitor(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         if state.timestamp.batch.value % EVERY:
             return
-        mine = torch.tensor([*self._counts, *self._model.take_accuracy()], dtype=torch.float64)
-        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        if self._group is None:
-            ranks = [mine]
-        else:
-            torch.distributed.all_gather(ranks, mine, group=self._group)
-        each = torch.stack(ranks)
-        tokens, microbatches, correct, predicted = each.sum(0).tolist()
+        mine = np.array([*self._counts, *self._model.take_accuracy()], np.float64)
+        ranks = np.stack(all_gather(mine, self._group))
+        tokens, microbatches, correct, predicted = ranks.sum(0).tolist()
         logger.log_metrics(
             {
                 "load/fill": tokens / (microbatches * self._microbatch_tokens),
-                "load/balance": tokens / (len(ranks) * max(each[:, 0].tolist())),
+                "load/balance": tokens / (len(ranks) * ranks[:, 0].max().item()),
                 "metrics/train/perplexity": math.exp(min(state.total_loss_dict[LOSS], 50)),
                 "metrics/train/masked_accuracy": correct / max(predicted, 1),
             }

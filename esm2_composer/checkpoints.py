@@ -21,6 +21,7 @@ from esm2_composer.errors import UserError
 from esm2_composer.folders import DIVERGED, PROBE, Folder, ask, is_sharded, updates
 from esm2_composer.ranks import on_every_rank, on_rank_zero
 from esm2_composer.schema import Recipe
+from esm2_composer.splits import SPLITS
 
 RECIPE = "recipe.yaml"
 INDEX = "checkpoints.json"
@@ -33,7 +34,7 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
 
     Raises:
         UserError: the folder cannot be written, or it holds a run that is not to be resumed or is another one.
-        StoreAway: the store does not answer.
+        StoreUnavailable: the store does not answer.
     """
 
     def look() -> tuple[list[str], list[str], str | None]:
@@ -151,24 +152,26 @@ def check_resumed(state: State, folder: Folder, checkpoint: str) -> None:
 
 @dataclass
 class Index:
-    """`checkpoints.json`: the data a run is on, and every validation loss by update."""
+    """`checkpoints.json`: digests of the splits a run is on, and every validation loss by update."""
 
-    train_shards: str | None = None
+    shards: dict[str, str] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Folder) -> Index:
-        """Raises UserError if it is damaged, StoreAway if the store does not answer."""
+        """Raises UserError if it is damaged, StoreUnavailable if the store does not answer."""
         try:
             content = json.loads(ask(folder, lambda: folder.read(INDEX)) or "{}")
             losses = {int(update): float(loss) for update, loss in content.get("validation_loss", {}).items()}
         except (ValueError, TypeError, AttributeError) as error:
             raise _damaged(folder, INDEX, "remove it, to go on without the validation losses so far") from error
-        return cls(content.get("train_shards"), losses)
+        shards = {split: content[f"{split}_shards"] for split in SPLITS if content.get(f"{split}_shards")}
+        return cls(shards, losses)
 
     def write(self, folder: Folder, best: Sequence[str]) -> None:
         losses = {str(update): self.losses[update] for update in sorted(self.losses)}
-        content = {"train_shards": self.train_shards, "validation_loss": losses, "best": list(best)}
+        shards = {f"{split}_shards": digest for split, digest in self.shards.items()}
+        content = {**shards, "validation_loss": losses, "best": list(best)}
         folder.write(INDEX, json.dumps(content, indent=1) + "\n")
 
 

@@ -6,6 +6,9 @@ import io
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+import torch
 
 from esm2_composer.sharded_checkpoint import Refused, SafeReader
 
@@ -34,7 +37,17 @@ def _archives(checkpoint: Path, rank: int, ranks: int, prefix: str) -> Iterator[
         for name, offset, length in sorted(places)[rank::ranks]:
             with open(checkpoint / name, "rb") as file:
                 file.seek(offset)
-                yield zipfile.ZipFile(io.BytesIO(file.read(length)))  # what torch.save made of a tensor
+                yield _open(io.BytesIO(file.read(length)))  # what torch.save made of a tensor
     elif rank == 0:
-        with zipfile.ZipFile(checkpoint) as archive:
-            yield archive
+        with open(checkpoint, "rb") as file:
+            yield _open(file)
+
+
+def _open(file: BinaryIO) -> zipfile.ZipFile:
+    """An archive whose directory torch's reader takes, too, which overlooks less of it than Python's."""
+    archive = zipfile.ZipFile(file)  # before torch's: of a disk that fails it says so
+    file.seek(0)
+    torch._C.PyTorchFileReader(file)
+    if len(names := archive.namelist()) > len(set(names)):  # one bit makes data/4 data/5, which Python reads twice
+        raise zipfile.BadZipFile
+    return archive

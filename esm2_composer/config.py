@@ -20,9 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.omegaconf import get_yaml_loader
 
 from esm2_composer.errors import UserError
-from esm2_composer.files import is_remote, lies_in, refuse_irregular
+from esm2_composer.files import is_remote, lies_in, names_bucket, refuse_irregular
 from esm2_composer.schema import DataSection, FSDPSection, ModelSection, Recipe, batches
-from esm2_composer.splits import SPLITS, cache_problem, can_be_folder, count_clusters, lacking
+from esm2_composer.splits import SPLITS, cache_problem, can_be_folder, cannot_be_unpacked, count_clusters, lacking
 from esm2_composer.strict import build
 
 T = TypeVar("T")
@@ -253,6 +253,8 @@ def _data_problems(data: DataSection, batch: int) -> Iterator[str]:
     if data.local is not None and (problem := cache_problem(data.remote, data.local)):
         yield f"'data.local' is {problem}"
     if is_remote(data.remote):
+        if not names_bucket(data.remote):
+            yield f"'data.remote' is {data.remote}; write a folder or s3://bucket/prefix"
         if data.local is None:
             yield f"'data.remote' is {data.remote}; set 'data.local' to a folder for its cache"
         return
@@ -264,5 +266,5 @@ def _data_problems(data: DataSection, batch: int) -> Iterator[str]:
             yield f"'data.remote' is {data.remote}, whose {split}/index.json is no index of MDS shards"
         elif split == "train" and clusters < batch:
             yield f"{folder} holds {clusters} clusters, fewer than one global_train_batch_size of {batch}"
-        elif data.local is None and not os.access(folder, os.W_OK):
+        elif data.local is None and cannot_be_unpacked(folder):
             yield f"'data.remote' is {data.remote}, where shards cannot be unpacked; set 'data.local' to a folder"

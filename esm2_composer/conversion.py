@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 
 from esm2_composer.conversion_plan import Plan, make_plan
 from esm2_composer.destinations import LocalSplit, RemoteSplit, open_destination
-from esm2_composer.errors import Passing, ReadError, StoreAway, UserError
+from esm2_composer.errors import ReadError, StoreUnavailable, TransientError, UserError, system_error
 from esm2_composer.files import is_remote, sync, write_durably
 from esm2_composer.layouts import Layout
 from esm2_composer.markers import read_marker, write_marker
@@ -51,8 +51,8 @@ UPLOADS = 8  # at a time
 SECONDS_TO_STOP = 10  # of workers that nobody waits for, as Spark's
 
 # What neither the input nor the options are to blame for.
-PASSING = (ReadError, OSError, MemoryError, sqlite3.OperationalError, duckdb.IOException)
-PASSING += (duckdb.OutOfMemoryException, StoreError, StoreAway, EngineError)
+TRANSIENT = (ReadError, OSError, MemoryError, sqlite3.OperationalError, duckdb.IOException)
+TRANSIENT += (duckdb.OutOfMemoryException, StoreError, StoreUnavailable, EngineError)
 
 # Told a stage ("sequences read", "clusters"), how much is done, and the total (0: not known).
 Progress = Callable[[str, int, int], None]
@@ -71,7 +71,7 @@ class Engine(Protocol):
 KEPT = "the work is kept: run the same command again to go on"
 
 
-class Interrupted(Passing):
+class Interrupted(TransientError):
     """The work is kept, and the same command goes on."""
 
 
@@ -141,7 +141,7 @@ def convert(
             destination.finish()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(KEPT) from None
-        except PASSING as error:
+        except TRANSIENT as error:
             raise Interrupted(f"{error}; {KEPT}") from error
         except UserError as error:
             uploaded = is_remote(out) and any((work / "parts").glob("*.json"))
@@ -182,8 +182,10 @@ def _locked(work: Path, in_new_folder: bool = False) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("w")
+    except FileExistsError:
+        raise UserError(f"{path.parent} is a file; it must be a folder") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        raise system_error(f"{path}: cannot be written ({error.strerror})", error) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -251,6 +253,11 @@ def _refuse_differences(old: dict[str, Any], new: dict[str, Any], what: str) -> 
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key.split(".")[0] in new
     ]
+    roles = [
+        dict.fromkeys(key.split(".")[1] for key in flat if key.startswith("inputs.")) for flat in (before, now)
+    ]
+    if [*roles[0]] != [*roles[1]]:
+        differences = [f"inputs were {', '.join(roles[0])}, are {', '.join(roles[1])}"]
     if differences:
         shown = "; ".join(differences[:3])
         raise UserError(f"{what} conversion: {shown}; remove it, or choose another --out")

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from esm2_composer import alphabet
 from esm2_composer.epochs import shards_in_use
-from esm2_composer.errors import OneLine, StoreAway, UserError, system_error
+from esm2_composer.errors import ReportedError, StoreUnavailable, UserError, system_error
 from esm2_composer.masking import MaskingRule, choose, keyed_words, token_uniforms
 from esm2_composer.patience import patiently
 from esm2_composer.records import LONGEST_COUNTED
@@ -254,7 +254,7 @@ def evaluation_loader(
 
 
 def make_cache(data: DataSection) -> None:
-    """Raise a UserError, or Passing, if `data.local` cannot be made: Streaming would blame the shards."""
+    """Raise a UserError, or TransientError, if `data.local` cannot be made: Streaming would blame the shards."""
     if data.local is not None:
         try:
             Path(data.local).mkdir(parents=True, exist_ok=True)
@@ -267,7 +267,7 @@ def check_cache(data: DataSection, splits: Collection[str] = ("train", "valid"))
 
     Raises:
         UserError: it does, or the remote has none.
-        StoreAway: the store does not answer.
+        StoreUnavailable: the store does not answer.
     """
     for name in splits:
         remote, local = data.split(name)
@@ -276,7 +276,7 @@ def check_cache(data: DataSection, splits: Collection[str] = ("train", "valid"))
             continue
         try:
             index = patiently(partial(_fetch, remote, cached.name), f"{remote}/{cached.name}")
-        except StoreAway:
+        except StoreUnavailable:
             raise
         except Exception as error:  # each store raises its own types
             raise UserError(f"{remote}: cannot be opened as MDS shards ({error})") from error
@@ -299,7 +299,7 @@ def open_clusters(remote: str | None, local: str, **arguments: Any) -> ClusterDa
     try:
         with opening_alone():
             return ClusterDataset(CheckedStream(remote, local), **arguments)
-    except OneLine:
+    except ReportedError:
         raise
     except Exception as error:  # each store raises its own types
         # Another rank was lost, the store is away, or another user's run took the name in shared memory at the

@@ -105,7 +105,7 @@ class RemoteSplit:
         return _other_split(other, store.names(), lambda name: self._fetch(store, name))
 
     def has(self, shard: dict[str, Any]) -> bool:
-        """Whether it is there: it was whole when it was uploaded. Raises StoreError or StoreAway."""
+        """Whether it is there: it was whole when it was uploaded. Raises StoreError or StoreUnavailable."""
         return shard["zip_data"]["basename"] in self._uploaded_before
 
     @cached_property
@@ -119,14 +119,14 @@ class RemoteSplit:
         return store.download(name, folder)
 
     def publish(self, name: str) -> None:
-        """Upload a shard, and remove it here. Raises StoreError or StoreAway."""
+        """Upload a shard, and remove it here. Raises StoreError or StoreUnavailable."""
         self._store.upload(name)
         (self._work / "shards" / name).unlink()
 
     def finish(self) -> None:
         """Upload what makes it a split.
 
-        Raises StoreError, also if a shard has gone since it was uploaded, or StoreAway.
+        Raises StoreError, also if a shard has gone since it was uploaded, or StoreUnavailable.
         """
         index = json.loads((self._work / "shards" / "index.json").read_text())
         lost = {shard["zip_data"]["basename"] for shard in index["shards"]}

@@ -32,7 +32,7 @@ MISTAKEN = (*REFUSED, errno.ENOENT, errno.EEXIST, errno.ELOOP, errno.EROFS)
 MAX_LINE = 1000  # characters
 
 
-class OneLine(Exception):
+class ReportedError(Exception):
     """An error whose message, one line, is all that people need to see of it."""
 
     def __init__(self, message: object) -> None:
@@ -45,7 +45,7 @@ class OneLine(Exception):
         super().__init__(line)
 
 
-class UserError(OneLine):
+class UserError(ReportedError):
     """A mistake the user can mend: what is wrong, where, and how to mend it."""
 
 
@@ -53,17 +53,17 @@ class ReadError(UserError):
     """A file cannot be read, now: a disk or a network fails, or somebody holds a lock. It need not be damaged."""
 
 
-class Passing(OneLine):
+class TransientError(ReportedError):
     """Neither the user's mistake nor ours: a disk, a network or a store failed, and another start may do."""
 
 
-class StoreAway(Passing):
+class StoreUnavailable(TransientError):
     """A store does not answer."""
 
 
-def system_error(message: str, error: OSError) -> OneLine:
-    """For a path that a recipe gives: a UserError if the path is at fault, Passing if a disk or a network is."""
-    return UserError(message) if error.errno in (None, *MISTAKEN) else Passing(message)
+def system_error(message: str, error: OSError) -> ReportedError:
+    """For a path of a recipe: a UserError if the path is at fault, a TransientError if a disk or a network is."""
+    return UserError(message) if error.errno in (None, *MISTAKEN) else TransientError(message)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -97,7 +97,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER_ERROR
-    except Passing as error:
+    except TransientError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_FAILURE
     except OSError as error:

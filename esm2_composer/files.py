@@ -37,6 +37,11 @@ def is_remote(uri: str) -> bool:
     return re.match(r"[\w+-]+:/", uri) is not None
 
 
+def names_bucket(uri: str) -> bool:
+    """Whether the address of a store says where in it: s3:// alone, s3:///x and s3:/x do not."""
+    return re.match(r"[\w+-]+://[^/]+|dbfs:/\w", uri) is not None
+
+
 def lies_in(place: str, folder: str) -> bool:
     """Whether it is the folder, or something in it, on a disk or in a store."""
     place, folder = (each if is_remote(each) else os.path.realpath(each) for each in (place, folder))

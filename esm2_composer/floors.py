@@ -66,12 +66,11 @@ def floors(train: np.ndarray, valid: np.ndarray, rule: MaskingRule) -> dict[str,
         train, valid: frequencies of the 33 ids, float (33,).
     """
     masked, replaced, kept = rule.split
-    choices = np.arange(alphabet.VOCAB_SIZE) if rule.all_tokens else alphabet.AMINO_ACIDS
 
     def joint(frequencies: np.ndarray) -> np.ndarray:
         """[s, t]: how often the true token is t, and the input shows s, not <mask>."""
         shares = np.diag(kept * frequencies)
-        shares[choices] += replaced / len(choices) * frequencies
+        shares[rule.choices] += replaced / len(rule.choices) * frequencies
         return shares
 
     present = valid > 0

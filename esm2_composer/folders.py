@@ -28,7 +28,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from esm2_composer import checksums
-from esm2_composer.errors import Passing, StoreAway, UserError, system_error
+from esm2_composer.errors import StoreUnavailable, TransientError, UserError, system_error
 from esm2_composer.files import sync, write_durably
 from esm2_composer.patience import patiently
 from esm2_composer.ranks import say
@@ -77,7 +77,8 @@ class LocalFolder:
         fcntl's locks hold between nodes of a cluster, too, and loader workers, forked from here, do not get them.
 
         Raises:
-            Passing: another run is in it, and does not end; or its node died, and the file system has not noticed.
+            TransientError: another run is in it, and does not end; or its node died, and the file system has not
+                noticed.
         """
         file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # never closed, which would unlock it
         with contextlib.suppress(PermissionError):
@@ -90,7 +91,7 @@ class LocalFolder:
                 say(f"{told}; waiting for its end, {LOCK_SECONDS} s at most")
                 deadline = time.monotonic() + LOCK_SECONDS
             if time.monotonic() > deadline:
-                raise Passing(
+                raise TransientError(
                     f"{told}; take another save_folder, or end that run; if its node is dead, remove {LOCK} there"
                 )
             time.sleep(1)
@@ -313,11 +314,11 @@ def ask(folder: Folder, action: Callable[[], Result]) -> Result:
 
     Raises:
         UserError: the folder cannot be used.
-        Passing: worth another start: the store is away, or the disk is full or fails.
+        TransientError: worth another start: the store is away, or the disk is full or fails.
     """
     try:
         return patiently(action, str(folder)) if isinstance(folder, S3Folder) else action()
-    except StoreAway:
+    except StoreUnavailable:
         raise
     except OSError as error:
         raise system_error(f"save_folder {folder} cannot be written ({error.strerror})", error) from error

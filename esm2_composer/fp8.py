@@ -132,17 +132,17 @@ fp8_product.register_autograd(_gradients, setup_context=_keep)
 FP8 = Product(product, forward, backward)
 
 
-def _round(x: torch.Tensor, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _round(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `triton_fp8.round_both`."""
     if x.is_cuda:
         from esm2_composer.triton_fp8 import round_both
 
         # Of an fp32 matrix, Triton 3.6 wrote a quarter of the transpose into wrong places (on an H200).
-        return round_both(x if x.dtype.itemsize == 2 else x.bfloat16(), kind)
-    scale = x.abs().max().float().clamp(min=1e-12) / torch.finfo(kind).max
-    rounded = (x.float() / scale).to(kind)
+        return round_both(x if x.dtype.itemsize == 2 else x.bfloat16(), dtype)
+    scale = x.abs().max().float().clamp(min=1e-12) / torch.finfo(dtype).max
+    rounded = (x.float() / scale).to(dtype)
     filled = F.pad(rounded.float(), (0, 0, 0, _to_16(len(x)) - len(x)))
-    return rounded, filled.t().contiguous().to(kind), scale
+    return rounded, filled.t().contiguous().to(dtype), scale
 
 
 def _to_16(number: int) -> int:
@@ -154,17 +154,17 @@ def _multiply(
     b: torch.Tensor,
     a_scale: torch.Tensor,
     b_scale: torch.Tensor,
-    kind: torch.dtype,
+    dtype: torch.dtype,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """a b^T of a (M, K) and b (N, K), with their scales, plus the bias (N,)."""
     if a.is_cuda:
         fast = bias is not None
-        bias = bias.to(kind) if fast else None
-        return torch._scaled_mm(a, b.t(), a_scale, b_scale, bias, out_dtype=kind, use_fast_accum=fast)
+        bias = bias.to(dtype) if fast else None
+        return torch._scaled_mm(a, b.t(), a_scale, b_scale, bias, out_dtype=dtype, use_fast_accum=fast)
     with torch.autocast(a.device.type, enabled=False):
         out = (a.float() * a_scale) @ (b.float() * b_scale).t()
-    return (out if bias is None else out + bias).to(kind)
+    return (out if bias is None else out + bias).to(dtype)
 
 
 def product_error(k: int, n: int, device: str) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.errors import UserError
+from esm2_composer.errors import UserError, system_error
 from esm2_composer.files import refuse_existing, sync
 
 METADATA_KEY = b"esm2_composer"
@@ -58,11 +58,11 @@ class Journal:
         except BlockingIOError:
             raise UserError(f"{out}: another process is writing it") from None
         except OSError as error:
-            raise UserError(f"{out}: cannot be written ({error})") from error
+            raise system_error(f"{out}: cannot be written ({error})", error) from error
         try:
             batches = [(batch.num_rows, end) for batch, end in self._batches()]
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error})") from error
+            raise system_error(f"{self.path}: cannot be read ({error})", error) from error
         self.rows = sum(rows for rows, _ in batches)
         schema = self._schema.serialize()
         if batches:
@@ -119,7 +119,7 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
+            raise system_error(f"{self.path}: cannot be written ({error.strerror})", error) from error
 
     def discard(self) -> None:
         """Remove the journal and its rows: nothing can go on with them."""
@@ -142,7 +142,7 @@ class Journal:
             sync(whole)  # before the journal goes
         except OSError as error:
             whole.unlink(missing_ok=True)
-            raise UserError(f"{whole}: cannot be written ({error.strerror or error})") from error
+            raise system_error(f"{whole}: cannot be written ({error.strerror or error})", error) from error
         if written != self.rows:
             whole.unlink()
             raise UserError(

@@ -18,7 +18,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.errors import Passing, ReadError, UserError
+from esm2_composer.errors import ReadError, TransientError, UserError
 from esm2_composer.fasta import UNIPROT, compression, read_blocks, read_fasta
 from esm2_composer.files import refuse_irregular
 from esm2_composer.markers import read_marker, write_marker
@@ -31,7 +31,7 @@ BUFFER_BYTES = 2**20
 
 class Layout(Protocol):
     """What a conversion needs of an input. Making one raises UserError if a file is not what it should be, or
-    Passing if a database cannot be read for now."""
+    TransientError if a database cannot be read for now."""
 
     inputs: dict[str, list[Path]]  # the files, by the option that named them
     source: Path  # of the clusters, as the user named it
@@ -100,7 +100,7 @@ class BioNeMo:
         try:
             refuse_nucleotides(sequences, first_proteins(sequences, LOOKED_AT))
         except ReadError as error:  # locked, or a disk that fails
-            raise Passing(error) from error
+            raise TransientError(error) from error
 
     def stage(self, scratch: Path, report: Report, progress: Counted) -> Path:
         return self.inputs["sequences"][0]

@@ -53,14 +53,20 @@ class MaskingRule:
     """BERT's masked-language-model corruption, as ESM-2 uses it (Lin et al. 2023; Devlin et al. 2019).
 
     A token is selected with probability `fraction`, independently of all others: a short sequence may have
-    none. Of the selected, the shares `split` become `<mask>`, become a random one of the 20 amino acids (or,
-    `all_tokens`, of the 33 ids), stay as they are. `<cls>`, `<eos>`, `<pad>`, `<unk>` and `<mask>` are never
-    selected.
+    none. Of the selected, the shares `split` become `<mask>`, become a random one of the 20 amino acids (of the
+    33 ids, where `replacement` is "all_tokens" in place of "amino_acids"), stay as they are. `<cls>`, `<eos>`,
+    `<pad>`, `<unk>` and `<mask>` are never selected.
     """
 
     fraction: float = 0.15
     split: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    all_tokens: bool = False  # replace by any of the 33 ids instead of the 20 amino acids
+    replacement: str = "amino_acids"
+
+    @property
+    def choices(self) -> np.ndarray:
+        """The ids, one of which a token is replaced by, (20,) or (33,)."""
+        assert self.replacement in ("amino_acids", "all_tokens")
+        return np.arange(alphabet.VOCAB_SIZE) if self.replacement == "all_tokens" else alphabet.AMINO_ACIDS
 
     def apply(self, tokens: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Corrupt `tokens`, uint8 (T,), using one number in [0, 1) a token.
@@ -77,7 +83,7 @@ class MaskingRule:
         (replaced,) = np.nonzero(selected & (uniforms >= mask_below) & (uniforms < replace_below))
         if replaced.size:
             # Within its interval the number is again uniform, so it also picks the replacement.
-            choices = np.arange(alphabet.VOCAB_SIZE) if self.all_tokens else alphabet.AMINO_ACIDS
+            choices = self.choices
             position = (uniforms[replaced] - mask_below) / (replace_below - mask_below)
             pick = np.minimum((position * len(choices)).astype(np.intp), len(choices) - 1)
             inputs[replaced] = choices[pick]

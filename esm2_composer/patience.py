@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from botocore import exceptions as boto
 
-from esm2_composer.errors import REFUSED, OneLine, StoreAway
+from esm2_composer.errors import REFUSED, ReportedError, StoreUnavailable
 
 Result = TypeVar("Result")
 
@@ -25,7 +25,7 @@ def patiently(ask: Callable[[], Result], source: str) -> Result:
     """Ask a store again and again, for half a minute, where it and not the request is at fault.
 
     Raises:
-        StoreAway: it did not come back; worth another start.
+        StoreUnavailable: it did not come back; worth another start.
         Exception: what the store raises for a request that will never do.
     """
     for wait in (*WAITS, None):
@@ -36,7 +36,7 @@ def patiently(ask: Callable[[], Result], source: str) -> Result:
                 raise
             told = f"{source} cannot be reached ({type(error).__name__}: {error})"
             if wait is None:
-                raise StoreAway(told) from error
+                raise StoreUnavailable(told) from error
             print(f"{told}; trying again in {wait} s", file=sys.stderr, flush=True)
             time.sleep(wait)
     raise AssertionError
@@ -45,7 +45,7 @@ def patiently(ask: Callable[[], Result], source: str) -> Result:
 def is_refusal(error: Exception) -> bool:
     """Whether it would be the same again: what was told already, the system's about a path, boto's about what it
     is to ask, or a store's answer, but that of too many requests."""
-    if isinstance(error, OneLine | FileNotFoundError | PermissionError | ValueError | ImportError):
+    if isinstance(error, ReportedError | FileNotFoundError | PermissionError | ValueError | ImportError):
         return True
     if isinstance(error, OSError) and error.errno in REFUSED:
         return True

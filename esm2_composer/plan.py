@@ -234,8 +234,8 @@ def remedy(recipe: Recipe, plan: Plan, gpu: GPU) -> str | None:
     """What to change where a plan does not fit; None where it does."""
     if plan.memory <= gpu.memory:
         return None
-    fixed = plan.memory - plan.activation_bytes
-    if fixed < 0.8 * gpu.memory and (fitting := fitting_microbatch(recipe, plan, gpu)) >= recipe.data.max_length:
+    fixed, fitting = plan.memory - plan.activation_bytes, fitting_microbatch(recipe, plan, gpu)
+    if fixed < 0.8 * gpu.memory and fitting >= recipe.data.max_length:
         return f"device_microbatch_tokens={fitting}"
     if recipe.fsdp is None:
         return "shard it: fsdp.sharding_strategy=SHARD_GRAD_OP, then FULL_SHARD"
@@ -243,7 +243,8 @@ def remedy(recipe: Recipe, plan: Plan, gpu: GPU) -> str | None:
         return "fsdp.sharding_strategy=FULL_SHARD"
     if not recipe.fsdp.activation_checkpointing and plan.activation_bytes > fixed:
         return "fsdp.activation_checkpointing=true"
-    return "more GPUs, or ones with more memory"
+    smaller = f"device_microbatch_tokens={fitting}, or " if fitting >= recipe.data.max_length else ""
+    return f"{smaller}more GPUs, or ones with more memory"
 
 
 def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -> tuple[str, dict]:

@@ -1,7 +1,7 @@
 """From all ranks' shares of a global batch to microbatches of equally many tokens.
 
 With a fixed number of UniRef sequences a rank, the slowest of 128 ranks would have half as much again to
-compute as the mean. So the ranks show each other their sequences, a megabyte or two in all, and deal
+compute as the mean. So the ranks show each other their sequences, a megabyte or two in all, and share
 them out anew. The loss is a mean over all masked tokens of the global batch, so it does not matter where a
 sequence is computed.
 """
@@ -12,7 +12,7 @@ import functools
 import heapq
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from typing import Any
@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader
 
 from esm2_composer import alphabet
 from esm2_composer.data import Share
-from esm2_composer.errors import OneLine
-from esm2_composer.ranks import cpu_group
+from esm2_composer.errors import ReportedError
+from esm2_composer.ranks import all_gather, cpu_group
 
 Microbatch = dict[str, Any]  # see `pack`
 
-SWEEPS = 60  # over the piles, at most, to level them
+SWEEPS = 60  # over the bins, at most, to level them
 
 
 def pack(tokens: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> Microbatch:
@@ -65,17 +65,17 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
-def deal(lengths: np.ndarray, hands: int, largest: int) -> list[list[int]]:
-    """Deal sequences out into a multiple of `hands` piles of at most `largest` tokens, near-equal in tokens.
+def balance(lengths: np.ndarray, ranks: int, largest: int) -> list[list[int]]:
+    """Sort sequences into a multiple of `ranks` bins of at most `largest` tokens, near-equal in tokens.
 
-    Longest first, each to the pile with the fewest tokens (Graham's LPT rule), then single sequences change
-    places until the piles are level: within a per cent of the mean, if no sequence alone is longer.
+    Longest first, each to the bin with the fewest tokens (Graham's LPT rule), then single sequences change
+    places until the bins are level: within a per cent of the mean, if no sequence alone is longer.
 
     Args:
         lengths: tokens of each sequence, none above `largest`.
 
     Returns:
-        The piles, each a list of indices into `lengths`: as few as hold them if dealt so, and the same for the
+        The bins, each a list of indices into `lengths`: as few as hold them if filled so, and the same for the
         same lengths.
     """
     assert not len(lengths) or lengths.max() <= largest, "a sequence is longer than a microbatch"
@@ -83,46 +83,46 @@ def deal(lengths: np.ndarray, hands: int, largest: int) -> list[list[int]]:
     sizes = lengths.tolist()
 
     @functools.cache
-    def dealt(rounds: int) -> list[list[int]] | None:
-        """In so many rounds, unless a pile is too large then."""
-        piles: list[list[int]] = [[] for _ in range(rounds * hands)]
-        fill = [(0, pile) for pile in range(len(piles))]
+    def filled(per_rank: int) -> list[list[int]] | None:
+        """So many bins a rank, unless one is too large then."""
+        bins: list[list[int]] = [[] for _ in range(per_rank * ranks)]
+        fill = [(0, bin_) for bin_ in range(len(bins))]
         for i in order:
-            tokens, pile = fill[0]
-            heapq.heapreplace(fill, (tokens + sizes[i], pile))
-            piles[pile].append(i)
-        return piles if max(tokens for tokens, _ in fill) <= largest else None
+            tokens, bin_ = fill[0]
+            heapq.heapreplace(fill, (tokens + sizes[i], bin_))
+            bins[bin_].append(i)
+        return bins if max(tokens for tokens, _ in fill) <= largest else None
 
-    # As few rounds as have room for all tokens are tried first, then one more, three, seven; at last, by halves,
-    # those left out before the first that do. With more piles none is fuller, so no fewer would do.
-    fewest = max(1, math.ceil(sum(sizes) / (hands * largest)))
+    # As few as have room for all tokens are tried first, then one more, three, seven; at last, by halves, those
+    # left out before the first that do. With more bins none is fuller, so no fewer would do.
+    fewest = max(1, math.ceil(sum(sizes) / (ranks * largest)))
     reach = 1
-    while dealt(fewest + reach - 1) is None:
+    while filled(fewest + reach - 1) is None:
         reach *= 2
     between = range(fewest + reach // 2, fewest + reach - 1)
-    rounds = between.start + bisect_left(between, True, key=lambda rounds: dealt(rounds) is not None)
-    return _level(dealt(rounds), lengths)
+    per_rank = between.start + bisect_left(between, True, key=lambda per_rank: filled(per_rank) is not None)
+    return _level(filled(per_rank), lengths)
 
 
-def _level(piles: list[list[int]], lengths: np.ndarray) -> list[list[int]]:
-    """Swap sequences between full piles and emptier ones until the fullest is within 0.4 % of the mean.
+def _level(bins: list[list[int]], lengths: np.ndarray) -> list[list[int]]:
+    """Swap sequences between full bins and emptier ones until the fullest is within 0.4 % of the mean.
 
-    With many sequences a pile there is nothing to do; with four, as on 512 ranks, LPT alone leaves 4 %.
+    With many sequences a bin there is nothing to do; with four, as on 512 ranks, LPT alone leaves 4 %.
     """
-    rows = max(map(len, piles)) + 1  # a free place in every pile, so that a sequence can also just move
-    members = np.full((rows, len(piles)), -1)
-    for column, pile in enumerate(piles):
-        members[: len(pile), column] = pile
+    rows = max(map(len, bins)) + 1  # a free place in every bin, so that a sequence can also just move
+    members = np.full((rows, len(bins)), -1)
+    for column, bin_ in enumerate(bins):
+        members[: len(bin_), column] = bin_
     sizes = np.where(members < 0, 0, np.append(lengths, 0)[members].astype(np.int64))
-    goal = max(1.004 * sizes.sum() / len(piles), sizes.max())
+    goal = max(1.004 * sizes.sum() / len(bins), sizes.max())
     for sweep in range(SWEEPS):
         fill = sizes.sum(0)
         if fill.max() <= goal:
             break
         by_fill = np.argsort(fill, kind="stable")
-        full = by_fill[::-1][: max(1, len(piles) // 8)]
-        # Each meets another partner in every sweep: with few sequences a pile, few partners have a match.
-        empty = np.roll(by_fill[: len(piles) - len(full)], -7 * sweep)[: len(full)]
+        full = by_fill[::-1][: max(1, len(bins) // 8)]
+        # Each meets another partner in every sweep: with few sequences a bin, few partners have a match.
+        empty = np.roll(by_fill[: len(bins) - len(full)], -7 * sweep)[: len(full)]
         gap = fill[full] - fill[empty]
         # To move half the gap would level the two; [i, j, pair] is how far swapping i for j is off.
         off = np.abs(2 * (sizes[:, None, full] - sizes[None, :, empty]) - gap).reshape(rows * rows, -1)
@@ -136,9 +136,9 @@ def _level(piles: list[list[int]], lengths: np.ndarray) -> list[list[int]]:
 
 
 class Pool:
-    """Deals the sequences of a global batch out anew, so that all ranks compute on equally many tokens.
+    """Shares the sequences of a global batch out anew, so that all ranks compute on equally many tokens.
 
-    Every rank learns all sequences, deals them in the same way, and keeps its own piles: equally many
+    Every rank learns all sequences, sorts them in the same way, and keeps its own bins: equally many
     microbatches on every rank, each of at most `microbatch_tokens` tokens.
     """
 
@@ -153,16 +153,16 @@ class Pool:
         if self._group is not None:
             tokens, labels, lengths = self._gather(tokens, labels, lengths)
         starts = lengths.cumsum() - lengths
-        piles = deal(lengths, dist.get_world_size(), self._microbatch_tokens)
+        bins = balance(lengths, dist.get_world_size(), self._microbatch_tokens)
         microbatches = []
-        for pile in piles[dist.get_global_rank() :: dist.get_world_size()]:
-            where = [slice(starts[i], starts[i] + lengths[i]) for i in pile]
+        for bin_ in bins[dist.get_global_rank() :: dist.get_world_size()]:
+            where = [slice(starts[i], starts[i] + lengths[i]) for i in bin_]
             empty = np.empty(0, np.uint8)  # np.concatenate takes no empty list
             microbatches.append(
                 pack(
                     np.concatenate([*(tokens[w] for w in where), empty]),
                     np.concatenate([*(labels[w] for w in where), empty]),
-                    lengths[pile],
+                    lengths[bin_],
                 )
             )
         counts = ("num_sequences", "num_tokens", "num_masked")
@@ -177,7 +177,7 @@ class Pool:
         """All ranks' sequences, in the order of ranks."""
         counts = self._gather_counts(len(lengths), len(tokens))
         mine = np.concatenate((lengths.astype(np.int32).view(np.uint8), tokens, labels))
-        all_bytes = _all_gather(mine, self._group, [4 * int(b) + 2 * int(t) for b, t in counts])
+        all_bytes = all_gather(mine, self._group, [4 * int(b) + 2 * int(t) for b, t in counts])
         parts = []
         for each, (b, t) in zip(all_bytes, counts, strict=True):
             parts.append((each[4 * b : 4 * b + t], each[4 * b + t :], each[: 4 * b].view(np.int32)))
@@ -188,31 +188,19 @@ class Pool:
         one alone, the run's exit code would be that of a rank which waited for it, and was ended."""
         try:
             share = next(shares, None)
-        except OneLine as error:
+        except ReportedError as error:
             if self._group is not None:
                 self._gather_counts(-1, 0, error)
             raise
         return None if share is None else self(share)
 
-    def _gather_counts(self, sequences: int, tokens: int, error: OneLine | None = None) -> list[np.ndarray]:
-        counts = _all_gather(np.array([sequences, tokens], np.int64), self._group)
+    def _gather_counts(self, sequences: int, tokens: int, error: ReportedError | None = None) -> list[np.ndarray]:
+        counts = all_gather(np.array([sequences, tokens], np.int64), self._group)
         if min(sequences for sequences, _ in counts) < 0:
-            errors: list[OneLine | None] = [None] * len(counts)
+            errors: list[ReportedError | None] = [None] * len(counts)
             torch.distributed.all_gather_object(errors, error, self._group)
             raise next(each for each in errors if each is not None)
         return counts
-
-
-def _all_gather(
-    mine: np.ndarray, group: torch.distributed.ProcessGroup, sizes: Sequence[int] | None = None
-) -> list[np.ndarray]:
-    """Every rank's 1-D array; `sizes` are their lengths, if those differ."""
-    sizes = sizes or [len(mine)] * group.size()
-    padded = torch.zeros(max(sizes), dtype=torch.from_numpy(mine[:0]).dtype)
-    padded[: len(mine)] = torch.from_numpy(mine)
-    out = [torch.empty_like(padded) for _ in sizes]
-    torch.distributed.all_gather(out, padded, group=group)
-    return [each[:size].numpy() for each, size in zip(out, sizes, strict=True)]
 
 
 class PooledLoader(DataLoader):

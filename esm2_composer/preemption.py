@@ -11,6 +11,8 @@ One signal to any rank, or a SIGTERM to the launcher, makes the whole run leave 
   training data: a step, an evaluation and a save may take their time. (The end of a terminal ends the launcher,
   too, and with it comes a SIGTERM.)
 
+Ctrl-C is none of these: a run that is interrupted leaves with 130, though the launcher makes a SIGTERM of it.
+
 Python calls a signal's handler between two instructions of its main thread, which may be waiting in a collective
 for another rank. So a thread of our own waits for signals; the interpreter writes their numbers to its pipe.
 """
@@ -28,7 +30,7 @@ import sys
 import threading
 import time
 
-from esm2_composer.errors import EXIT_PREEMPTED, EXIT_TERMINATED
+from esm2_composer.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_TERMINATED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 GRACE = 22.0  # Composer's launcher kills its ranks 30 seconds after it told them to leave
@@ -81,8 +83,12 @@ def shelter_worker(worker: int) -> None:
 
 
 def _watch(reader: int) -> None:
+    interrupted = False
     while True:
         numbers = os.read(reader, 64)
+        interrupted |= signal.SIGINT in numbers
+        if interrupted and signal.SIGTERM in numbers and not in_training.is_set():
+            os._exit(EXIT_INTERRUPTED)  # Ctrl-C, of which the launcher makes a SIGTERM
         if any(number in SIGNALS for number in numbers):
             _noticed.set()
         if signal.SIGTERM in numbers and not received.is_set() and _a_rank_is_missing():

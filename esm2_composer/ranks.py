@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch.distributed
 from composer.utils import dist
 
-from esm2_composer.errors import OneLine
+from esm2_composer.errors import ReportedError
 
 T = TypeVar("T")
 
@@ -26,7 +27,7 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     if not dist.get_global_rank():
         try:
             outcome[0] = action()
-        except OneLine as error:
+        except ReportedError as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
@@ -39,7 +40,7 @@ def on_every_rank(action: Callable[[], T]) -> list[T]:
     outcome: list = [None, None]
     try:
         outcome[0] = action()
-    except OneLine as error:
+    except ReportedError as error:
         outcome[1] = error
     outcomes = dist.all_gather_object(outcome)
     for _, error in outcomes:
@@ -51,6 +52,20 @@ def on_every_rank(action: Callable[[], T]) -> list[T]:
 def cpu_group() -> torch.distributed.ProcessGroup | None:
     """A new group of all ranks for tensors of the CPU, which no GPU has to wait for; None for a single rank."""
     return torch.distributed.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+
+
+def all_gather(
+    mine: np.ndarray, group: torch.distributed.ProcessGroup | None, sizes: Sequence[int] | None = None
+) -> list[np.ndarray]:
+    """Every rank's 1-D array, through a `cpu_group`; `sizes` are their lengths, if those differ."""
+    if group is None:
+        return [mine]
+    sizes = sizes or [len(mine)] * group.size()
+    padded = torch.zeros(max(sizes), dtype=torch.from_numpy(mine[:0]).dtype)
+    padded[: len(mine)] = torch.from_numpy(mine)
+    out = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(out, padded, group=group)
+    return [each[:size].numpy() for each, size in zip(out, sizes, strict=True)]
 
 
 def end_process_group() -> None:

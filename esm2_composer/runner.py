@@ -51,6 +51,7 @@ from esm2_composer.preemption import shelter_worker
 from esm2_composer.ranks import on_rank_zero, say
 from esm2_composer.saving import CheckpointSaver
 from esm2_composer.schema import DataSection, ModelSection, Recipe, batches
+from esm2_composer.splits import SPLITS
 from esm2_composer.task import MaskedLanguageModel
 
 
@@ -130,7 +131,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     if processes > cores:
         say(f"data.num_workers {workers}: {processes} loader processes, where there are {cores} cores")
     train.worker_init_fn = valid.worker_init_fn = shelter_worker
-    saver.pin_data(digest_of_all_nodes(recipe.data))
+    saver.pin_data(digests_of_all_nodes(recipe.data))
 
     if recipe.data.min_length > 1 and not dist.get_global_rank():
         say(_short_clusters(recipe.data))
@@ -202,19 +203,19 @@ def _peak_flops() -> float | None:
     return GPUS["b200"].flops if "B200" in torch.cuda.get_device_name() else None
 
 
-def digest_of_all_nodes(data: DataSection) -> str:
-    """Of the index of the training shards, which holds the digest of each.
+def digests_of_all_nodes(data: DataSection) -> dict[str, str]:
+    """Of each split's index, which holds the digests of its shards.
 
     Raises:
         UserError: another node's cache holds other shards.
     """
-    here = [Path(data.split(name)[1], "index.json").read_bytes() for name in ("train", "valid")]
-    digests = [hashlib.sha256(index).hexdigest() for index in here]
+    indices = {split: Path(data.split(split)[1], "index.json").read_bytes() for split in SPLITS}
+    digests = {split: hashlib.sha256(index).hexdigest() for split, index in indices.items()}
     if any(others != digests for others in dist.all_gather_object(digests)):
         raise UserError(
             f"data.local {data.local} holds other shards on some nodes than on others; empty it where they are old"
         )
-    return digests[0]
+    return digests
 
 
 def _short_clusters(data: DataSection) -> str:
@@ -240,7 +241,7 @@ def build_model(section: ModelSection, weights: bool = True) -> ESM2:
 def cluster_draw(recipe: Recipe) -> ClusterDraw:
     """How this recipe draws member, window and mask of a cluster."""
     d = recipe.data
-    masking = MaskingRule(d.mask_fraction, d.mask_split, all_tokens=d.replacement == "all_tokens")
+    masking = MaskingRule(d.mask_fraction, d.mask_split, d.replacement)
     return ClusterDraw(recipe.seed, d.max_length, d.min_length, masking)
 
 

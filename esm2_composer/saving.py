@@ -19,7 +19,7 @@ from composer.utils.checkpoint import save_checkpoint
 from torch.distributed.checkpoint import CheckpointException
 
 from esm2_composer.checkpoints import Index, best, superseded
-from esm2_composer.errors import OneLine, Passing, UserError
+from esm2_composer.errors import ReportedError, TransientError, UserError
 from esm2_composer.folders import Folder, ask, updates
 from esm2_composer.loggers import hand_on_all
 from esm2_composer.ranks import on_rank_zero, say
@@ -54,18 +54,19 @@ class CheckpointSaver(Callback):
         if not dist.get_local_rank():
             shutil.rmtree(self._staging, ignore_errors=True)
 
-    def pin_data(self, train_shards: str) -> None:
-        """Remember what the run is trained on, or refuse to go on with other data.
+    def pin_data(self, shards: dict[str, str]) -> None:
+        """Remember what the run is trained and validated on, or refuse to go on with other data.
 
         Raises:
-            UserError: `train_shards`, a digest of their index, is not that of the run so far.
+            UserError: `shards`, digests of the splits' indices, are not those of the run so far.
         """
-        if self._index.train_shards not in (None, train_shards):
-            raise UserError(
-                f"save_folder {self._folder} holds a run on other training shards than data.remote now has; "
-                "restore those, or take another save_folder"
-            )
-        self._index.train_shards = train_shards
+        for split, digest in shards.items():
+            if self._index.shards.get(split, digest) != digest:
+                raise UserError(
+                    f"save_folder {self._folder} holds a run on other {split} shards than data.remote now has; "
+                    "restore those, or take another save_folder"
+                )
+        self._index.shards = shards
 
     def lacks_evaluation(self, state: State, recipe: Recipe) -> bool:
         """Whether an evaluation is due now that never ended: a run's first, or one that was cut short."""
@@ -77,7 +78,7 @@ class CheckpointSaver(Callback):
         """Where the newest checkpoint is that was saved after at most so many updates; None if there is none."""
         try:
             names = ask(self._folder, self._folder.names)
-        except OneLine:  # what this is asked for must be told all the same
+        except ReportedError:  # what this is asked for must be told all the same
             return None
         names = [name for name in names if updates(name) <= update]
         return self._folder.location(names[-1]) if names else None
@@ -99,7 +100,7 @@ class CheckpointSaver(Callback):
     def fit_end(self, state: State, logger: Logger) -> None:
         if not self.save_once(state):
             update = state.timestamp.batch.value
-            raise Passing(f"the run has ended, but its last checkpoint, of update {update}, is not saved")
+            raise TransientError(f"the run has ended, but its last checkpoint, of update {update}, is not saved")
 
     def result(self) -> str:
         """What came of the run, for people."""

@@ -28,7 +28,7 @@ from streaming.base.shared import _get_path
 from streaming.base.world import World
 
 from esm2_composer.epochs import lay_out_epoch, layout_shape
-from esm2_composer.errors import FULL, OneLine, Passing, UserError
+from esm2_composer.errors import FULL, ReportedError, TransientError, UserError
 from esm2_composer.mds import Shard, check_index
 from esm2_composer.patience import patiently
 
@@ -74,7 +74,7 @@ class MappedDataset(StreamingDataset):
     not kept: a file that is mapped would hold its place on the disk after it has been evicted.
     """
 
-    failure: OneLine | None = None  # of a thread, for the iterating one to raise
+    failure: ReportedError | None = None  # of a thread, for the iterating one to raise
 
     def __init__(self, stream: Stream, **arguments: Any) -> None:
         super().__init__(streams=[stream], **arguments)
@@ -129,7 +129,7 @@ class MappedDataset(StreamingDataset):
         """Streaming's raises where nobody but the terminal hears it, and leaves the iterating thread waiting for
         the one that failed. Here that goes on, to tell."""
         if error := future.exception():
-            if isinstance(error, OneLine):
+            if isinstance(error, ReportedError):
                 self.failure = error
             else:
                 traceback.print_exception(error)
@@ -289,7 +289,7 @@ class CheckedStream(Stream):
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            raise Passing(
+            raise TransientError(
                 f"{self.local}: no room for shards ({error.strerror}); make room there, set data.cache_limit, or "
                 "take a data.local on a larger disk"
             ) from error

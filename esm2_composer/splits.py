@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from esm2_composer.files import is_remote, lies_in
+from esm2_composer.errors import UserError
+from esm2_composer.files import is_remote, lies_in, names_bucket
 
 SPLITS = ("train", "valid")
 
@@ -29,12 +31,54 @@ def lacking(data: str, split: str) -> str | None:
     """Why the folder `data` has no shards of `split`; None if it has."""
     folder = Path(data)
     if (folder / split / "index.json").is_file():
+        if split in SPLITS and (other := converted_as(folder / split)) not in (None, split):
+            return f"{data}/{split} holds {other} shards, by conversion.json; convert anew with --split {split}"
         return None
     if not folder.exists():
         return f"{data}: no such folder" + ("" if folder.is_absolute() else f" in {Path.cwd()}")
     if (folder / "index.json").is_file():
         return f"{data} is a split itself; give the folder in which it lies"
     return f"{data} holds no {split} shards ({split}/index.json)"
+
+
+def converted_as(folder: Path) -> str | None:
+    """The split that a folder of shards was converted as; None if it does not tell."""
+    try:
+        return split_of(json.loads((folder / "conversion.json").read_text()))
+    except (OSError, ValueError, RecursionError):  # shards of others, or a damaged file
+        return None
+
+
+def split_of(conversion: object) -> str | None:
+    """The split that a conversion.json is of; None if it does not tell."""
+    try:
+        split = conversion["state"]["options"]["split"]
+    except (LookupError, TypeError):
+        return None
+    return split if split in SPLITS else None
+
+
+def check_data(data: str, local: str | None, splits: Iterable[str]) -> None:
+    """Raise a UserError if the splits at a command's --data cannot be read, with their cache at its --local."""
+    if local and (problem := cache_problem(data, local)):
+        raise UserError(f"--local is {problem}")
+    if is_remote(data):
+        if not names_bucket(data):
+            raise UserError(f"--data {data}: write a folder or s3://bucket/prefix")
+        if not local:
+            raise UserError(f"--data {data} needs --local, a folder for its cache")
+        return
+    for split in splits:
+        if lack := lacking(data, split):
+            raise UserError(lack)
+        if not local and cannot_be_unpacked(Path(data, split)):
+            raise UserError(f"--data {data}: shards cannot be unpacked there; add --local, a folder for a cache")
+
+
+def cannot_be_unpacked(folder: Path) -> bool:
+    """Whether a folder of shards holds some that are still packed, and cannot be written."""
+    packed = folder.glob("*.mds.zstd")
+    return not os.access(folder, os.W_OK) and any(not path.with_suffix("").exists() for path in packed)
 
 
 def count_clusters(index: Path) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import xxhash
 
-from esm2_composer.errors import StoreAway, UserError
+from esm2_composer.errors import StoreUnavailable, UserError
 from esm2_composer.patience import is_refusal
 
 ATTEMPTS = 5  # with 1, 2, 4 and 8 seconds between them
@@ -22,16 +22,16 @@ class StoreError(UserError):
     """A store refuses what it is asked."""
 
 
-def failure(message: str, error: Exception) -> StoreError | StoreAway:
-    """StoreAway where the same may do later."""
-    return (StoreError if is_refusal(error) else StoreAway)(f"{message} ({error})")
+def failure(message: str, error: Exception) -> StoreError | StoreUnavailable:
+    """StoreUnavailable where the same may do later."""
+    return (StoreError if is_refusal(error) else StoreUnavailable)(f"{message} ({error})")
 
 
 class Store:
     """The objects below a URI, and a local folder whose files go there."""
 
     def __init__(self, uri: str, folder: Path) -> None:
-        """Raises StoreError if there is no such store, or no access to it, StoreAway if it does not answer."""
+        """Raises StoreError if there is no such store, or no access, StoreUnavailable if it does not answer."""
         from streaming.base.storage.download import CloudDownloader
         from streaming.base.storage.upload import CloudUploader
 
@@ -45,7 +45,7 @@ class Store:
             raise failure(f"{uri}: cannot be opened", error) from error
 
     def upload(self, name: str) -> None:
-        """Store `name` of the folder. Raises StoreError or StoreAway if that fails however often it is tried."""
+        """Store `name` of the folder. Raises StoreError or StoreUnavailable if that fails, tried several times."""
         from streaming.base.util import retry
 
         expected = xxh64(self._folder / name)
@@ -63,7 +63,7 @@ class Store:
             raise failure(f"{self._uri}/{name}: cannot be stored", error) from error
 
     def names(self, start: str = "") -> set[str]:
-        """What is there under names that begin so. Raises StoreError or StoreAway if the store does not say."""
+        """What is there under names that begin so. Raises StoreError or StoreUnavailable if it does not say."""
         try:
             found = self._uploader.list_objects(start) or []
         except Exception as error:
@@ -71,7 +71,7 @@ class Store:
         return {key.rpartition("/")[2] for key in found}
 
     def download(self, name: str, folder: Path) -> Path:
-        """Fetch an object into `folder`; its path there. Raises StoreError or StoreAway if that fails."""
+        """Fetch an object into `folder`; its path there. Raises StoreError or StoreUnavailable if that fails."""
         from streaming.base.util import retry
 
         try:

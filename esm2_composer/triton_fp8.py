@@ -48,19 +48,19 @@ def _round(
     tl.store(transposed + places, numbers, (own < filled)[:, None] & inside)
 
 
-def round_both(x: torch.Tensor, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def round_both(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x (R, C), bf16 or fp16, C a multiple of 16 -> x / scale rounded, (R, C); its transpose, (C, R to the next
     multiple of 16), filled with zeros; and the scale, fp32 ()."""
     (rows, width), x = x.shape, x.contiguous()
-    rounded = x.new_empty(x.shape, dtype=kind)
-    transposed = x.new_empty(width, triton.cdiv(rows, 16) * 16, dtype=kind)
+    rounded = x.new_empty(x.shape, dtype=dtype)
+    transposed = x.new_empty(width, triton.cdiv(rows, 16) * 16, dtype=dtype)
     largest, scale = x.new_zeros((), dtype=torch.float32), x.new_empty((), dtype=torch.float32)
     with torch.cuda.device_of(x):  # Triton launches on the current one
         _largest[(triton.cdiv(x.numel(), NUMBERS * BLOCKS),)](
             x, largest, x.numel(), NUMBERS=NUMBERS, BLOCKS=BLOCKS, num_warps=WARPS
         )
         _round[(triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS))](
-            x, largest, rounded, transposed, scale, rows, torch.finfo(kind).max,
+            x, largest, rounded, transposed, scale, rows, torch.finfo(dtype).max,
             WIDTH=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
         )  # fmt: skip
     return rounded, transposed, scale

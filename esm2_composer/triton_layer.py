@@ -27,8 +27,8 @@ def compute(
     The layer's modules are not called: hooks on them, and what other modules in their place compute, have no
     effect; and the product of `qkv` stands for all four.
     """
-    kind = compute_dtype(x)
-    update = torch.zeros_like(x, dtype=kind) if update is None else update.to(kind)
+    dtype = compute_dtype(x)
+    update = torch.zeros_like(x, dtype=dtype) if update is None else update.to(dtype)
     parameters = [
         parameter
         for part in (layer.attention_norm, layer.qkv, layer.out, layer.ffn_norm, layer.fc1, layer.fc2)
@@ -55,17 +55,17 @@ class TritonLayer(torch.autograd.Function):
             out, kept_out = product.forward(mixed.view(len(x), -1), w_out, b_out)
             total, normed, mean2, rstd2 = add_norm(x, out, w_norm2, b_norm2, eps)
             hidden, kept1 = product.forward(normed, w1, b1)
-            made, kept2 = product.forward(gelu(hidden), w2, b2)
+            update, kept2 = product.forward(gelu(hidden), w2, b2)
         ctx.save_for_backward(
             qkv, tables, mixed, lse, cu_seqlens, x, w_norm1, mean1, rstd1, total, w_norm2, mean2, rstd2, hidden,
             *kept_qkv, *kept_out, *kept1, *kept2,
         )  # fmt: skip
         ctx.max_seqlen, ctx.product = max_seqlen, product
-        return total, made
+        return total, update
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_total, grad_made) -> tuple:
+    def backward(ctx, grad_total, grad_update) -> tuple:
         """Parameters' names are those of their gradients here, but for `w_norm1` and `w_norm2` before theirs."""
         (
             qkv, tables, mixed, lse, cu_seqlens, x, w_norm1, mean1, rstd1, total, w_norm2, mean2, rstd2, hidden,
@@ -73,10 +73,10 @@ class TritonLayer(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         backward, each = ctx.product.backward, len(kept) // 4
         kept_qkv, kept_out, kept1, kept2 = (kept[i : i + each] for i in range(0, len(kept), each))
-        grad_total, grad_made = grad_total.contiguous(), grad_made.contiguous()
+        grad_total, grad_update = grad_total.contiguous(), grad_update.contiguous()
         with torch.cuda.device_of(total):
-            grad, w2 = backward(grad_made, *kept2)
-            b2 = sum_rows(grad_made)
+            grad, w2 = backward(grad_update, *kept2)
+            b2 = sum_rows(grad_update)
             grad, b1 = gelu_backward(hidden, grad)
             grad, w1 = backward(grad, *kept1)
             grad_total, grad, w_norm2, b_norm2 = add_norm_backward(grad_total, grad, total, w_norm2, mean2, rstd2)

@@ -19,6 +19,7 @@ from esm2_composer.files import is_remote, refuse_irregular
 from esm2_composer.layouts import open_parquet, reading
 from esm2_composer.mds import Shard, check_index
 from esm2_composer.records import RESIDUES
+from esm2_composer.splits import SPLITS, split_of
 from esm2_composer.storage import Store, xxh64
 from esm2_composer.workers import Workers
 
@@ -31,7 +32,8 @@ Progress = Callable[[str, int, int], None]
 def verify(
     uri: str, workers: int = 1, progress: Progress = lambda stage, done, total: None
 ) -> dict[str, dict[str, Any]]:
-    """Check every shard below `uri`, a split or a folder of splits; the statistics of each split, by its name.
+    """Check every shard below `uri`, a split or a folder of splits; the statistics of each split, by its name, and
+    under "absent" what it should have been compared with, but lacks.
 
     Raises:
         UserError: a shard is missing, its hash or size is not the index's, a sample's lengths do not add up, it
@@ -39,7 +41,7 @@ def verify(
             cluster_ids.parquet names other clusters, or the split lies under the other's name.
     """
     uri = uri.rstrip("/")
-    places = [(uri.rpartition("/")[2], uri), *((split, f"{uri}/{split}") for split in ("train", "valid"))]
+    places = [(uri.rpartition("/")[2], uri), *((split, f"{uri}/{split}") for split in SPLITS)]
     found = {}
     for split, place in places:
         index = _read_json(place, "index.json")
@@ -80,11 +82,7 @@ def _read_json(place: str, name: str) -> dict[str, Any] | None:
 
 def _refuse_swapped(split: str, conversion: dict[str, Any] | None, place: str) -> None:
     """Raises UserError if train shards lie where valid ones should, or the other way round."""
-    try:
-        converted = conversion["state"]["options"]["split"]
-    except (LookupError, TypeError):  # shards of others, or of an odd conversion.json
-        return
-    if (split, converted) in (("train", "valid"), ("valid", "train")):
+    if (converted := split_of(conversion)) not in (None, split) and split in SPLITS:
         raise UserError(f"{place}: {converted} shards, by conversion.json; convert anew with --split {split}")
 
 
@@ -121,7 +119,8 @@ def _verify_split(
             raise UserError(f"{place}/cluster_ids.parquet: not the ids of the clusters in the shards")
         if path and conversion and conversion.get("cluster_ids_xxh64", found := xxh64(path)) != found:
             raise UserError(f"{place}/cluster_ids.parquet: its xxh64 is not that of conversion.json")
-    return {"shards": len(shards), **counts, **_statistics(lengths, draws)}
+    absent = [*["conversion.json"] * (not conversion), *["cluster_ids.parquet"] * (not path)]
+    return {"shards": len(shards), **counts, "absent": absent, **_statistics(lengths, draws)}
 
 
 def _listed(place: str, path: Path) -> Iterator[str | None]:

@@ -23,7 +23,7 @@ from esm2_composer.checkpoints import (
     take_over,
 )
 from esm2_composer.config import load_recipe, to_yaml
-from esm2_composer.errors import StoreAway, UserError
+from esm2_composer.errors import StoreUnavailable, UserError
 from esm2_composer.folders import DIVERGED, LocalFolder, open_folder
 from esm2_composer.saving import CheckpointSaver
 from esm2_composer.schema import Recipe
@@ -92,7 +92,7 @@ def test_the_newest_before_an_update_is_told_or_none_if_the_store_is_away(folder
     assert saver.newest_before(9) is None
 
     def away() -> None:
-        raise StoreAway("no route to host")
+        raise StoreUnavailable("no route to host")
 
     monkeypatch.setattr(folder, "names", away)
     monkeypatch.setattr("esm2_composer.patience.WAITS", (0,))
@@ -319,10 +319,10 @@ def test_a_store_that_is_away_is_waited_for_and_is_no_mistake(recipe, monkeypatc
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
             monkeypatch.setenv(name, "x")
         monkeypatch.setattr(patience.time, "sleep", lambda _: None)
-        with pytest.raises(StoreAway, match="s3://bucket/run cannot be reached"):
+        with pytest.raises(StoreUnavailable, match="s3://bucket/run cannot be reached"):
             find_checkpoint(open_folder("s3://bucket/run"), True, recipe, False)
         assert capsys.readouterr().err.count("trying again in") == len(patience.WAITS)
-        with pytest.raises(StoreAway, match="s3://bucket/run cannot be reached"):
+        with pytest.raises(StoreUnavailable, match="s3://bucket/run cannot be reached"):
             Index.read(open_folder("s3://bucket/run"))
 
 

@@ -39,6 +39,25 @@ def test_one_bit_of_a_file_is_found_though_torch_loads_it(file):
         ESM2.from_pretrained(file)
 
 
+@pytest.mark.parametrize("end", range(1, 90))
+def test_one_bit_of_a_files_directory_is_found_where_torch_cannot_read_it(file, end):
+    """The last 22 bytes tell where the directory lies, 56 and 20 before them the same in 64 bits."""
+    content = bytearray(file.read_bytes())
+    content[-end] ^= 0x40
+    file.write_bytes(content)
+    try:
+        torch.load(file, weights_only=True)
+    except Exception:
+        assert is_damaged(file)
+
+
+def test_a_name_that_has_become_anothers_is_found(file):
+    content = file.read_bytes()
+    at = content.rindex(b"/data/4")
+    file.write_bytes(content[: at + 6] + b"5" + content[at + 7 :])
+    assert is_damaged(file)
+
+
 def test_one_bit_of_weights_in_a_hugging_face_folder_is_found(model, tmp_path):  # noqa: F811
     model.save_hf(tmp_path)
     (tmp_path / "model.safetensors").unlink()

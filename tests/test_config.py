@@ -226,6 +226,8 @@ def test_what_is_nested_too_deep_is_one_line() -> None:
         (f"optimizer.lr=1{5000 * '0'}", "override 'optimizer.lr' does not fit (Exceeds the limit"),
         ("data.remote=elsewhere", "'data.remote': elsewhere: no such folder in "),
         ("data.remote=s3://bucket/prefix", "'data.remote' is s3://bucket/prefix; set 'data.local'"),
+        ("data.remote=s3://", "'data.remote' is s3://; write a folder or s3://bucket/prefix"),
+        ("data.remote=s3:/bucket/x", "'data.remote' is s3:/bucket/x; write a folder or s3://bucket/prefix"),
         ("schedule.warmup=100", "'schedule.warmup' is 100; it must be below schedule.updates"),
         ("max_duration=3ep", "'max_duration' is '3ep'; write a number of updates such as"),
         ("max_duration=100", "'max_duration' is '100'; write"),
@@ -299,6 +301,8 @@ def test_a_split_in_place_of_its_folder_is_seen(folder: Path) -> None:
 
 def test_shards_that_cannot_be_unpacked_in_their_place_need_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not bind who runs tests as root
+    assert load().data.local is None  # all are unpacked
+    Path("shards/valid/shard.00000.00.mds.zstd").touch()
     told = "'data.remote' is shards, where shards cannot be unpacked; set 'data.local' to a folder"
     assert mistake() == told
     assert load("data.local=cache").data.local == "cache"

@@ -29,7 +29,7 @@ from esm2_composer.data import (
     evaluation_loader,
     train_loader,
 )
-from esm2_composer.errors import StoreAway, UserError
+from esm2_composer.errors import StoreUnavailable, UserError
 from esm2_composer.masking import MaskingRule
 from esm2_composer.schema import DataSection
 
@@ -369,6 +369,6 @@ def test_a_store_that_is_away_while_the_cache_is_compared_is_waited_for(
 
     monkeypatch.setattr("esm2_composer.patience.WAITS", (0,))
     monkeypatch.setattr(LocalDownloader, "_download_file_impl", away)
-    with pytest.raises(StoreAway, match="no route to host"):
+    with pytest.raises(StoreUnavailable, match="no route to host"):
         check_cache(DataSection(str(tmp_path / "remote"), str(tmp_path / "cache")))
     assert capsys.readouterr().err.endswith("no route to host); trying again in 0 s\n")

@@ -7,7 +7,14 @@ import sys
 import pytest
 
 from esm2_composer.conversion import Interrupted
-from esm2_composer.errors import ArgumentParser, Passing, StoreAway, UserError, run_command, system_error
+from esm2_composer.errors import (
+    ArgumentParser,
+    StoreUnavailable,
+    TransientError,
+    UserError,
+    run_command,
+    system_error,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +63,7 @@ def test_a_path_that_the_system_refuses_is_one_line(capsys, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("error", "number"),
-    [(UserError, errno.ENOENT), (UserError, errno.EROFS), (UserError, None), (Passing, errno.EIO)],
+    [(UserError, errno.ENOENT), (UserError, errno.EROFS), (UserError, None), (TransientError, errno.EIO)],
 )
 def test_a_disk_that_fails_is_no_mistake_of_a_recipe(error, number):
     assert type(system_error("told", OSError(number, "told"))) is error
@@ -75,8 +82,8 @@ def test_other_failures_of_the_system_are_told_in_full(error):
     ("error", "line"),
     [
         (
-            StoreAway(
-                "in a worker\nesm2_composer.errors.StoreAway: s3://bucket/run cannot be reached (no\nroute)"
+            StoreUnavailable(
+                "in a worker\nesm2_composer.errors.StoreUnavailable: s3://bucket/run cannot be reached (no\nroute)"
             ),
             "s3://bucket/run cannot be reached (no route)",
         ),

@@ -131,7 +131,7 @@ def test_the_loss_is_that_of_transformers_on_the_same_masked_tokens(shards, chec
     found = scores(
         call, checkpoints["hugging_face"], "--data", shards, "--replacement", replacement, "--max-length", "500"
     )
-    draw = ClusterDraw(17, 500, 1, MaskingRule(all_tokens=replacement == "all_tokens"))
+    draw = ClusterDraw(17, 500, 1, MaskingRule(replacement=replacement))
     reference = EsmForMaskedLM.from_pretrained(checkpoints["hugging_face"]).eval()
     losses = at_mask = 0.0
     selected = hidden = 0

@@ -33,10 +33,10 @@ def test_frequencies_weigh_every_cluster_once():
 
 
 @pytest.mark.parametrize("split", [(0.8, 0.1, 0.1), (0.9, 0.0, 0.1), (0.9, 0.1, 0.0), (1.0, 0.0, 0.0)])
-@pytest.mark.parametrize("all_tokens", [False, True])
-def test_the_copier_is_the_best_guess_without_context(split, all_tokens):
+@pytest.mark.parametrize("replacement", ["amino_acids", "all_tokens"])
+def test_the_copier_is_the_best_guess_without_context(split, replacement):
     """Against a count over simulated masks: the entropy of the truth given what the input shows."""
-    rule = MaskingRule(split=split, all_tokens=all_tokens)
+    rule = MaskingRule(split=split, replacement=replacement)
     generator = np.random.default_rng(0)
     frequencies = np.zeros(33)
     frequencies[4:24] = generator.dirichlet(np.full(20, 5.0))
@@ -64,7 +64,7 @@ def test_the_floors_of_real_data_are_those_in_its_readme(
         ("valid", "valid_clusters.parquet", "validation.db"),
     ):
         convert(BioNeMo(folder / clusters, folder / sequences), str(tmp_path), Options(split), 0.0)
-    rules = [MaskingRule(), MaskingRule(all_tokens=True)]
+    rules = [MaskingRule(), MaskingRule(replacement="all_tokens")]
     amino_acids, all_tokens = data_floors(DataSection(str(tmp_path)), rules)
     assert amino_acids["unigram"] == pytest.approx(unigram, abs=within)
     assert amino_acids["copier"] == pytest.approx(copier, abs=within)

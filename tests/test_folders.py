@@ -15,7 +15,7 @@ from conftest import ROOT
 from save_folders import listing, save, stage
 
 from esm2_composer import folders
-from esm2_composer.errors import Passing, UserError
+from esm2_composer.errors import TransientError, UserError
 from esm2_composer.folders import LocalFolder, ask, open_folder
 from esm2_composer.weights import LATEST
 
@@ -100,7 +100,7 @@ def test_a_folder_in_use_is_waited_for_and_then_refused(tmp_path, monkeypatch, c
         (worker,) = holder.stdout.readline() and psutil.Process(holder.pid).children()
         in_use = f"{tmp_path} is in use by process {holder.pid} on {socket.gethostname()}; "
         monkeypatch.setattr(folders, "LOCK_SECONDS", 0)
-        with pytest.raises(Passing, match=in_use):
+        with pytest.raises(TransientError, match=in_use):
             LocalFolder(str(tmp_path)).lock()
         monkeypatch.setattr(folders, "LOCK_SECONDS", 10)
         threading.Timer(2, holder.kill).start()
@@ -132,7 +132,7 @@ def test_a_disk_that_is_full_or_fails_is_worth_another_start(tmp_path, monkeypat
 
     monkeypatch.setattr(os, "fsync", fail)
     folder = LocalFolder(str(tmp_path))
-    with pytest.raises(Passing, match=rf"cannot be written \({os.strerror(number)}\)"):
+    with pytest.raises(TransientError, match=rf"cannot be written \({os.strerror(number)}\)"):
         ask(folder, lambda: folder.write("recipe.yaml", "a: 1"))
     assert not list(tmp_path.iterdir())
 

@@ -56,6 +56,11 @@ def test_a_finished_split_is_left_alone(tmp_path: Path) -> None:
         convert(layout, str(tmp_path / "out"), Options(seed=1))
     with pytest.raises(UserError, match=r"inputs\.clusters\.0\.path was .*, is "):
         convert(two_clusters(tmp_path / "other"), str(tmp_path / "out"), Options())
+    (tmp_path / "f").write_text(">a\nMK\n")
+    with pytest.raises(
+        UserError, match="of another conversion: inputs were clusters, sequences, are fasta; remove it"
+    ):
+        convert(Fasta([tmp_path / "f"]), str(tmp_path / "out"), Options())
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
@@ -82,8 +87,10 @@ def test_a_folder_that_is_no_conversion_is_refused_and_left_alone(tmp_path: Path
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="file is a file; it must be a folder"):
         convert(two_clusters(tmp_path), str(tmp_path / "file"), Options())
+    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)"):
+        convert(two_clusters(tmp_path / "again"), str(tmp_path / "file/inside"), Options())
 
 
 # --- interruptions ---

@@ -17,7 +17,7 @@ import pytest
 from raw_data import write_clusters, write_layout, write_proteins
 
 from esm2_composer.conversion_plan import make_plan
-from esm2_composer.errors import Passing, UserError
+from esm2_composer.errors import TransientError, UserError
 from esm2_composer.fasta import read_fasta
 from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout, read_flat, reading
 from esm2_composer.proteins import Sequences
@@ -290,7 +290,7 @@ def test_a_database_that_is_locked_is_no_mistake(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0))
     with contextlib.closing(sqlite3.connect(paths[1])) as other:
         other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(Passing, match=r"proteins\.db: cannot be read \(database is locked\)"):
+        with pytest.raises(TransientError, match=r"proteins\.db: cannot be read \(database is locked\)"):
             BioNeMo(*paths)
     BioNeMo(*paths)
 

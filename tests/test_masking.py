@@ -154,7 +154,7 @@ def test_replacements_are_uniform_over_the_amino_acids(uniforms: np.ndarray) -> 
 
 
 def test_replacements_may_be_uniform_over_all_tokens(uniforms: np.ndarray) -> None:
-    rule = MaskingRule(split=(0.0, 1.0, 0.0), all_tokens=True)
+    rule = MaskingRule(split=(0.0, 1.0, 0.0), replacement="all_tokens")
     inputs, labels = rule.apply(np.full(MILLION, X, np.uint8), uniforms)
     counts = np.bincount(inputs[labels == X], minlength=alphabet.VOCAB_SIZE)
     assert len(counts) == alphabet.VOCAB_SIZE

@@ -16,7 +16,7 @@ from botocore.exceptions import (
 )
 
 from esm2_composer import patience
-from esm2_composer.errors import StoreAway
+from esm2_composer.errors import StoreUnavailable
 from esm2_composer.patience import patiently
 
 
@@ -64,7 +64,7 @@ def test_an_answer_that_would_be_the_same_again_is_not_asked_for_again(
         raise error
 
     monkeypatch.setattr(patience, "WAITS", (0, 0))
-    with pytest.raises(type(error) if refusal else StoreAway):
+    with pytest.raises(type(error) if refusal else StoreUnavailable):
         patiently(ask, "s3://bucket/train/index.json")
     assert len(asked) == (1 if refusal else 3)
 

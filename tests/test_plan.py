@@ -1,6 +1,7 @@
 """The plan counts what the model counts, keeps what autograd keeps, and meets published speeds."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -113,6 +114,9 @@ def test_what_does_not_fit_fits_with_what_is_told():
     changed = recipe("3b", change)
     assert remedy(changed, make_plan(changed, 1, GPUS["h100"], 0.4), GPUS["h100"]) is None
     ddp = recipe("15b", "fsdp=null")
+    fsdp = recipe("15b")
+    change = remedy(fsdp, make_plan(fsdp, 4, GPUS["a100"], 0.4), GPUS["a100"])
+    assert re.fullmatch(r"device_microbatch_tokens=\d+, or more GPUs, or ones with more memory", change)
     assert "SHARD" in remedy(ddp, make_plan(ddp, 64, GPUS["h100"], 0.4), GPUS["h100"])
 
 

@@ -141,7 +141,7 @@ def test_the_figure_and_the_table_show_runs_the_published_curve_and_floors(shard
     assert ["50", "19.500"] in lines
     assert ["20", "inf"] in lines
     assert ["500,000", "10.260"] in lines
-    rules = [MaskingRule(), MaskingRule(all_tokens=True)]
+    rules = [MaskingRule(), MaskingRule(replacement="all_tokens")]
     amino_acids, all_tokens = data_floors(DataSection(str(shards)), rules)
     assert [f"{amino_acids['unigram']:.2f}", "unigram"] in lines
     assert [f"{amino_acids['copier']:.2f}", "copier,", "amino_acids"] in lines
@@ -161,7 +161,7 @@ def test_every_rule_has_its_floor(shards, tmp_path, call):
         runs.append(write_run(tmp_path / f"{i}", settings={**CONDITIONS, **changes}))
     code, out, err = call(plot_convergence.main, *runs, "--data", shards)
     assert code == 0, err
-    rules = [MaskingRule(split=tuple(split), all_tokens=True) for split in splits[:2]]
+    rules = [MaskingRule(split=tuple(split), replacement="all_tokens") for split in splits[:2]]
     floors = data_floors(DataSection(str(shards)), rules)
     lines = [line.split() for line in out.splitlines()]
     assert [line for line in lines if "copier," in line] == [

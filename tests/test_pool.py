@@ -1,4 +1,4 @@
-"""Dealing a global batch into microbatches: every sequence once, near-equal piles, true counts."""
+"""Dealing a global batch into microbatches: every sequence once, near-equal bins, true counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from esm2_composer import alphabet
 from esm2_composer.data import Share
 from esm2_composer.errors import UserError
-from esm2_composer.pool import Microbatch, Pool, PooledLoader, data_spec, deal, pack
+from esm2_composer.pool import Microbatch, Pool, PooledLoader, balance, data_spec, pack
 from esm2_composer.ranks import end_process_group
 
 
@@ -26,29 +26,29 @@ def uniref_lengths(count: int, seed: int) -> np.ndarray:
     return np.clip(lengths, 3, 1024).astype(np.int32)
 
 
-def fills(lengths: np.ndarray, piles: list[list[int]]) -> list[int]:
-    return [int(lengths[pile].sum()) for pile in piles]
+def fills(lengths: np.ndarray, bins: list[list[int]]) -> list[int]:
+    return [int(lengths[pile].sum()) for pile in bins]
 
 
 # deal
 
 
-@pytest.mark.parametrize("hands", [1, 3, 16])
+@pytest.mark.parametrize("number", [1, 3, 16])
 @pytest.mark.parametrize("largest", [1024, 1500, 4096, 10**6])
 @pytest.mark.parametrize("count", [1, 7, 300])
 def test_every_sequence_is_dealt_once_into_piles_that_are_not_too_large(
-    hands: int, largest: int, count: int
+    number: int, largest: int, count: int
 ) -> None:
     lengths = uniref_lengths(count, seed=count)
-    piles = deal(lengths, hands, largest)
-    assert sorted(itertools.chain.from_iterable(piles)) == list(range(count))
-    assert max(fills(lengths, piles)) <= largest
-    assert len(piles) % hands == 0
-    assert len(piles) > 0
+    bins = balance(lengths, number, largest)
+    assert sorted(itertools.chain.from_iterable(bins)) == list(range(count))
+    assert max(fills(lengths, bins)) <= largest
+    assert len(bins) % number == 0
+    assert len(bins) > 0
 
 
 @pytest.mark.parametrize(
-    ("lengths", "hands", "largest", "piles"),
+    ("lengths", "number", "largest", "bins"),
     [
         ([4] * 12, 2, 8, 6),  # exactly full
         ([4] * 12, 2, 9, 6),
@@ -56,77 +56,77 @@ def test_every_sequence_is_dealt_once_into_piles_that_are_not_too_large(
         ([4] * 12, 2, 23, 4),
         ([4] * 12, 5, 100, 5),
         ([8, 1, 1], 1, 8, 2),
-        ([3] * 5, 2, 5, 6),  # 15 tokens fit into four piles of 5, five sequences of 3 do not
+        ([3] * 5, 2, 5, 6),  # 15 tokens fit into four bins of 5, five sequences of 3 do not
     ],
 )
-def test_as_few_piles_as_hold_the_sequences(lengths: list[int], hands: int, largest: int, piles: int) -> None:
-    dealt = deal(np.array(lengths, np.int32), hands, largest)
-    assert len(dealt) == piles
+def test_as_few_piles_as_hold_the_sequences(lengths: list[int], number: int, largest: int, bins: int) -> None:
+    dealt = balance(np.array(lengths, np.int32), number, largest)
+    assert len(dealt) == bins
     assert max(fills(np.array(lengths), dealt)) <= largest
 
 
-@pytest.mark.parametrize("hands", [1, 2, 7])
+@pytest.mark.parametrize("number", [1, 2, 7])
 @pytest.mark.parametrize(("shortest", "longest"), [(550, 650), (300, 500), (3, 1024)])
 def test_the_fewest_piles_are_found_in_few_trials(
-    shortest: int, longest: int, hands: int, monkeypatch: pytest.MonkeyPatch
+    shortest: int, longest: int, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths = np.random.default_rng(hands).integers(shortest, longest, 300)
-    piles = hands
-    while fullest_of(lengths, piles) > 1024:
-        piles += hands
+    lengths = np.random.default_rng(number).integers(shortest, longest, 300)
+    bins = number
+    while fullest_of(lengths, bins) > 1024:
+        bins += number
     placed = []
     heapreplace = heapq.heapreplace
     monkeypatch.setattr(heapq, "heapreplace", lambda *args: placed.append(args) or heapreplace(*args))
-    assert len(deal(lengths, hands, largest=1024)) == piles
+    assert len(balance(lengths, number, largest=1024)) == bins
     assert len(placed) <= 16 * len(lengths)
 
 
-def fullest_of(lengths: np.ndarray, piles: int) -> int:
+def fullest_of(lengths: np.ndarray, bins: int) -> int:
     """Tokens of the fullest pile by LPT alone."""
-    fill = np.zeros(piles, int)
+    fill = np.zeros(bins, int)
     for length in -np.sort(-lengths):
         fill[fill.argmin()] += length
     return int(fill.max())
 
 
-def test_the_longest_go_first_each_to_the_emptiest_pile() -> None:
-    assert deal(np.array([2, 9, 4, 6, 3], np.int32), hands=2, largest=100) == [[1, 4], [3, 2, 0]]
+def test_the_longest_go_first_each_to_the_emptiest_bin() -> None:
+    assert balance(np.array([2, 9, 4, 6, 3], np.int32), ranks=2, largest=100) == [[1, 4], [3, 2, 0]]
 
 
 def test_sequences_change_places_until_piles_are_level() -> None:
     lengths = np.array([5, 5, 4, 4, 3, 3, 3], np.int32)  # LPT alone: 11, 8, 8
-    assert sorted(fills(lengths, deal(lengths, hands=3, largest=100))) == [9, 9, 9]
+    assert sorted(fills(lengths, balance(lengths, ranks=3, largest=100))) == [9, 9, 9]
 
 
 def test_equal_lengths_are_dealt_in_their_order() -> None:
-    piles = deal(np.full(300, 5, np.int32), hands=3, largest=1000)
-    assert piles == [list(range(first, 300, 3)) for first in range(3)]
+    bins = balance(np.full(300, 5, np.int32), ranks=3, largest=1000)
+    assert bins == [list(range(first, 300, 3)) for first in range(3)]
 
 
 @pytest.mark.parametrize(
-    ("hands", "largest"), [(2, 16384), (8, 32768), (64, 16384), (128, 65536), (128, 2048), (512, 16384)]
+    ("number", "largest"), [(2, 16384), (8, 32768), (64, 16384), (128, 65536), (128, 2048), (512, 16384)]
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_the_fullest_rank_is_within_a_percent_of_the_mean(hands: int, largest: int, seed: int) -> None:
+def test_the_fullest_rank_is_within_a_percent_of_the_mean(number: int, largest: int, seed: int) -> None:
     lengths = uniref_lengths(2048, seed)
-    piles = fills(lengths, deal(lengths, hands, largest))
-    ranks = [sum(piles[rank::hands]) for rank in range(hands)]
+    bins = fills(lengths, balance(lengths, number, largest))
+    ranks = [sum(bins[rank::number]) for rank in range(number)]
     assert sum(ranks) == lengths.sum()
-    assert max(ranks) < 1.01 * lengths.sum() / hands
-    assert max(piles) < 1.01 * lengths.sum() / len(piles), "in every microbatch"
+    assert max(ranks) < 1.01 * lengths.sum() / number
+    assert max(bins) < 1.01 * lengths.sum() / len(bins), "in every microbatch"
 
 
 def test_dealing_depends_on_the_lengths_alone() -> None:
     lengths = uniref_lengths(500, seed=0)
-    first = deal(lengths, 8, 4096)
+    first = balance(lengths, 8, 4096)
     np.random.seed(1)
-    assert deal(lengths.copy(), 8, 4096) == first
-    assert deal(lengths.astype(np.int64), 8, 4096) == first
+    assert balance(lengths.copy(), 8, 4096) == first
+    assert balance(lengths.astype(np.int64), 8, 4096) == first
 
 
 def test_hands_without_sequences_get_empty_piles() -> None:
-    assert deal(np.array([5, 3], np.int32), hands=4, largest=8) == [[0], [1], [], []]
-    assert deal(np.array([], np.int32), hands=3, largest=8) == [[], [], []]
+    assert balance(np.array([5, 3], np.int32), ranks=4, largest=8) == [[0], [1], [], []]
+    assert balance(np.array([], np.int32), ranks=3, largest=8) == [[], [], []]
 
 
 # pack

@@ -106,6 +106,27 @@ def test_sigusr1_to_one_of_two_ranks_makes_both_save_and_leave(shards, tmp_path)
     assert 3 <= int(saved.split("-")[1].removeprefix("ba")) < 14
 
 
+# Runs a command in a session of its own, as a terminal does, where Ctrl-C goes to all of it.
+TERMINAL = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.setsid()
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+ON_TWO = [pytest.param("2", line, marks=pytest.mark.slow) for line in ("attention on", "update 3/")]
+
+
+@pytest.mark.parametrize(("ranks", "line"), [("1", "attention on"), *ON_TWO])
+def test_ctrl_c_is_no_preemption(shards, tmp_path, ranks, line):
+    """The launcher, which gets it too, makes a SIGTERM of it."""
+    terminal = (sys.executable, "-c", TERMINAL)
+    with Run("-n", ranks, *command(shards), cwd=tmp_path, inside=terminal) as run:
+        run.wait_for(line)
+        os.killpg(run.launcher.pid, signal.SIGINT)
+        code, _ = run.end()
+    assert code == 130, "".join(run.lines)
+
+
 def test_sigterm_to_one_of_two_ranks_that_are_starting_makes_both_leave_at_once(shards, tmp_path):
     with Run("-n", "2", *command(shards), cwd=tmp_path) as run:
         run.wait_until(lambda: sum(catches(rank, signal.SIGTERM) for rank in run.ranks()) == 2)

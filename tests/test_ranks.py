@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from esm2_composer.conversion import Interrupted
-from esm2_composer.errors import StoreAway, UserError
+from esm2_composer.errors import StoreUnavailable, UserError
 from esm2_composer.ranks import end_process_group, on_every_rank, on_rank_zero
 
 
-@pytest.mark.parametrize("error", [UserError("mine"), StoreAway("theirs"), Interrupted("full; kept")])
+@pytest.mark.parametrize("error", [UserError("mine"), StoreUnavailable("theirs"), Interrupted("full; kept")])
 def test_what_rank_zero_fails_of_every_rank_fails_of(error, monkeypatch):
     def fail() -> None:
         raise error

@@ -60,7 +60,9 @@ def test_clusters_are_drawn_as_the_recipe_says():
     lengths = ("data.max_length=500", "data.min_length=9")
     masks = ("data.mask_fraction=0.3", "data.mask_split=[0.5, 0.3, 0.2]", "data.replacement=all_tokens")
     recipe = load_recipe(str(ROOT / "yamls/8m.yaml"), ["seed=3", *lengths, *masks], data_is_here=False)
-    assert cluster_draw(recipe) == ClusterDraw(3, 500, 9, MaskingRule(0.3, (0.5, 0.3, 0.2), all_tokens=True))
+    assert cluster_draw(recipe) == ClusterDraw(
+        3, 500, 9, MaskingRule(0.3, (0.5, 0.3, 0.2), replacement="all_tokens")
+    )
 
 
 def test_the_recipe_that_continues_begins_where_the_published_schedule_ended(shards):

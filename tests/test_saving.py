@@ -247,16 +247,17 @@ def test_a_save_is_given_up_before_the_rank_has_to_leave():
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_other_data_is_refused(shards, finished, tmp_path):
+@pytest.mark.parametrize("changed", ["train", "valid"])
+def test_a_checkpoint_of_other_data_is_refused(shards, finished, tmp_path, changed):
     other = tmp_path / "shards"
     for split in ("train", "valid"):
         (other / split).mkdir(parents=True)
         for path in (shards / split).iterdir():
             (other / split / path.name).write_bytes(path.read_bytes())
-    index = other / "train/index.json"
+    index = other / changed / "index.json"
     index.write_text(index.read_text() + " ")
     result = python(*command(other, "max_duration=16ba", "schedule.updates=14"), cwd=finished)
-    assert_user_error(result, "on other training shards")
+    assert_user_error(result, f"on other {changed} shards")
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from esm2_composer import patience, shards
 from esm2_composer.data import ClusterDraw, cache_needed, evaluation_loader, train_loader
-from esm2_composer.errors import Passing, StoreAway, UserError
+from esm2_composer.errors import StoreUnavailable, TransientError, UserError
 from esm2_composer.masking import MaskingRule
 from esm2_composer.records import COLUMNS
 from esm2_composer.shards import SHARED_MEMORY, ShardBounds
@@ -167,10 +167,10 @@ def test_a_store_that_is_away_is_waited_for_and_is_no_mistake(
         assert contents(loader) == contents(local)
         assert {1, 2} <= set(waits)
         return
-    with pytest.raises(StoreAway, match="cannot be reached"):
+    with pytest.raises(StoreUnavailable, match="cannot be reached"):
         contents(loader)
     assert sum(waits) >= 30
-    with pytest.raises(StoreAway, match=r"index\.json cannot be reached"):
+    with pytest.raises(StoreUnavailable, match=r"index\.json cannot be reached"):
         train_loader(DRAW, bucket, str(tmp_path / "other"), 32, num_workers=0)
 
 
@@ -186,10 +186,12 @@ def test_a_full_disk_is_named_at_once_and_is_no_mistake(
     loader = train_loader(DRAW, source, cache, BATCH, workers)
     monkeypatch.setattr(writer, fail)
     monkeypatch.setattr(patience, "WAITS", ())
-    with pytest.raises(Passing, match=rf"^{cache}: no room for shards \(Disk quota exceeded\).* data\.local "):
+    with pytest.raises(
+        TransientError, match=rf"^{cache}: no room for shards \(Disk quota exceeded\).* data\.local "
+    ):
         contents(loader)
     if writer == "shutil.copy":
-        with pytest.raises(Passing, match=r"other: no room for shards"):
+        with pytest.raises(TransientError, match=r"other: no room for shards"):
             train_loader(DRAW, source, str(tmp_path / "other"), BATCH, workers)
 
 

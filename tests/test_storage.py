@@ -16,7 +16,7 @@ from streaming import StreamingDataset
 
 from esm2_composer import conversion_plan, storage
 from esm2_composer.conversion import Interrupted, Options, convert
-from esm2_composer.errors import StoreAway, UserError
+from esm2_composer.errors import StoreUnavailable, UserError
 from esm2_composer.layouts import BioNeMo
 from esm2_composer.storage import Store, StoreError
 from esm2_composer.verification import verify
@@ -187,11 +187,11 @@ def test_a_download_that_fails_is_tried_again_and_told_in_one_line(
     other = bionemo(tmp_path / "other", {"ur50_id": ["z"]}, {"z": "MK"})
     for name, one, split in (("conversion.json", layout, "train"), ("cluster_ids.parquet", other, "valid")):
         bucket.fault = fail(10**9, 500, f"bucket/x/train/{name}", "GET")
-        with pytest.raises(StoreAway, match=rf"^s3://bucket/x/train/{name}: cannot be read \("):
+        with pytest.raises(StoreUnavailable, match=rf"^s3://bucket/x/train/{name}: cannot be read \("):
             convert(one, "s3://bucket/x", Options(split), scratch=tmp_path)
         assert not list(tmp_path.glob(".*"))
     bucket.fault = fail(10**9, 500, "bucket/x/train/index.json", "GET")
-    with pytest.raises(StoreAway, match=r"train/index\.json: cannot be read"):
+    with pytest.raises(StoreUnavailable, match=r"train/index\.json: cannot be read"):
         verify("s3://bucket/x")
     bucket.fault = fail(3, 500, "bucket/x/train/conversion.json", "GET")
     assert convert(layout, "s3://bucket/x", Options(), scratch=tmp_path) == {**told, "already_done": True}
@@ -272,7 +272,7 @@ def test_no_bucket_is_one_clear_line(
     with pytest.raises(UserError, match=r"^s3://none/x/train: cannot be opened"):
         convert(layout, "s3://none/x", Options(), scratch=tmp_path / "scratch")
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(StoreAway, match=r"^s3://bucket/x/train: cannot be opened"):
+    with pytest.raises(StoreUnavailable, match=r"^s3://bucket/x/train: cannot be opened"):
         convert(layout, "s3://bucket/x", Options(), scratch=tmp_path / "scratch")
     with pytest.raises(UserError, match=r"^what://b/x/train: cannot be opened \(Invalid Cloud provider prefix"):
         convert(layout, "what://b/x", Options(), scratch=tmp_path / "scratch")

@@ -30,7 +30,7 @@ from esm2_composer.loggers import PERPLEXITY
 from esm2_composer.plan import GPUS, make_plan
 from esm2_composer.ranks import end_process_group
 from esm2_composer.records import COLUMNS
-from esm2_composer.runner import Done, build_trainer, digest_of_all_nodes
+from esm2_composer.runner import Done, build_trainer, digests_of_all_nodes
 from esm2_composer.schema import DataSection
 
 DIMENSIONS = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")
@@ -338,10 +338,10 @@ def test_nodes_whose_caches_hold_different_shards_are_told(shards, tmp_path, mon
     here, there = DataSection("s3://b/x", str(shards)), DataSection("s3://b/x", str(tmp_path / "other"))
     seen = []
     monkeypatch.setattr(dist, "all_gather_object", lambda digests: seen.append(digests) or seen)
-    first = digest_of_all_nodes(here)
-    assert digest_of_all_nodes(here) == first
+    first = digests_of_all_nodes(here)
+    assert digests_of_all_nodes(here) == first
     with pytest.raises(UserError, match="holds other shards on some nodes than on others"):
-        digest_of_all_nodes(there)
+        digests_of_all_nodes(there)
 
 
 @pytest.mark.parametrize("checkpoint", ["nothing.pt", "folder"])

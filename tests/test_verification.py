@@ -53,6 +53,14 @@ def test_no_process_is_started_for_one_shard(tmp_path: Path, monkeypatch: pytest
     assert verify(str(tmp_path / "out"), workers=4)["train"]["shards"] == 1
 
 
+@pytest.mark.parametrize("name", ["conversion.json", "cluster_ids.parquet"])
+def test_what_cannot_be_compared_is_told(tmp_path: Path, name: str) -> None:
+    convert(bionemo(tmp_path, {"ur50_id": ["a"]}, {"a": "MK"}), str(tmp_path / "out"), Options())
+    assert verify(str(tmp_path / "out"))["train"]["absent"] == []
+    (tmp_path / "out/train" / name).unlink()
+    assert verify(str(tmp_path / "out"))["train"]["absent"] == [name]
+
+
 def test_a_split_without_clusters_is_none(tmp_path: Path) -> None:
     convert(bionemo(tmp_path, {"ur50_id": ["a"]}, {"a": "MK"}), str(tmp_path / "out"), Options())
     split = tmp_path / "out/train"

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from esm2_composer.errors import ArgumentParser, UserError, run_command
-from esm2_composer.files import is_remote, lies_in
+from esm2_composer.files import is_remote, lies_in, names_bucket
 
 SECONDS_BETWEEN_LINES = 15
 
@@ -123,6 +123,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for place in filter(None, (args.out, args.verify)):
         if re.match(r"\w+:(?!/)", place):  # libraries take that for an address
             raise UserError(f"{place}: write a folder (as ./{place}), or a store as s3://bucket/prefix")
+        if is_remote(place) and not names_bucket(place):
+            raise UserError(f"{place}: write a store as s3://bucket/prefix")
     if args.seed is not None and not args.max_members_per_cluster:
         raise UserError("--seed goes with --max-members-per-cluster")
     if len(str(args.seed)) > 64:  # what keys a hash
@@ -205,14 +207,14 @@ def print_summary(split: str, conversion: dict) -> None:
 
 def print_statistics(split: str, statistics: dict) -> None:
     lengths = ", ".join(f"{name} {value:,}" for name, value in statistics["length_percentiles"].items())
-    print(
-        f"{split}: {statistics['shards']:,} shards hold what index.json says\n"
-        f"{split}: {statistics['clusters']:,} clusters, {statistics['members']:,} members, "
-        f"{statistics['residues']:,} residues\n"
-        f"{split}: lengths {lengths}; {statistics['share_over_1022']:.2%} over 1,022\n"
-        f"{split}: padded to 1,024, {statistics['padding_at_1024']:.1%} of all tokens drawn in training "
-        "would be padding"
-    )
+    lines = [
+        f"{statistics['shards']:,} shards hold what index.json says",
+        *(f"not compared with {name}, which is not there" for name in statistics["absent"]),
+        ", ".join(f"{statistics[name]:,} {name}" for name in ("clusters", "members", "residues")),
+        f"lengths {lengths}; {statistics['share_over_1022']:.2%} over 1,022",
+        f"padded to 1,024, {statistics['padding_at_1024']:.1%} of all tokens drawn in training would be padding",
+    ]
+    print("\n".join(f"{split}: {line}" for line in lines))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from esm2_composer import preemption
-from esm2_composer.errors import ArgumentParser, OneLine, UserError, run_command
-from esm2_composer.files import is_remote
+from esm2_composer.errors import ArgumentParser, ReportedError, UserError, run_command
 from esm2_composer.place import check_place
 from esm2_composer.schema import MAX_INT, DataSection
-from esm2_composer.splits import cache_problem, lacking
+from esm2_composer.splits import SPLITS, check_data
 
 SEQUENCES_A_RANK = 64  # taken up at a time
 SHOWN = {"at_mask": "  that show <mask>", "at_residue": "  that show a residue"}
@@ -30,7 +29,7 @@ def main() -> None:
     check_place()
     try:
         evaluate_checkpoint()
-    except OneLine:
+    except ReportedError:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             preemption.let_rank_zero_leave_first()
         raise
@@ -81,7 +80,7 @@ def evaluate_checkpoint() -> None:
         dist.initialize_dist("gpu" if on_gpu else "cpu", timeout=1800)
     device = torch.device("cuda", dist.get_local_rank()) if on_gpu else torch.device("cpu")
     check_cache(data, {args.split, "train", "valid"} if args.floors else {args.split})
-    rule = MaskingRule(all_tokens=args.replacement == "all_tokens")
+    rule = MaskingRule(replacement=args.replacement)
     draw = ClusterDraw(args.seed, args.max_length, data.min_length, rule)
     loader = evaluation_loader(draw, *data.split(args.split), SEQUENCES_A_RANK * ranks, num_workers=0)
     shares = checked(loader, args.data)
@@ -111,15 +110,7 @@ def check(args: argparse.Namespace, data: DataSection) -> None:
         raise UserError(f"--microbatch-tokens {args.microbatch_tokens} must hold a sequence of {args.max_length}")
     if args.split in (".", "..") or "/" in args.split:
         raise UserError(f"--split {args.split} must be the name of a folder in --data")
-    if data.local and (problem := cache_problem(data.remote, data.local)):
-        raise UserError(f"--local is {problem}")
-    if is_remote(data.remote):
-        if not data.local:
-            raise UserError(f"--data {args.data} needs --local, a folder for its cache")
-        return
-    for split in (args.split, "train", "valid") if args.floors else (args.split,):
-        if lack := lacking(data.remote, split):
-            raise UserError(lack)
+    check_data(data.remote, data.local, (args.split, *SPLITS) if args.floors else (args.split,))
 
 
 def checked(shares: Iterable[dict[str, Any]], data: str) -> Iterator[dict[str, Any]]:

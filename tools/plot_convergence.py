@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import json
 import math
 import os
 import textwrap
@@ -27,7 +26,7 @@ from typing import Any
 from esm2_composer.errors import ArgumentParser, UserError, run_command
 from esm2_composer.files import is_remote, refuse_existing, refuse_irregular
 from esm2_composer.schema import DataSection
-from esm2_composer.splits import cache_problem, lacking
+from esm2_composer.splits import SPLITS, check_data, count_clusters
 
 PERPLEXITY = "metrics/valid/perplexity"
 
@@ -90,10 +89,8 @@ def main() -> None:
         raise UserError(f"--out {args.out} must end in .png, .pdf or .svg")
     if args.out:
         refuse_existing(args.out)
-    if args.data and is_remote(args.data) and not args.local:
-        raise UserError(f"--data {args.data} needs --local, a folder for its cache")
-    if args.data and args.local and (problem := cache_problem(args.data, args.local)):
-        raise UserError(f"--local is {problem}")
+    if args.data:
+        check_data(args.data, args.local, SPLITS)
 
     runs = name_apart([read_run(folder) for folder in args.runs], args.runs)
     levels, validation = read_data(args.data, args.local, runs) if args.data else ({}, None)
@@ -205,25 +202,21 @@ def read_data(data: str, local: str | None, runs: list[Run]) -> tuple[dict[str, 
     from esm2_composer.masking import MaskingRule
 
     section = DataSection(remote=data, local=local)
-    for split in () if is_remote(data) else ("train", "valid"):
-        if lack := lacking(data, split):
-            raise UserError(lack)
     rules = [  # how many are selected does not matter
         MaskingRule(
             split=tuple(run.settings.get("data.mask_split", (0.8, 0.1, 0.1))),
-            all_tokens=run.settings.get("data.replacement") == "all_tokens",
+            replacement=run.settings.get("data.replacement", "amino_acids"),
         )
         for run in runs
     ]
     rules = list(dict.fromkeys(rules))
-    replacements = ["all_tokens" if rule.all_tokens else "amino_acids" for rule in rules]
+    replacements = [rule.replacement for rule in rules]
     splits = ["/".join(f"{100 * share:g}" for share in rule.split) for rule in rules]
     levels = {}
     for *names, floors in zip(replacements, splits, data_floors(section, rules), strict=True):
         differing = [name for name, all in zip(names, (replacements, splits), strict=True) if len(set(all)) > 1]
         levels |= {"unigram": floors["unigram"], ", ".join(["copier", *differing]): floors["copier"]}
-    index = json.loads((Path(local or data) / "valid" / "index.json").read_text())
-    return levels, sum(shard["samples"] for shard in index["shards"])
+    return levels, count_clusters(Path(local or data) / "valid/index.json")
 
 
 def compare(run: Run, first: Run, reference: str | None, validation: int | None) -> Iterator[str]:

@@ -174,21 +174,21 @@ def measure_workers(shards: Path, workers: int, rounds: int, microbatch_tokens: 
 
 def measure_ranks(ranks: int, global_batch: int, microbatch_tokens: int, batches: int = 20) -> dict[str, Any]:
     """The slowest rank's tokens over the mean: as sequences come, and dealt out anew."""
-    from esm2_composer.pool import deal
+    from esm2_composer.pool import balance
 
     before, after, seconds = [], [], []
     for seed in range(batches):
         lengths = uniref_like_lengths(global_batch, seed)
         as_they_come = np.array([part.sum() for part in np.array_split(lengths, ranks)])
         start = time.perf_counter()
-        piles = deal(lengths, ranks, microbatch_tokens)
+        bins = balance(lengths, ranks, microbatch_tokens)
         seconds.append(time.perf_counter() - start)
-        dealt = np.array([sum(lengths[i] for pile in piles[rank::ranks] for i in pile) for rank in range(ranks)])
+        dealt = np.array([sum(lengths[i] for each in bins[rank::ranks] for i in each) for rank in range(ranks)])
         before.append(as_they_come.max() / as_they_come.mean())
         after.append(dealt.max() / dealt.mean())
     return {
         "ranks": ranks,
-        "microbatches": len(piles) // ranks,
+        "microbatches": len(bins) // ranks,
         "slowest_over_mean_before": statistics.mean(before),
         "slowest_over_mean": statistics.mean(after),
         "slowest_over_mean_at_worst": max(after),
