@@ -138,7 +138,7 @@ def _with_home(recipe: Recipe) -> Recipe:
 
 
 def _reason(error: OmegaConfBaseException) -> str:
-    """OmegaConf's, without the lines that tell of its own objects."""
+    """What OmegaConf says, without the lines that tell of its own objects."""
     text = str(error).partition("\n")[0]
     if variable := re.search(r"Environment variable '(.*)' not found", text):
         text = f"the environment variable {variable[1]} is not set"

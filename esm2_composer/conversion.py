@@ -4,8 +4,8 @@ What always holds: the shards follow from input and options alone, not from who 
 often the run was killed; a part counts when its record is there, which is written after its shards, and they are
 whole; index.json comes last, so that an unfinished split is never mistaken for a whole one.
 
-Work in progress lies in a folder of its own, `.SPLIT.work`; the one run that may write there holds
-`.SPLIT.work.lock` beside it:
+Work in progress lies in a folder of its own, `.SPLIT.work` (for a store `.URI.SPLIT.work` in `--scratch`); the
+one run that may write there holds `.SPLIT.work.lock` beside it:
 
     state.json    what this conversion is: inputs, options; a rerun with others is refused
     plan.*, staged.json, sequences.db, ids.parquet, clusters.tsv    see conversion_plan, layouts and proteins
@@ -38,13 +38,13 @@ import pyarrow.parquet as pq
 from esm2_composer.conversion_plan import Plan, make_plan
 from esm2_composer.destinations import LocalSplit, RemoteSplit, open_destination
 from esm2_composer.errors import ReadError, StoreUnavailable, TransientError, UserError, system_error
-from esm2_composer.files import is_remote, sync, write_durably
+from esm2_composer.files import is_remote, sync, write_durably, xxh64
 from esm2_composer.layouts import Layout
 from esm2_composer.markers import read_marker, write_marker
 from esm2_composer.parts import EngineError, Options, Part, PartBuilder, Processes
 from esm2_composer.proteins import Counted
 from esm2_composer.records import TOO_MANY_REJECTED, Report
-from esm2_composer.storage import StoreError, xxh64
+from esm2_composer.storage import StoreError
 
 FORMAT = 1  # to be raised when the same input and options would give other shards
 UPLOADS = 8  # at a time

@@ -136,7 +136,7 @@ def _reject_nameless(database: duckdb.DuckDBPyConnection, report: Report) -> Non
 
 
 def _count_rows(database: duckdb.DuckDBPyConnection) -> tuple[int, int]:
-    """All, and those that name no member."""
+    """How many rows there are, and how many of them name no member."""
     return database.execute("SELECT count(*), count(*) FILTER (len(member_ids) = 0) FROM named").fetchone()
 
 

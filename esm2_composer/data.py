@@ -296,6 +296,12 @@ def _fetch(place: str, name: str) -> bytes:
 
 
 def open_clusters(remote: str | None, local: str, **arguments: Any) -> ClusterDataset:
+    """The dataset of a split, fetched from `remote` if need be; `arguments` are ClusterDataset's.
+
+    Raises:
+        UserError: there are no such shards, or they are damaged.
+        StoreUnavailable: the store does not answer.
+    """
     try:
         with opening_alone():
             return ClusterDataset(CheckedStream(remote, local), **arguments)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from esm2_composer.errors import UserError
-from esm2_composer.files import is_remote
+from esm2_composer.files import is_remote, xxh64
 from esm2_composer.splits import SPLITS
-from esm2_composer.storage import Store, StoreError, xxh64
+from esm2_composer.storage import Store, StoreError
 
 TOLD = ("cluster_ids.parquet", "conversion.json", "index.json")  # of a split, beside its shards; in this order
 COUNTED = ("clusters_written", "members_written", "residues_written")
@@ -143,7 +143,7 @@ def _other(split: str) -> str:
 
 
 def _other_split(place: str, there: Collection[str], fetch: Callable[[str], Path]) -> OtherSplit | None:
-    """That at `place`, if it is there. Raises UserError if it lacks one of its files, or they do not agree."""
+    """The other split, at `place`, if it is there. Raises UserError if it lacks a file, or files disagree."""
     for name in TOLD:
         if name not in there and "index.json" in there:
             raise _cannot_compare(f"{place} has no {name}")

@@ -104,7 +104,7 @@ def read_proteins(path: Path) -> Iterator[Protein]:
 
 
 def _accept(name: str, raw: bytes) -> tuple[bytes, list[str]]:
-    """As `clean`, which knows no ids."""
+    """What `clean` makes of a sequence, of one that has a name; ValueError tells why it is left out."""
     if not name:
         raise ValueError("header without id")
     return clean(raw)
@@ -264,6 +264,7 @@ def embed_file(
 
 
 def digest_weights(model: ESM2) -> str:
+    """A BLAKE2b digest of all names and values, in hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

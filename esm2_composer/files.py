@@ -7,6 +7,8 @@ import re
 import uuid
 from pathlib import Path, PurePath
 
+import xxhash
+
 from esm2_composer.errors import UserError
 
 
@@ -30,6 +32,15 @@ def sync(path: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def xxh64(path: Path) -> str:
+    """The xxHash64 of a file of any size, in hexadecimal digits."""
+    with path.open("rb") as file:
+        digest = xxhash.xxh64()
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def is_remote(uri: str) -> bool:

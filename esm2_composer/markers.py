@@ -12,8 +12,7 @@ from typing import Any
 
 import xxhash
 
-from esm2_composer.files import write_durably
-from esm2_composer.storage import xxh64
+from esm2_composer.files import write_durably, xxh64
 
 
 def write_marker(path: Path, content: dict[str, Any], *files: Path) -> None:

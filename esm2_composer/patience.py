@@ -28,18 +28,18 @@ def patiently(ask: Callable[[], Result], source: str) -> Result:
         StoreUnavailable: it did not come back; worth another start.
         Exception: what the store raises for a request that will never do.
     """
-    for wait in (*WAITS, None):
+    waits = iter(WAITS)
+    while True:
         try:
             return ask()
         except Exception as error:  # each store raises its own types
             if is_refusal(error):
                 raise
             told = f"{source} cannot be reached ({type(error).__name__}: {error})"
-            if wait is None:
+            if (wait := next(waits, None)) is None:
                 raise StoreUnavailable(told) from error
             print(f"{told}; trying again in {wait} s", file=sys.stderr, flush=True)
             time.sleep(wait)
-    raise AssertionError
 
 
 def is_refusal(error: Exception) -> bool:
@@ -56,7 +56,7 @@ def is_refusal(error: Exception) -> bool:
 
 
 def _http_status(error: Exception) -> int | None:
-    """Of a store's answer; each store's library has its own place for it. None: there was no answer."""
+    """The status of a store's answer; each store's library has its own place for it. None: there was no answer."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # boto's
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")

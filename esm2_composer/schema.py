@@ -25,7 +25,7 @@ Beta = Annotated[float, Ge(0), Lt(1)]
 
 
 def batches(duration: str) -> int:
-    """1000 for "1000ba"; 0 for what is no number of batches."""
+    """The number of updates that a duration is, 1000 for "1000ba"; 0 if it is none."""
     match = re.fullmatch(r"([1-9]\d{0,8})ba", duration)
     return int(match[1]) if match else 0
 

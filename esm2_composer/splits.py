@@ -23,7 +23,7 @@ def cache_problem(remote: str, local: str) -> str | None:
 
 
 def can_be_folder(path: Path) -> bool:
-    """It is one, or there is nothing yet but a folder to make it in."""
+    """Whether it is a folder, or there is nothing yet but a folder to make it in."""
     return next(part for part in (path, *path.absolute().parents) if os.path.lexists(part)).is_dir()
 
 
@@ -82,7 +82,7 @@ def cannot_be_unpacked(folder: Path) -> bool:
 
 
 def count_clusters(index: Path) -> int:
-    """How many an index tells of; 0 if it is none."""
+    """How many clusters an index.json tells of; 0 if it is none."""
     try:
         return sum(shard["samples"] for shard in json.loads(index.read_text())["shards"])
     except (ValueError, KeyError, TypeError):

@@ -9,9 +9,8 @@ import logging
 import tempfile
 from pathlib import Path
 
-import xxhash
-
 from esm2_composer.errors import StoreUnavailable, UserError
+from esm2_composer.files import xxh64
 from esm2_composer.patience import is_refusal
 
 ATTEMPTS = 5  # with 1, 2, 4 and 8 seconds between them
@@ -82,12 +81,3 @@ class Store:
     def _fetch(self, name: str, folder: Path) -> Path:
         self._downloader.download(f"{self._uri}/{name}", str(folder / name), DOWNLOAD_SECONDS)
         return folder / name
-
-
-def xxh64(path: Path) -> str:
-    """Of a file of any size."""
-    with path.open("rb") as file:
-        digest = xxhash.xxh64()
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -15,12 +15,12 @@ import pyarrow as pa
 import xxhash
 
 from esm2_composer.errors import UserError
-from esm2_composer.files import is_remote, refuse_irregular
+from esm2_composer.files import is_remote, refuse_irregular, xxh64
 from esm2_composer.layouts import open_parquet, reading
 from esm2_composer.mds import Shard, check_index
 from esm2_composer.records import RESIDUES
 from esm2_composer.splits import SPLITS, split_of
-from esm2_composer.storage import Store, xxh64
+from esm2_composer.storage import Store
 from esm2_composer.workers import Workers
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -196,7 +196,7 @@ def _check_file(content: bytes, told: dict[str, Any]) -> None:
 
 @cache
 def _store(place: str) -> Store:
-    """One for all shards of a process: making its client takes longer than most downloads."""
+    """The store of a split, one for all shards of a process: its client takes longer to make than to use."""
     with tempfile.TemporaryDirectory() as folder:  # to upload from, which nobody will
         return Store(place, Path(folder))
 
@@ -210,7 +210,7 @@ def _add(counts: np.ndarray, more: np.ndarray) -> np.ndarray:
 
 
 def _statistics(lengths: np.ndarray, draws: np.ndarray) -> dict[str, Any]:
-    """Of members by length, and of members as training draws them: one of each cluster."""
+    """What lengths members have, all (`lengths`) and as training draws them, one of each cluster (`draws`)."""
     members = lengths.sum()
     ranks = [max(int(np.ceil(members * percent / 100)), 1) for percent in PERCENTILES]
     percentiles = np.searchsorted(np.cumsum(lengths), ranks)

@@ -417,6 +417,7 @@ def save_hugging_face(model: ESM2, path: str | Path) -> None:
 
 
 def hugging_face_config(config: ESM2Config) -> dict:
+    """The config.json by which transformers makes an EsmForMaskedLM of these dimensions."""
     return {
         "architectures": ["EsmForMaskedLM"],
         "model_type": "esm",

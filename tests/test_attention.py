@@ -100,11 +100,6 @@ def test_a_backend_that_cannot_run_here_is_refused_with_those_that_can(backend, 
         select(backend, device, dtype)
 
 
-def test_auto_runs_on_a_cpu():
-    *qkv, cu_seqlens = inputs(16, "cpu", torch.float32)
-    kernel("auto")(*qkv, cu_seqlens, max(LENGTHS))
-
-
 def test_the_choice_is_logged_once(caplog):
     caplog.set_level("INFO", logger="esm2_composer.attention")
     for dtype in (torch.float32, torch.bfloat16, torch.float32):

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "compile": args.compile,
         "sharded": args.sharded,
         "steps": work.steps,
-        "real_tokens_per_step": _mean(sum(lengths) for lengths in _profiled(work)),
+        "real_tokens_per_step": statistics.fmean(sum(lengths) for lengths in _profiled(work)),
         **found,
         "at_best": at_best(work, limits, args.sharded and recipe_of(args.size, sharded=True).fsdp is not None),
     }
@@ -63,11 +64,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def _profiled(work: Work) -> list[list[int]]:
     return [work.batches[(work.warmup + step) % len(work.batches)] for step in range(work.steps)]
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
 
 
 def profile_steps(
@@ -147,8 +143,8 @@ def at_best(work: Work, limits: Limits, sharded: bool = False) -> dict[str, floa
     c = SIZES[work.size]
     model = skeleton(c)
     batches = _profiled(work)
-    tokens = _mean(map(sum, batches))
-    attention = _mean(model.flops(lengths, 0) for lengths in batches) - _products(c) * tokens
+    tokens = statistics.fmean(map(sum, batches))
+    attention = statistics.fmean(model.flops(lengths, 0) for lengths in batches) - _products(c) * tokens
     head = model.flops([], round(0.15 * tokens))
     itemsize = compute_type(work.device).itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -197,7 +197,7 @@ def _sizes(path: str) -> dict[str, int]:
 
 
 def used_in(place: str) -> int:
-    """Bytes."""
+    """Bytes in use of the file system at `place`."""
     told = os.statvfs(place)
     return (told.f_blocks - told.f_bfree) * told.f_frsize
 
