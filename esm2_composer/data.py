@@ -25,11 +25,11 @@ from streaming.base.storage.download import CloudDownloader
 from torch.utils.data import DataLoader, IterableDataset
 
 from esm2_composer import alphabet
+from esm2_composer.conversion.records import LONGEST_COUNTED
 from esm2_composer.epochs import shards_in_use
 from esm2_composer.errors import ReportedError, StoreUnavailable, UserError, system_error
 from esm2_composer.masking import MaskingRule, choose, keyed_words, token_uniforms
 from esm2_composer.patience import patiently
-from esm2_composer.records import LONGEST_COUNTED
 from esm2_composer.schema import DataSection
 from esm2_composer.shards import CheckedStream, MappedDataset, opening_alone
 

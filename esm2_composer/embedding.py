@@ -25,11 +25,11 @@ import pyarrow as pa
 import torch
 
 from esm2_composer import alphabet
+from esm2_composer.conversion.fasta import read_fasta
+from esm2_composer.conversion.records import TOO_MANY_REJECTED, clean
 from esm2_composer.errors import UserError
-from esm2_composer.fasta import read_fasta
 from esm2_composer.journal import Journal
 from esm2_composer.model import ESM2
-from esm2_composer.records import TOO_MANY_REJECTED, clean
 
 Protein = tuple[str, bytes]  # id, residues
 

@@ -18,9 +18,9 @@ import pyarrow as pa
 import xxhash
 import zstd
 
+from esm2_composer.conversion.records import COLUMNS
 from esm2_composer.errors import UserError
 from esm2_composer.files import write_durably
-from esm2_composer.records import COLUMNS
 
 SHARD_BYTES = 64 * 2**20  # before compression; a sample that is larger makes a shard of its own
 ZSTD_LEVEL = 1  # packs residues to 0.560 of their size; level 3, the default, to 0.563 in three times the time

@@ -24,9 +24,9 @@ from moto.server import ThreadedMotoServer
 from streaming import MDSWriter
 from streaming.base.shared import memory
 
+from esm2_composer.conversion.records import COLUMNS
 from esm2_composer.errors import run_command
 from esm2_composer.folders import Folder, open_folder
-from esm2_composer.records import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 REAL_DATA = Path(os.environ.get("ESM2_REAL_DATA") or ROOT.parent / "shared" / "data")

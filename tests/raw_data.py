@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from streaming import StreamingDataset
 
-from esm2_composer.layouts import BioNeMo, Flat
+from esm2_composer.conversion.layouts import BioNeMo, Flat
 
 SPLIT_FILES = {
     "train": ("train_clusters.parquet", "train.db"),

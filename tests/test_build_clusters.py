@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, python
 
-from esm2_composer import clustering
-from esm2_composer.clustering import build_clusters
+from esm2_composer.conversion import clustering
+from esm2_composer.conversion.clustering import build_clusters
+from esm2_composer.conversion.fasta import read_fasta
 from esm2_composer.errors import UserError
-from esm2_composer.fasta import read_fasta
 
 needs_mmseqs = pytest.mark.skipif(not shutil.which("mmseqs"), reason="no mmseqs on PATH")
 TRIPLES = 24

@@ -13,7 +13,7 @@ from plot_convergence import read_scalars
 from test_docs import commands
 from transformers import AutoModelForMaskedLM, EsmConfig, EsmForMaskedLM
 
-from esm2_composer.fasta import read_fasta
+from esm2_composer.conversion.fasta import read_fasta
 from esm2_composer.model import ESM2Config
 from esm2_composer.weights import hugging_face_config
 

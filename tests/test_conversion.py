@@ -1,4 +1,4 @@
-"""conversion.py: every layout gives the same shards, with any number of workers."""
+"""conversion/convert.py: every layout gives the same shards, with any number of workers."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ from raw_data import (
 )
 from test_records import assert_same_records
 
-from esm2_composer import conversion_plan, parts
-from esm2_composer.conversion import Options, convert
-from esm2_composer.conversion_plan import make_plan
+from esm2_composer.conversion import parts
+from esm2_composer.conversion import plan as conversion_plan
+from esm2_composer.conversion.convert import Options, convert
+from esm2_composer.conversion.layouts import BioNeMo, Fasta, Flat, Layout
+from esm2_composer.conversion.plan import make_plan
+from esm2_composer.conversion.proteins import Sequences
+from esm2_composer.conversion.records import LENGTH_LABELS, Report
 from esm2_composer.errors import UserError
-from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout
-from esm2_composer.proteins import Sequences
-from esm2_composer.records import LENGTH_LABELS, Report
 
 # Clusters, members, residues and lengths, by the README of each set.
 REAL_COUNTS = {

@@ -1,4 +1,4 @@
-"""conversion_plan.py: which file is to blame, and the memory planning takes."""
+"""conversion/plan.py: which file is to blame, and the memory planning takes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from esm2_composer import conversion_plan
-from esm2_composer.conversion_plan import make_plan
-from esm2_composer.destinations import OtherSplit
+from esm2_composer.conversion import plan as conversion_plan
+from esm2_composer.conversion.destinations import OtherSplit
+from esm2_composer.conversion.layouts import Fasta, Flat
+from esm2_composer.conversion.plan import make_plan
+from esm2_composer.conversion.records import Report
 from esm2_composer.errors import UserError
-from esm2_composer.layouts import Fasta, Flat
-from esm2_composer.records import Report
 
 
 def test_the_damaged_file_of_a_folder_is_named(tmp_path: Path) -> None:

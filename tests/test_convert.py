@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from raw_data import hashes, write_layout
 
-from esm2_composer.fasta import read_fasta
+from esm2_composer.conversion.fasta import read_fasta
 
 TOOL = Path(__file__).parents[1] / "tools" / "convert.py"
 DOCS = (Path(__file__).parents[1] / "docs" / "data.md").read_text()

@@ -95,10 +95,17 @@ def test_a_command_names_a_script_and_options_that_there_are(command: str) -> No
 def test_the_map_names_every_file_once() -> None:
     text = (ROOT / "README.md").read_text()
     block = text[text.index("    esm2_composer/\n") : text.index("    tools/ ")]
-    named = re.findall(r"^ {6}(\w+\.py) ", block, re.MULTILINE)
-    there = {path.name for path in (ROOT / "esm2_composer").glob("*.py")} - {"__init__.py"}
+    package = ROOT / "esm2_composer"
+    named: list[Path] = []
+    folder = package
+    for indent, name in re.findall(r"^ {6}( *)(\w+(?:\.py |/\n))", block, re.MULTILINE):
+        folder = folder if indent else package
+        if name.endswith("/\n"):
+            folder = package / name.strip()
+        else:
+            named.append(folder / name.strip())
     assert len(named) == len(set(named))
-    assert set(named) == there
+    assert set(named) == {path for path in package.rglob("*.py") if path.name != "__init__.py"}
     tools = re.search(r"^ {4}tools/ +((?:.+\n)+?) {4}tests/", text, re.MULTILINE)[1]
     assert set(re.findall(r"\w+", tools)) == {path.stem for path in (ROOT / "tools").glob("*.py")}
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from esm2_composer.conversion import Interrupted
+from esm2_composer.conversion.convert import Interrupted
 from esm2_composer.errors import (
     ArgumentParser,
     StoreUnavailable,

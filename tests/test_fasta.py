@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from esm2_composer import fasta
+from esm2_composer.conversion import fasta
+from esm2_composer.conversion.fasta import read_fasta
 from esm2_composer.errors import UserError
-from esm2_composer.fasta import read_fasta
 
 
 def compress(content: bytes, codec: str) -> bytes:

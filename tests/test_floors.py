@@ -8,10 +8,10 @@ from streaming import MDSWriter
 
 from esm2_composer import alphabet
 from esm2_composer import floors as module
-from esm2_composer.conversion import Options, convert
+from esm2_composer.conversion.convert import Options, convert
+from esm2_composer.conversion.layouts import BioNeMo
 from esm2_composer.errors import UserError
 from esm2_composer.floors import data_floors, floors, residue_frequencies
-from esm2_composer.layouts import BioNeMo
 from esm2_composer.masking import MaskingRule
 from esm2_composer.schema import DataSection
 

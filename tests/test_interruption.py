@@ -1,4 +1,4 @@
-"""conversion.py: what is there already; whatever stops a conversion, or damages its work."""
+"""conversion/convert.py: what is there already; whatever stops a conversion, or damages its work."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ from raw_data import (
     write_proteins,
 )
 
-from esm2_composer import conversion, conversion_plan, parts
-from esm2_composer.conversion import Interrupted, Options, convert
-from esm2_composer.conversion_plan import make_plan
-from esm2_composer.destinations import LocalSplit
+from esm2_composer.conversion import convert as conversion
+from esm2_composer.conversion import parts
+from esm2_composer.conversion import plan as conversion_plan
+from esm2_composer.conversion.convert import Interrupted, Options, convert
+from esm2_composer.conversion.destinations import LocalSplit
+from esm2_composer.conversion.layouts import BioNeMo, Fasta
+from esm2_composer.conversion.plan import make_plan
 from esm2_composer.errors import UserError
-from esm2_composer.layouts import BioNeMo, Fasta
 
 # --- what is there already ---
 
@@ -100,8 +102,8 @@ import sys
 import time
 import weakref
 from pathlib import Path
-from esm2_composer import conversion, conversion_plan, parts
-from esm2_composer.layouts import BioNeMo
+from esm2_composer.conversion import convert as conversion, plan as conversion_plan, parts
+from esm2_composer.conversion.layouts import BioNeMo
 conversion_plan.PART_CLUSTERS = 16
 build = parts.PartBuilder.build
 def slow(self, number, look_up):

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from raw_data import write_clusters, write_layout, write_proteins
 
-from esm2_composer.conversion_plan import make_plan
+from esm2_composer.conversion.fasta import read_fasta
+from esm2_composer.conversion.layouts import BioNeMo, Fasta, Flat, Layout, read_flat, reading
+from esm2_composer.conversion.plan import make_plan
+from esm2_composer.conversion.proteins import Sequences
+from esm2_composer.conversion.records import Report
 from esm2_composer.errors import TransientError, UserError
-from esm2_composer.fasta import read_fasta
-from esm2_composer.layouts import BioNeMo, Fasta, Flat, Layout, read_flat, reading
-from esm2_composer.proteins import Sequences
-from esm2_composer.records import Report
 
 
 def rows(layout: Layout, scratch: Path) -> list[tuple[str | None, list[str | None]]]:

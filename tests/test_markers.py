@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from esm2_composer.markers import read_marker, write_marker
+from esm2_composer.conversion.markers import read_marker, write_marker
 
 
 @pytest.fixture

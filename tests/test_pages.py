@@ -25,8 +25,8 @@ from test_spark import needs_java
 from test_storage import Bucket, bucket  # noqa: F401
 from transformers import AutoModelForMaskedLM
 
+from esm2_composer.conversion.fasta import read_fasta
 from esm2_composer.errors import EXIT_PREEMPTED
-from esm2_composer.fasta import read_fasta
 
 SMALL = {
     "--nproc 8": "--nproc 2",

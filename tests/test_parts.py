@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from raw_data import write_layout
 
-from esm2_composer import parts
-from esm2_composer.conversion_plan import make_plan
+from esm2_composer.conversion import parts
+from esm2_composer.conversion.layouts import BioNeMo
+from esm2_composer.conversion.parts import Options, PartBuilder
+from esm2_composer.conversion.plan import make_plan
+from esm2_composer.conversion.proteins import Sequences
+from esm2_composer.conversion.records import Report
 from esm2_composer.errors import UserError
-from esm2_composer.layouts import BioNeMo
-from esm2_composer.parts import Options, PartBuilder
-from esm2_composer.proteins import Sequences
-from esm2_composer.records import Report
 
 
 @pytest.mark.parametrize("clusters", [[["a", "giant"]], [["a"], ["giant"]]], ids=["in a cluster", "alone"])

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from raw_data import write_proteins
 
-from esm2_composer import proteins
+from esm2_composer.conversion import proteins
+from esm2_composer.conversion.layouts import Fasta
+from esm2_composer.conversion.proteins import Sequences, protein_rows
+from esm2_composer.conversion.records import Report
 from esm2_composer.errors import UserError
-from esm2_composer.layouts import Fasta
-from esm2_composer.proteins import Sequences, protein_rows
-from esm2_composer.records import Report
 
 
 def test_what_is_staged_at_once_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

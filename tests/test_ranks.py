@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from esm2_composer.conversion import Interrupted
+from esm2_composer.conversion.convert import Interrupted
 from esm2_composer.errors import StoreUnavailable, UserError
 from esm2_composer.ranks import end_process_group, on_every_rank, on_rank_zero
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from esm2_composer.records import LENGTH_LABELS, Report, build_record, choose_members, clean
+from esm2_composer.conversion.records import LENGTH_LABELS, Report, build_record, choose_members, clean
 
 
 def assert_same_records(records: list[dict[str, Any]], expected: list[tuple[str, list[bytes]]]) -> None:
@@ -37,9 +37,11 @@ def told(report: Report, table: str) -> dict[str, int]:
 
 
 def test_building_records_imports_neither_streaming_nor_arrow() -> None:
-    code = (
-        "import sys, esm2_composer.records; print({'streaming', 'torch', 'pyarrow', 'duckdb'} & set(sys.modules))"
-    )
+    code = """
+import sys
+import esm2_composer.conversion.records
+print({"streaming", "torch", "pyarrow", "duckdb"} & set(sys.modules))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

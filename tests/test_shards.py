@@ -27,10 +27,10 @@ from streaming.base.storage.download import S3Downloader
 from torch.utils.data import DataLoader
 
 from esm2_composer import patience, shards
+from esm2_composer.conversion.records import COLUMNS
 from esm2_composer.data import ClusterDraw, cache_needed, evaluation_loader, train_loader
 from esm2_composer.errors import StoreUnavailable, TransientError, UserError
 from esm2_composer.masking import MaskingRule
-from esm2_composer.records import COLUMNS
 from esm2_composer.shards import SHARED_MEMORY, ShardBounds
 
 BATCH = 8

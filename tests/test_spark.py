@@ -18,14 +18,14 @@ from conftest import ROOT
 from raw_data import MESS, bionemo, flat, hashes, members_of, random_data, read_split
 from test_storage import Bucket, bucket  # noqa: F401
 
-from esm2_composer import conversion_plan
-from esm2_composer.conversion import Engine, Interrupted, Options, convert
+from esm2_composer.conversion import plan as conversion_plan
+from esm2_composer.conversion.convert import Engine, Interrupted, Options, convert
+from esm2_composer.conversion.layouts import Fasta, Flat, Layout
+from esm2_composer.conversion.parts import EngineError, Part, PartBuilder, Processes
+from esm2_composer.conversion.spark import Spark, _cause
+from esm2_composer.conversion.verification import verify
 from esm2_composer.errors import UserError
-from esm2_composer.layouts import Fasta, Flat, Layout
-from esm2_composer.parts import EngineError, Part, PartBuilder, Processes
-from esm2_composer.spark import Spark, _cause
 from esm2_composer.storage import Store
-from esm2_composer.verification import verify
 
 pytest.importorskip("pyspark", reason="pyspark is not installed: pip install 'pyspark>=3.5,<4'")
 needs_java = pytest.mark.skipif(
@@ -80,7 +80,7 @@ def make_layouts(folder: Path, clusters: int = 150) -> dict[str, Layout]:
 def test_shards_and_counts_are_those_of_one_machine(
     tmp_path: Path, spark: Spark, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("esm2_composer.spark.ROWS_A_SLICE", 200)
+    monkeypatch.setattr("esm2_composer.conversion.spark.ROWS_A_SLICE", 200)
     source = make_layouts(tmp_path)[layout]
     options = Options(max_members_per_cluster=12)
     told = {
@@ -203,7 +203,9 @@ def test_the_tool_runs_on_the_master_it_is_given(
     tmp_path: Path, spark: Spark, call: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     masters = []
-    monkeypatch.setattr("esm2_composer.spark.Spark", lambda master: masters.append(master) or nullcontext(spark))
+    monkeypatch.setattr(
+        "esm2_composer.conversion.spark.Spark", lambda master: masters.append(master) or nullcontext(spark)
+    )
     bionemo(tmp_path, {"ur50_id": ["a"]}, {"a": "MKV"})
     files = "--clusters", tmp_path / "clusters.parquet", "--sequences", tmp_path / "proteins.db"
     code, _, stderr = call(convert_tool.main, *files, "--out", tmp_path / "out", "--spark", "yarn")

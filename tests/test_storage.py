@@ -14,12 +14,13 @@ from moto.server import ThreadedMotoServer
 from raw_data import bionemo, hashes, in_order, random_data
 from streaming import StreamingDataset
 
-from esm2_composer import conversion_plan, storage
-from esm2_composer.conversion import Interrupted, Options, convert
+from esm2_composer import storage
+from esm2_composer.conversion import plan as conversion_plan
+from esm2_composer.conversion.convert import Interrupted, Options, convert
+from esm2_composer.conversion.layouts import BioNeMo
+from esm2_composer.conversion.verification import verify
 from esm2_composer.errors import StoreUnavailable, UserError
-from esm2_composer.layouts import BioNeMo
 from esm2_composer.storage import Store, StoreError
-from esm2_composer.verification import verify
 
 # What becomes of a request: (method, path, body) -> the body to pass on, or a status to answer with.
 Fault = Callable[[str, str, bytes], "bytes | int"]

@@ -24,12 +24,12 @@ from transformers import AutoModelForMaskedLM
 
 from esm2_composer import runner
 from esm2_composer.config import load_recipe
+from esm2_composer.conversion.records import COLUMNS
 from esm2_composer.errors import UserError
 from esm2_composer.fsdp import DivideByRanks
 from esm2_composer.loggers import PERPLEXITY
 from esm2_composer.plan import GPUS, make_plan
 from esm2_composer.ranks import end_process_group
-from esm2_composer.records import COLUMNS
 from esm2_composer.runner import Done, build_trainer, digests_of_all_nodes
 from esm2_composer.schema import DataSection
 

@@ -40,7 +40,7 @@ def main() -> None:
     if not 1 <= args.threads <= 1024:
         raise UserError(f"--threads {args.threads} must lie between 1 and 1024")
 
-    from esm2_composer.clustering import build_clusters
+    from esm2_composer.conversion.clustering import build_clusters
 
     report = build_clusters(
         args.fasta,

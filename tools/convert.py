@@ -31,15 +31,15 @@ def main() -> None:
     args = parse_args()
     show = Progress("verified" if args.verify else args.split)
     if args.verify:
-        from esm2_composer.verification import verify
+        from esm2_composer.conversion.verification import verify
 
         for split, statistics in verify(args.verify, args.workers, show).items():
             show.close()
             print_statistics(split, statistics)
         return
     # Imported only now: the help and a wrong option need none of it.
-    from esm2_composer.conversion import Options, convert
-    from esm2_composer.layouts import BioNeMo, Fasta, Flat
+    from esm2_composer.conversion.convert import Options, convert
+    from esm2_composer.conversion.layouts import BioNeMo, Fasta, Flat
 
     if args.clusters:
         layout = BioNeMo(args.clusters, args.sequences)
@@ -65,7 +65,7 @@ def main() -> None:
 def open_spark(master: str | None) -> contextlib.AbstractContextManager:
     if not master:
         return contextlib.nullcontext()
-    from esm2_composer.spark import Spark
+    from esm2_composer.conversion.spark import Spark
 
     return Spark(master)
 

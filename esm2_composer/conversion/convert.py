@@ -8,7 +8,7 @@ Work in progress lies in a folder of its own, `.SPLIT.work` (for a store `.URI.S
 one run that may write there holds `.SPLIT.work.lock` beside it:
 
     state.json    what this conversion is: inputs, options; a rerun with others is refused
-    plan.*, staged.json, sequences.db, ids.parquet, clusters.tsv    see conversion_plan, layouts and proteins
+    plan.*, staged.json, sequences.db, ids.parquet, clusters.tsv    see plan, layouts and proteins
     parts/        00000.json: shards and report of a finished part; 00000.ids: its clusters, in order
                   (plan.json, staged.json and these are `markers`)
     shards/       the split to be: renamed at the end, or uploaded part by part
@@ -35,15 +35,15 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.conversion_plan import Plan, make_plan
-from esm2_composer.destinations import LocalSplit, RemoteSplit, open_destination
+from esm2_composer.conversion.destinations import LocalSplit, RemoteSplit, open_destination
+from esm2_composer.conversion.layouts import Layout
+from esm2_composer.conversion.markers import read_marker, write_marker
+from esm2_composer.conversion.parts import EngineError, Options, Part, PartBuilder, Processes
+from esm2_composer.conversion.plan import Plan, make_plan
+from esm2_composer.conversion.proteins import Counted
+from esm2_composer.conversion.records import TOO_MANY_REJECTED, Report
 from esm2_composer.errors import ReadError, StoreUnavailable, TransientError, UserError, system_error
 from esm2_composer.files import is_remote, sync, write_durably, xxh64
-from esm2_composer.layouts import Layout
-from esm2_composer.markers import read_marker, write_marker
-from esm2_composer.parts import EngineError, Options, Part, PartBuilder, Processes
-from esm2_composer.proteins import Counted
-from esm2_composer.records import TOO_MANY_REJECTED, Report
 from esm2_composer.storage import StoreError
 
 FORMAT = 1  # to be raised when the same input and options would give other shards

@@ -20,12 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.destinations import OtherSplit
+from esm2_composer.conversion.destinations import OtherSplit
+from esm2_composer.conversion.layouts import Layout, literal, reading
+from esm2_composer.conversion.markers import read_marker, write_marker
+from esm2_composer.conversion.records import EXAMPLES_KEPT, Report
 from esm2_composer.errors import UserError
 from esm2_composer.files import sync
-from esm2_composer.layouts import Layout, literal, reading
-from esm2_composer.markers import read_marker, write_marker
-from esm2_composer.records import EXAMPLES_KEPT, Report
 
 # A part is closed with the cluster that reaches one of these: some 30 MB of UniRef, a second or two of work.
 PART_CLUSTERS, PART_MEMBERS = 32_768, 131_072

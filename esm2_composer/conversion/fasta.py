@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from esm2_composer.conversion.records import refusing_nucleotides
 from esm2_composer.errors import ReadError, UserError
-from esm2_composer.records import refusing_nucleotides
 
 BLOCK_BYTES = 2**20
 UNIPROT = re.compile(r"^(?:sp|tr)\|([^|]+)\|")

@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from esm2_composer.conversion.records import Report
 from esm2_composer.errors import ReadError, UserError
 from esm2_composer.files import refuse_irregular, sync
-from esm2_composer.records import Report
 
 # What is held at once. Sequences, of which any may be long, are counted in bytes where their lengths are known.
 ROWS_AT_ONCE, BYTES_AT_ONCE = 20_000, 64 * 2**20

@@ -18,12 +18,12 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from esm2_composer.conversion.fasta import UNIPROT, compression, read_blocks, read_fasta
+from esm2_composer.conversion.markers import read_marker, write_marker
+from esm2_composer.conversion.proteins import Counted, first_proteins, store_proteins
+from esm2_composer.conversion.records import LOOKED_AT, Report, refuse_nucleotides
 from esm2_composer.errors import ReadError, TransientError, UserError
-from esm2_composer.fasta import UNIPROT, compression, read_blocks, read_fasta
 from esm2_composer.files import refuse_irregular
-from esm2_composer.markers import read_marker, write_marker
-from esm2_composer.proteins import Counted, first_proteins, store_proteins
-from esm2_composer.records import LOOKED_AT, Report, refuse_nucleotides
 
 FLAT_ROWS_AT_ONCE = 1_000
 BUFFER_BYTES = 2**20

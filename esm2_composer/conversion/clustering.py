@@ -32,11 +32,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from esm2_composer.conversion.fasta import read_fasta
+from esm2_composer.conversion.proteins import sort_within
+from esm2_composer.conversion.records import TOO_MANY_REJECTED, Report, clean
 from esm2_composer.errors import UserError
-from esm2_composer.fasta import read_fasta
 from esm2_composer.files import refuse_existing, refuse_irregular
-from esm2_composer.proteins import sort_within
-from esm2_composer.records import TOO_MANY_REJECTED, Report, clean
 
 MIN_RESIDUES = 11
 COVERAGE = ("-c", "0.8", "--cov-mode", "0")  # 80 % of both sequences

@@ -27,11 +27,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from esm2_composer.conversion.layouts import Flat, Layout, open_parquet, read_flat, stage
+from esm2_composer.conversion.parts import EngineError, Part, PartBuilder, as_done
+from esm2_composer.conversion.proteins import Counted, protein_rows, read_proteins
+from esm2_composer.conversion.records import Report
 from esm2_composer.errors import UserError
-from esm2_composer.layouts import Flat, Layout, open_parquet, read_flat, stage
-from esm2_composer.parts import EngineError, Part, PartBuilder, as_done
-from esm2_composer.proteins import Counted, protein_rows, read_proteins
-from esm2_composer.records import Report
 
 ROWS_A_SLICE = 100_000
 PARTS_AT_ONCE = 256  # that wait for Spark, each in a thread of the driver

@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from esm2_composer.conversion.layouts import open_parquet, reading
+from esm2_composer.conversion.records import RESIDUES
 from esm2_composer.errors import UserError
 from esm2_composer.files import is_remote, refuse_irregular, xxh64
-from esm2_composer.layouts import open_parquet, reading
 from esm2_composer.mds import Shard, check_index
-from esm2_composer.records import RESIDUES
 from esm2_composer.splits import SPLITS, split_of
 from esm2_composer.storage import Store
 from esm2_composer.workers import Workers
