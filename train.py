@@ -64,8 +64,8 @@ def train() -> int:
     preemption.watch_signals()  # again: Composer, imported since, has a handler that would leave at once
     try:
         trainer, saver = build_trainer(recipe)
-    except Done as told:
-        print(told)
+    except Done as finished:
+        print(finished)
         return 0
     code, done = 0, False
     try:
@@ -84,8 +84,8 @@ def train() -> int:
             code = EXIT_FAILURE
     except Diverged as reason:
         kept = saver.save(trainer.state, prefix=DIVERGED)
-        told = advice(recipe, saver.newest_before(reason.before), kept)
-        print(f"error: update {trainer.state.timestamp.batch.value}: {reason}. {told}", file=sys.stderr)
+        message = advice(recipe, saver.newest_before(reason.before), kept)
+        print(f"error: update {trainer.state.timestamp.batch.value}: {reason}. {message}", file=sys.stderr)
         code = EXIT_DIVERGED
     trainer.close()
     preemption.settle()

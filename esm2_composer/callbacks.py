@@ -72,11 +72,11 @@ class Preemption(Callback):
 
     def _leave_if_told(self) -> None:
         if self._group is None:
-            told = preemption.received.is_set()
+            leaving = preemption.received.is_set()
         else:
             self._asking.wait()
-            told = bool(self._told)
-        if told:
+            leaving = bool(self._told)
+        if leaving:
             raise Preempted
 
 

@@ -49,8 +49,8 @@ class Divergence(Callback):
         if mean <= self._lowest + self._max_rise / 4:  # by less than that it sways, where batches are small
             self._before = update - self.WINDOW
         if mean > self._lowest + self._max_rise:
-            told = f"the loss has risen from {self._lowest:.3f} to {mean:.3f}, means of {self.WINDOW} updates"
-            raise Diverged(told, self._before)
+            message = f"the loss has risen from {self._lowest:.3f} to {mean:.3f}, means of {self.WINDOW} updates"
+            raise Diverged(message, self._before)
 
 
 def advice(recipe: Recipe, checkpoint: str | None, kept: bool = True) -> str:
@@ -60,12 +60,12 @@ def advice(recipe: Recipe, checkpoint: str | None, kept: bool = True) -> str:
     before, named, after = f"{folder}/".rpartition(f"/{recipe.run_name}/")
     new_folder = f"{before}/{name}/{after}".rstrip("/") if named and not before.endswith("/") else f"{folder}_2"
     new_run = f"run_name={name} save_folder={new_folder} optimizer.lr={recipe.optimizer.lr / 2:g}"
-    told = f"The state is kept in {folder} as diverged-*, not to be resumed from. " if kept else ""
+    message = f"The state is kept in {folder} as diverged-*, not to be resumed from. " if kept else ""
     if checkpoint is None:
-        return f"{told}Start again with a lower rate or a longer warmup, such as: {new_run}"
+        return f"{message}Start again with a lower rate or a longer warmup, such as: {new_run}"
     if checkpoint.startswith("s3://"):
-        told += f"Download {checkpoint}. "
+        message += f"Download {checkpoint}. "
         checkpoint = checkpoint.rpartition("/")[2]
     architecture = {"size": recipe.model.size, **recipe.model.dimensions}
     unset = "".join(f"model.{key}=null " for key, value in architecture.items() if value is not None)
-    return f"{told}Go on from the last good weights as a new run: {new_run} {unset}model.init_from={checkpoint}"
+    return f"{message}Go on from the last good weights as a new run: {new_run} {unset}model.init_from={checkpoint}"

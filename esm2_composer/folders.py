@@ -86,13 +86,13 @@ class LocalFolder:
         deadline = None
         while not _lock(file):
             holder = os.pread(file, 200, 0).decode(errors="replace") or "another run"
-            told = f"save_folder {self} is in use by {holder}"
+            message = f"save_folder {self} is in use by {holder}"
             if deadline is None:
-                say(f"{told}; waiting for its end, {LOCK_SECONDS} s at most")
+                say(f"{message}; waiting for its end, {LOCK_SECONDS} s at most")
                 deadline = time.monotonic() + LOCK_SECONDS
             if time.monotonic() > deadline:
                 raise TransientError(
-                    f"{told}; take another save_folder, or end that run; if its node is dead, remove {LOCK} there"
+                    f"{message}; take another save_folder, or end it; if its node is dead, remove {LOCK} there"
                 )
             time.sleep(1)
         os.ftruncate(file, 0)
@@ -192,8 +192,9 @@ def _lacks_parts(checkpoint: Path) -> bool:
     """Whether a sharded checkpoint was copied in part, and without files that its table of contents tells of."""
     if not checkpoint.is_dir():
         return False
-    told = re.findall(rb"__\d+_\d+\.distcp", (checkpoint / ".metadata").read_bytes())  # a pickle, not to be loaded
-    return not {name.decode() for name in told} <= set(os.listdir(checkpoint))
+    metadata = (checkpoint / ".metadata").read_bytes()  # a pickle, not to be loaded
+    parts = re.findall(rb"__\d+_\d+\.distcp", metadata)
+    return not {name.decode() for name in parts} <= set(os.listdir(checkpoint))
 
 
 class S3Folder:

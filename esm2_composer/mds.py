@@ -60,13 +60,13 @@ def check_index(index: Any, place: str) -> list[dict[str, Any]]:
             if repeated := seen.intersection(names):
                 raise ValueError(f"{min(repeated)} is listed before")
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            told = f"entry {number} is not of an MDS shard: {error}"
-            raise UserError(f"{place}/index.json: damaged ({told}); make these shards anew") from error
+            reason = f"entry {number} is not of an MDS shard: {error}"
+            raise UserError(f"{place}/index.json: damaged ({reason}); make these shards anew") from error
         seen.update(names)
         columns = entry["column_names"], entry["column_encodings"]
         if columns != (list(COLUMNS), list(COLUMNS.values())):
-            told = ", ".join(f"{name} ({encoding})" for name, encoding in zip(*columns, strict=False))
-            raise UserError(f"{place}: not shards of clusters; their columns are {told}")
+            found = ", ".join(f"{name} ({encoding})" for name, encoding in zip(*columns, strict=False))
+            raise UserError(f"{place}: not shards of clusters; their columns are {found}")
     return shards
 
 

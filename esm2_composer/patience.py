@@ -35,10 +35,10 @@ def patiently(ask: Callable[[], Result], source: str) -> Result:
         except Exception as error:  # each store raises its own types
             if is_refusal(error):
                 raise
-            told = f"{source} cannot be reached ({type(error).__name__}: {error})"
+            message = f"{source} cannot be reached ({type(error).__name__}: {error})"
             if (wait := next(waits, None)) is None:
-                raise StoreUnavailable(told) from error
-            print(f"{told}; trying again in {wait} s", file=sys.stderr, flush=True)
+                raise StoreUnavailable(message) from error
+            print(f"{message}; trying again in {wait} s", file=sys.stderr, flush=True)
             time.sleep(wait)
 
 
@@ -61,5 +61,5 @@ def _http_status(error: Exception) -> int | None:
     if isinstance(response, dict):  # boto's
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     names = "code", "status_code", "status"  # Google's, Azure's and requests', Oracle's
-    told = (getattr(source, name, None) for source in (error, response) for name in names)
-    return next((status for status in told if isinstance(status, int)), None)
+    codes = (getattr(source, name, None) for source in (error, response) for name in names)
+    return next((status for status in codes if isinstance(status, int)), None)

@@ -104,11 +104,11 @@ class CheckpointSaver(Callback):
 
     def result(self) -> str:
         """What came of the run, for people."""
-        told, losses = f"checkpoints are in {self._folder}", self._index.losses
+        message, losses = f"checkpoints are in {self._folder}", self._index.losses
         if losses:
             best = min(losses, key=lambda update: losses[update])
-            told += f"; validation perplexity was lowest after update {best:,}, {math.exp(losses[best]):.3f}"
-        return told
+            message += f"; validation perplexity was lowest after update {best:,}, {math.exp(losses[best]):.3f}"
+        return message
 
     def _is_among_the_best(self, update: int) -> bool:
         losses = self._index.losses

@@ -114,8 +114,8 @@ class MappedDataset(StreamingDataset):
                     stream.drop(self.shards[shard_id], path, "its hash is not that of index.json")
                     continue
                 if len(shard) != len(self.shards[shard_id]):
-                    told = f"{len(shard):,} samples, but index.json says {len(self.shards[shard_id]):,}"
-                    raise UserError(f"{path}: {told}; make these shards anew")
+                    counts = f"{len(shard):,} samples, but index.json says {len(self.shards[shard_id]):,}"
+                    raise UserError(f"{path}: {counts}; make these shards anew")
                 self._intact.add(shard_id)
             if self.cache_limit:
                 self._shard_access_times[shard_id] = time.time_ns()

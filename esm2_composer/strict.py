@@ -100,10 +100,10 @@ class _Reader:
         return value
 
     def _in_range(self, limits: Sequence[Any], value: Any, key: str) -> Any:
-        for name, (holds, told) in LIMITS.items():
+        for name, (holds, relation) in LIMITS.items():
             for bound in (getattr(limit, name) for limit in limits if hasattr(limit, name)):
                 if not holds(value, bound):
-                    raise self._mistake(f"'{key}' is {value}; it must be {told} {bound}")
+                    raise self._mistake(f"'{key}' is {value}; it must be {relation} {bound}")
         return value
 
     def _one_of(self, allowed: Sequence[Any], value: Any, key: str) -> Any:
@@ -115,8 +115,8 @@ class _Reader:
             hint = ", without quotes"
         raise self._mistake(f"'{key}' is {value!r}; allowed: {', '.join(shown)}{hint}")
 
-    def _mistake(self, told: str) -> UserError:
-        return UserError(f"{self.path}: {told}")
+    def _mistake(self, message: str) -> UserError:
+        return UserError(f"{self.path}: {message}")
 
 
 def _alike(word: str, known: Sequence[str]) -> list[str]:

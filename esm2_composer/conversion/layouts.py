@@ -285,8 +285,8 @@ def reading(path: Path | str) -> Iterator[None]:
     except (pa.ArrowException, UnicodeDecodeError, OSError, duckdb.Error) as error:
         if _is_passing(error):
             raise
-        told = re.split(r"\s*Possible (?:fixes|Solution)", str(error))[0]  # DuckDB's options are none of ours
-        raise UserError(f"{path}: damaged ({told[:300]})") from error
+        reason = re.split(r"\s*Possible (?:fixes|Solution)", str(error))[0]  # DuckDB's options are none of ours
+        raise UserError(f"{path}: damaged ({reason[:300]})") from error
 
 
 def _is_passing(error: Exception) -> bool:

@@ -17,17 +17,17 @@ from esm2_composer.files import write_durably, xxh64
 
 def write_marker(path: Path, content: dict[str, Any], *files: Path) -> None:
     """Let `path` say `content`, and vouch for `files`, which lie beside it and are on the disk already."""
-    told = json.dumps({**content, "files": {file.name: xxh64(file) for file in files}}).encode()
-    write_durably(path, b"%s\n%s\n" % (told, xxhash.xxh64_hexdigest(told).encode()))
+    text = json.dumps({**content, "files": {file.name: xxh64(file) for file in files}}).encode()
+    write_durably(path, b"%s\n%s\n" % (text, xxhash.xxh64_hexdigest(text).encode()))
 
 
 def read_marker(path: Path) -> dict[str, Any] | None:
     """What it says; None if it, or a file that it vouches for, is damaged or missing."""
     try:
-        told, _, own = path.read_bytes().partition(b"\n")
-        if own != b"%s\n" % xxhash.xxh64_hexdigest(told).encode():
+        text, _, own = path.read_bytes().partition(b"\n")
+        if own != b"%s\n" % xxhash.xxh64_hexdigest(text).encode():
             return None
-        content = json.loads(told)
+        content = json.loads(text)
         whole = all(xxh64(path.with_name(name)) == expected for name, expected in content["files"].items())
     except FileNotFoundError:
         return None

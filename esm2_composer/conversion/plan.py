@@ -65,20 +65,20 @@ def make_plan(layout: Layout, folder: Path, other_split: OtherSplit | None, thre
         UserError: an input, or the other split's table of ids, is damaged.
     """
     finished, path = folder / "plan.json", folder / "plan.parquet"
-    told = read_marker(finished)
-    if not told:
+    record = read_marker(finished)
+    if not record:
         report = Report()
         with reading(layout.source), _open_database(folder, min(threads, MAX_THREADS)) as database:
             layout.view(database, folder)
-            told = _write_plan(layout, database, path, other_split, report)
+            record = _write_plan(layout, database, path, other_split, report)
         sync(path)
-        told["report"] = report.as_dict()
-        write_marker(finished, told, path)
-    report = Report.from_dict(told["report"])
+        record["report"] = report.as_dict()
+        write_marker(finished, record, path)
+    report = Report.from_dict(record["report"])
     report.merge(staged)
-    members = told["members"] + report.counts["members_read"]
-    rows = told["rows"], told["rows_without_members"]
-    return Plan(path, told["parts"], told["clusters"], members, *rows, report)
+    members = record["members"] + report.counts["members_read"]
+    rows = record["rows"], record["rows_without_members"]
+    return Plan(path, record["parts"], record["clusters"], members, *rows, report)
 
 
 def _open_database(folder: Path, threads: int) -> duckdb.DuckDBPyConnection:

@@ -124,15 +124,15 @@ class Report:
         """Why things were rejected, the most frequent first, each with its count and an example."""
         reasons = sorted(self.rejected.items(), key=lambda item: -item[1]["count"])
         return ", ".join(
-            f"{reason} {told['count']:,} (such as {told['examples'][0]!r})" for reason, told in reasons
+            f"{reason} {entry['count']:,} (such as {entry['examples'][0]!r})" for reason, entry in reasons
         )
 
     def merge(self, other: Report) -> None:
         """Add what `other` says; examples of earlier ones come first."""
         self.counts.update(other.counts)
         for mine, theirs in ((self.changed, other.changed), (self.rejected, other.rejected)):
-            for reason, told in theirs.items():
-                _tally(mine, reason, told["count"], told["examples"])
+            for reason, entry in theirs.items():
+                _tally(mine, reason, entry["count"], entry["examples"])
         pairs = zip(self.member_lengths, other.member_lengths, strict=True)
         self.member_lengths = [mine + theirs for mine, theirs in pairs]
         self.longest_members.update(other.longest_members)
@@ -148,17 +148,17 @@ class Report:
         }
 
     @classmethod
-    def from_dict(cls, told: dict[str, Any]) -> Report:
-        counts = {name: count for name, count in told.items() if isinstance(count, int)}
-        longest = Counter({int(length): count for length, count in told["longest_members"].items()})
-        lengths = list(told["member_lengths"].values())
-        return cls(Counter(counts), told["changed"], told["rejected"], lengths, longest)
+    def from_dict(cls, record: dict[str, Any]) -> Report:
+        counts = {name: count for name, count in record.items() if isinstance(count, int)}
+        longest = Counter({int(length): count for length, count in record["longest_members"].items()})
+        lengths = list(record["member_lengths"].values())
+        return cls(Counter(counts), record["changed"], record["rejected"], lengths, longest)
 
 
 def _tally(table: dict[str, dict[str, Any]], reason: str, count: int, examples: Sequence[str]) -> None:
-    told = table.setdefault(reason, {"count": 0, "examples": []})
-    told["count"] += count
-    told["examples"].extend(examples[: EXAMPLES_KEPT - len(told["examples"])])
+    entry = table.setdefault(reason, {"count": 0, "examples": []})
+    entry["count"] += count
+    entry["examples"].extend(examples[: EXAMPLES_KEPT - len(entry["examples"])])
 
 
 def choose_members(

@@ -78,8 +78,8 @@ class Spark:
         """Find the slices. Flat parquet is read where it lies; for FASTA an SQLite file is made first, here."""
         if isinstance(layout, Flat):
             files = [(path.absolute(), open_parquet(path).metadata) for path in layout.inputs["flat"]]
-            self._slices = [(path, group) for path, told in files for group in range(told.num_row_groups)]
-            return Report(Counter(sequences_read=sum(told.num_rows for _, told in files)))
+            self._slices = [(path, group) for path, metadata in files for group in range(metadata.num_row_groups)]
+            return Report(Counter(sequences_read=sum(metadata.num_rows for _, metadata in files)))
         path, report = stage(layout, work, progress)
         first, last = protein_rows(path)
         self._slices = [

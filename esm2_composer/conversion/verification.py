@@ -48,8 +48,8 @@ def verify(
         if index is not None:
             conversion = _read_json(place, "conversion.json")
             _refuse_swapped(split, conversion, place)
-            told = partial(progress, f"shards of {split}")
-            found[split] = _verify_split(place, index, conversion, workers, told)
+            of_split = partial(progress, f"shards of {split}")
+            found[split] = _verify_split(place, index, conversion, workers, of_split)
     if not found:
         raise UserError(f"{uri}: no index.json there, nor in train/ or valid/: no finished shards")
     return found
@@ -72,12 +72,12 @@ def _read_json(place: str, name: str) -> dict[str, Any] | None:
         if path is None:
             return None
         try:
-            told = json.loads(path.read_text())
+            content = json.loads(path.read_text())
         except (ValueError, RecursionError) as error:
             raise UserError(f"{place}/{name}: damaged ({error})") from error
-    if not isinstance(told, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{place}/{name}: damaged (it holds no names and values)")
-    return told
+    return content
 
 
 def _refuse_swapped(split: str, conversion: dict[str, Any] | None, place: str) -> None:
@@ -183,13 +183,13 @@ def _unpack(compression: str | None, packed: bytes, size: int) -> bytes:
         raise ValueError(f"it does not unpack to the {size:,} bytes of index.json ({error})") from error
 
 
-def _check_file(content: bytes, told: dict[str, Any]) -> None:
+def _check_file(content: bytes, entry: dict[str, Any]) -> None:
     """Raises ValueError if it has not the size that is told of it, or another hash."""
     from streaming.base.hashing import get_hash
 
-    if len(content) != told["bytes"]:
-        raise ValueError(f"it has {len(content):,} bytes, by index.json {told['bytes']:,}; the shard is damaged")
-    for algorithm, expected in told["hashes"].items():
+    if len(content) != entry["bytes"]:
+        raise ValueError(f"it has {len(content):,} bytes, by index.json {entry['bytes']:,}; the shard is damaged")
+    for algorithm, expected in entry["hashes"].items():
         if get_hash(algorithm, content) != expected:
             raise ValueError(f"its {algorithm} is not that of index.json; the shard is damaged")
 

@@ -95,22 +95,22 @@ def convert(folder: Path, workers: int, huge: int) -> dict:
         elapsed = time.perf_counter() - start
         if process.returncode:
             raise RuntimeError(f"conversion ended with exit code {process.returncode}")
-        told = json.loads((Path(out) / "train" / "conversion.json").read_text())
+        conversion = json.loads((Path(out) / "train" / "conversion.json").read_text())
         shards = list((Path(out) / "train").glob("*.zstd"))
         size = sum(path.stat().st_size for path in shards)
         draws = time_draws(shards) if huge else {}
-    rate = told["clusters_written"] / told["elapsed_seconds"]
+    rate = conversion["clusters_written"] / conversion["elapsed_seconds"]
     return {
-        "members": told["members_written"],
-        "residues": told["residues_written"],
+        "members": conversion["members_written"],
+        "residues": conversion["residues_written"],
         "seconds": elapsed,
         "clusters_per_second": rate,
         "cpu_seconds": peaks["cpu_seconds"],
-        "clusters_per_cpu_second": told["clusters_written"] / peaks["cpu_seconds"],
-        "uniref_hours": UNIREF_RESIDUES / (told["residues_written"] / told["elapsed_seconds"]) / 3600,
+        "clusters_per_cpu_second": conversion["clusters_written"] / peaks["cpu_seconds"],
+        "uniref_hours": UNIREF_RESIDUES / (conversion["residues_written"] / conversion["elapsed_seconds"]) / 3600,
         "parent_mib": peaks["parent"] / 2**20,
         "worker_mib": peaks["worker"] / 2**20,
-        "bytes_per_residue": size / told["residues_written"],
+        "bytes_per_residue": size / conversion["residues_written"],
         **draws,
     }
 

@@ -198,8 +198,8 @@ def _sizes(path: str) -> dict[str, int]:
 
 def used_in(place: str) -> int:
     """Bytes in use of the file system at `place`."""
-    told = os.statvfs(place)
-    return (told.f_blocks - told.f_bfree) * told.f_frsize
+    usage = os.statvfs(place)
+    return (usage.f_blocks - usage.f_bfree) * usage.f_frsize
 
 
 def table(result: dict[str, Any]) -> str:
