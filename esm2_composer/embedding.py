@@ -239,14 +239,15 @@ def embed_file(
 ) -> None:
     """Append the embeddings of the proteins in `source` to a journal, behind those it has, and finish it.
 
-    `progress` is called with numbers of residues that are done, first those of an earlier run.
+    `progress` is called with the number of residues that are done, at first those of an earlier run.
 
     Raises:
         UserError: there are no longer the `count` proteins that `survey` found, or an embedding is no finite
             number; then the journal is gone, since the same command would end so again.
     """
     proteins = read_proteins(source)
-    progress(sum(len(residues) for _, residues in islice(proteins, journal.rows)))
+    done = sum(len(residues) for _, residues in islice(proteins, journal.rows))
+    progress(done)
     for chunk in embedder.chunks(proteins):
         try:
             rows = embedder.rows(chunk)
@@ -254,7 +255,8 @@ def embed_file(
             journal.discard()
             raise
         journal.append(rows)
-        progress(sum(len(residues) for _, residues in chunk))
+        done += sum(len(residues) for _, residues in chunk)
+        progress(done)
     if journal.rows != count:
         raise UserError(
             f"{source}: changed while it was read: {count:,} proteins at first, {journal.rows:,} at last; "

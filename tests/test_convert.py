@@ -403,35 +403,6 @@ def test_a_finished_split_is_told_and_verified(convert: Convert, data: Path, tmp
     assert out.startswith("train: 1 shards hold what index.json says\ntrain: 2 clusters, 3 members, 10 residues\n")
 
 
-def test_a_line_now_and_then_without_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    progress = runpy.run_path(str(TOOL))["Progress"]("train")
-    clock = iter([0, 20, 30, 40, 60, 80])
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    for done in (0, 500, 1000, 2000, 4000):
-        progress("clusters", done, 10_000)
-    assert capfd.readouterr().err.splitlines() == [
-        "train: 500 of 10,000 clusters, 25 a second, 6 min left",
-        "train: 2,000 of 10,000 clusters, 50 a second, 3 min left",
-        "train: 4,000 of 10,000 clusters, 67 a second, 2 min left",
-    ]
-
-
-def test_a_bar_with_rate_and_time_left_on_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    progress = runpy.run_path(str(TOOL))["Progress"]("valid")
-    for done in (100, 600, 1000):
-        time.sleep(0.15)  # the bar is drawn no more often than ten times a second
-        progress("clusters", done, 1000)
-    progress.close()
-    bar = capfd.readouterr().err
-    assert re.search(r"valid:  60%.*600/1.00k \[00:00<00:00, [\d.]+k? clusters/s\]", bar)
-    assert bar.endswith("\n")
-
-
 @pytest.mark.parametrize("fraction", ["-1", "2", "nan"])
 def test_an_impossible_reject_fraction_is_refused(
     convert: Convert, data: Path, tmp_path: Path, fraction: str

@@ -18,13 +18,11 @@ import contextlib
 import os
 import re
 import sys
-import time
 from pathlib import Path
 
 from esm2_composer.errors import ArgumentParser, UserError, run_command
 from esm2_composer.files import is_remote, lies_in, names_bucket
-
-SECONDS_BETWEEN_LINES = 15
+from esm2_composer.progress import Progress
 
 
 def main() -> None:
@@ -138,43 +136,6 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for name in ("workers", "max_members_per_cluster"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-
-
-class Progress:
-    """A bar with rate and time left on a terminal; else a line now and then."""
-
-    def __init__(self, split: str) -> None:
-        self._split = split
-        self._stage, self._bar = "", None
-        self._start = self._said = time.monotonic()
-        self._before = 0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if stage != self._stage:
-            self.close()
-            self._stage, self._before = stage, done
-            self._start = self._said = now
-            if sys.stderr.isatty():
-                from tqdm import tqdm
-
-                self._bar = tqdm(
-                    desc=self._split, unit=f" {stage}", total=total or None, initial=done, unit_scale=True
-                )
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
-        elif now - self._said > SECONDS_BETWEEN_LINES:
-            self._said = now
-            rate = (done - self._before) / (now - self._start)
-            text = f"{self._split}: {done:,}{f' of {total:,}' if total else ''} {stage}, {rate:,.0f} a second"
-            if total and rate:
-                text += f", {(total - done) / rate / 60:.0f} min left"
-            print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 def print_summary(split: str, conversion: dict) -> None:

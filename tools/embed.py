@@ -9,13 +9,13 @@ vector per residue. Computed in bf16 on a GPU, in fp32 on a CPU. After a kill th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from esm2_composer.errors import ArgumentParser, UserError, run_command
 from esm2_composer.files import refuse_existing
+from esm2_composer.progress import Progress
 from esm2_composer.schema import MAX_INT
 
 
@@ -89,8 +89,10 @@ def main() -> None:
     if journal.rows:
         print(f"going on after {journal.rows:,} proteins of an earlier run", file=sys.stderr)
     try:
-        with tqdm(total=found.residues, unit=" residues", unit_scale=True, desc="embed", disable=None) as bar:
-            embed_file(args.fasta, found.proteins, journal, embedder, bar.update)
+        with contextlib.closing(Progress("embed")) as show:
+            embed_file(
+                args.fasta, found.proteins, journal, embedder, lambda done: show("residues", done, found.residues)
+            )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{journal.rows:,} proteins are kept: the same command goes on") from None
     print(f"{args.out}: {found.proteins:,} proteins", file=sys.stderr)

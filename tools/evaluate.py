@@ -8,16 +8,17 @@ On many GPUs, with the same result: composer -n N tools/evaluate.py CHECKPOINT -
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from esm2_composer import preemption
 from esm2_composer.errors import ArgumentParser, ReportedError, UserError, run_command
 from esm2_composer.place import check_place
+from esm2_composer.progress import Progress
 from esm2_composer.schema import MAX_INT, DataSection
 from esm2_composer.splits import SPLITS, check_data
 
@@ -127,19 +128,12 @@ def checked(shares: Iterable[dict[str, Any]], data: str) -> Iterator[dict[str, A
 
 
 def progress(shares: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
-    """Shows how far it is and how long it takes yet: a bar on a terminal, else a line every half minute."""
-    from tqdm import tqdm
-
-    start = said = time.monotonic()
-    with tqdm(total=total, desc="evaluate", unit=" batches", disable=None) as bar:
+    """The shares of `total` batches; shows how many have been scored."""
+    with contextlib.closing(Progress("evaluate")) as show:
+        show("batches", 0, total)
         for done, share in enumerate(shares, start=1):
             yield share  # scored when the next is asked for
-            bar.update()
-            now = time.monotonic()
-            if bar.disable and now - said > 30:
-                left = (now - start) * (total / done - 1) / 60
-                print(f"evaluated {done / total:.0%}, {left:.1f} min left", file=sys.stderr)
-                said = now
+            show("batches", done, total)
 
 
 def report(result: dict[str, Any]) -> str:
