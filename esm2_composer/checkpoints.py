@@ -34,7 +34,7 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
 
     Raises:
         UserError: the folder cannot be written, or it holds a run that is not to be resumed or is another one.
-        StoreUnavailable: the store does not answer.
+        TransientError: the disk is full or fails, or the store does not answer.
     """
 
     def look() -> tuple[list[str], list[str], str | None]:

@@ -23,31 +23,32 @@ def is_damaged(checkpoint: Path, rank: int = 0, ranks: int = 1, prefix: str = ""
         prefix: how the names of the tensors begin that matter; of a file all do.
     """
     try:
-        return any(archive.testzip() is not None for archive in _archives(checkpoint, rank, ranks, prefix))
+        return any(map(_is_damaged, _archives(checkpoint, rank, ranks, prefix)))
     except (OSError, MemoryError, Refused) as error:
         return isinstance(error, FileNotFoundError)
     except Exception:  # of unpickling and of unzipping, any
         return True
 
 
-def _archives(checkpoint: Path, rank: int, ranks: int, prefix: str) -> Iterator[zipfile.ZipFile]:
+def _archives(checkpoint: Path, rank: int, ranks: int, prefix: str) -> Iterator[BinaryIO]:
     if checkpoint.is_dir():
         stored = SafeReader(checkpoint).read_metadata().storage_data
         places = [(e.relative_path, e.offset, e.length) for key, e in stored.items() if key.fqn.startswith(prefix)]
         for name, offset, length in sorted(places)[rank::ranks]:
             with open(checkpoint / name, "rb") as file:
                 file.seek(offset)
-                yield _open(io.BytesIO(file.read(length)))  # what torch.save made of a tensor
+                yield io.BytesIO(file.read(length))  # what torch.save made of a tensor
     elif rank == 0:
         with open(checkpoint, "rb") as file:
-            yield _open(file)
+            yield file
 
 
-def _open(file: BinaryIO) -> zipfile.ZipFile:
-    """An archive whose directory torch's reader takes, too, which overlooks less of it than Python's."""
-    archive = zipfile.ZipFile(file)  # before torch's: of a disk that fails it says so
+def _is_damaged(file: BinaryIO) -> bool:
+    archive = zipfile.ZipFile(file)
+    names = archive.namelist()
+    if archive.testzip() is not None or len(names) > len(set(names)):  # one bit makes data/4 a second data/5
+        return True
+    # Of the directory torch's reader overlooks less. It comes last: a disk that fails has told Python's by now.
     file.seek(0)
     torch._C.PyTorchFileReader(file)
-    if len(names := archive.namelist()) > len(set(names)):  # one bit makes data/4 data/5, which Python reads twice
-        raise zipfile.BadZipFile
-    return archive
+    return False

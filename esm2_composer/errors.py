@@ -26,8 +26,9 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 # What the system answers to a path that somebody gave, whatever is done with it.
 REFUSED = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# And to one of a recipe, where what is not there is a mistake too, and no defect.
-MISTAKEN = (*REFUSED, errno.ENOENT, errno.EEXIST, errno.ELOOP, errno.EROFS)
+# And to one of a recipe, where what is not there is a mistake too, and no defect; or it cannot do what is asked.
+MISTAKEN = (*REFUSED, errno.ENOENT, errno.EEXIST, errno.ELOOP, errno.EROFS, errno.EINVAL, errno.EILSEQ)
+MISTAKEN += (errno.EFBIG, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENODEV, errno.ENXIO, errno.ENOLCK)
 
 MAX_LINE = 1000  # characters
 

@@ -49,8 +49,8 @@ def is_remote(uri: str) -> bool:
 
 
 def names_bucket(uri: str) -> bool:
-    """Whether the address of a store says where in it: s3:// alone, s3:///x and s3:/x do not."""
-    return re.match(r"[\w+-]+://[^/]+|dbfs:/\w", uri) is not None
+    """Whether a store's address says where in it, if the store has buckets: s3://, s3:///x and s3:/x do not."""
+    return not re.match(r"(s3|gs|oci|azure|azure-dl|hf|sftp):(?!//[^/])", uri)
 
 
 def lies_in(place: str, folder: str) -> bool:

@@ -46,6 +46,7 @@ class Journal:
         Raises:
             UserError: `out` exists or cannot be written, another process holds its journal, or the journal was
                 begun with another origin.
+            TransientError: the disk is full, or fails.
         """
         refuse_existing(out)
         self._out, self.path = out, out.with_name(f".{out.name}.partial")
@@ -131,6 +132,7 @@ class Journal:
 
         Raises:
             UserError: the file cannot be written, or the journal not be read again.
+            TransientError: the disk is full, or fails.
         """
         whole = self._out.with_name(f".{self._out.name}.whole")
         try:

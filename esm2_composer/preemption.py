@@ -39,6 +39,7 @@ received = threading.Event()
 waiting_for_data = threading.Event()
 in_training = threading.Event()  # from then on there is something to save
 _noticed = threading.Event()
+_interrupted = threading.Event()
 _watching = threading.Event()
 
 
@@ -83,11 +84,11 @@ def shelter_worker(worker: int) -> None:
 
 
 def _watch(reader: int) -> None:
-    interrupted = False
     while True:
         numbers = os.read(reader, 64)
-        interrupted |= signal.SIGINT in numbers
-        if interrupted and signal.SIGTERM in numbers and not in_training.is_set():
+        if signal.SIGINT in numbers:
+            _interrupted.set()
+        if _interrupted.is_set() and signal.SIGTERM in numbers and not in_training.is_set():
             os._exit(EXIT_INTERRUPTED)  # Ctrl-C, of which the launcher makes a SIGTERM
         if any(number in SIGNALS for number in numbers):
             _noticed.set()
@@ -167,7 +168,7 @@ def _leave(line: str) -> None:
         for worker in _same_command(os.getpid()):  # one that hangs would keep the shards' shared memory from the
             with contextlib.suppress(ProcessLookupError):  # next start
                 os.kill(worker, signal.SIGKILL)
-    os._exit(EXIT_PREEMPTED)
+    os._exit(EXIT_INTERRUPTED if _interrupted.is_set() else EXIT_PREEMPTED)
 
 
 def _leave_if_told_before_training() -> None:

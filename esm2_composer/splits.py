@@ -77,7 +77,7 @@ def check_data(data: str, local: str | None, splits: Iterable[str]) -> None:
 
 def cannot_be_unpacked(folder: Path) -> bool:
     """Whether a folder of shards holds some that are still packed, and cannot be written."""
-    packed = folder.glob("*.mds.zstd")
+    packed = folder.glob("*.mds.*")
     return not os.access(folder, os.W_OK) and any(not path.with_suffix("").exists() for path in packed)
 
 

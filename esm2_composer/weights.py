@@ -187,6 +187,8 @@ def _torch_load(path: Path) -> dict:
         try:
             mmap = zipfile.is_zipfile(path)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except OSError as error:
+            raise system_error(f"{path}: cannot be read as weights ({error})", error) from error
         except Exception as error:  # torch raises half a dozen types for damaged files
             raise UserError(f"{path}: cannot be read as weights ({_reason(error)})") from error
     if not isinstance(content, dict):
@@ -316,7 +318,9 @@ def _read_tensors(path: Path) -> State:
         return _torch_load(path)
     try:
         return load_file(path)
-    except Exception as error:  # safetensors has its own type for damage, the system others
+    except OSError as error:
+        raise system_error(f"{path}: cannot be read as weights ({error})", error) from error
+    except Exception as error:  # safetensors has its own type for damage
         raise UserError(f"{path}: cannot be read as weights ({error})") from error
 
 
@@ -325,9 +329,9 @@ def _from_hub(name: str) -> tuple[dict, Callable[[], State]]:
     config, read = _from_hugging_face(folder)
 
     def fetch_and_read() -> State:
-        for pattern in ("*.safetensors", "*.bin"):
-            if not any(folder.glob("*.safetensors")):
-                _download(name, pattern, revision=folder.name)
+        _download(name, "*.safetensors", revision=folder.name)
+        if not any(folder.glob("*.safetensors")):
+            _download(name, "*.bin", revision=folder.name)
         return read()
 
     return config, fetch_and_read
@@ -394,7 +398,7 @@ def save_hugging_face(model: ESM2, path: str | Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+        raise system_error(f"{folder}: cannot be written ({error.strerror})", error) from error
     config = model.config
     state = model.state_dict()
     tensors: dict[str, torch.Tensor] = {}

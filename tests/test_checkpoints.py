@@ -1,5 +1,6 @@
 """A run goes on from its newest checkpoint; the newest and the best are kept; another run is refused."""
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -118,9 +119,12 @@ def test_what_a_run_saved_while_it_ended_is_gone_on_from(folder, recipe, tmp_pat
     assert take_over(folder, True, recipe, False) == "ep0-ba10-rank0.pt"
 
 
-def test_the_index_is_read_back(folder):
-    Index("digest", {7: 2.5, 14: 2.25}).write(folder, ["ep0-ba14"])
-    assert Index.read(folder) == Index("digest", {7: 2.5, 14: 2.25})
+@pytest.mark.parametrize("shards", [{}, {"train": "one"}, {"train": "one", "valid": "another"}])
+def test_the_index_is_read_back(folder, shards):
+    """Of earlier versions, it knows the training shards only."""
+    Index(shards, {7: 2.5, 14: 2.25}).write(folder, ["ep0-ba14"])
+    assert Index.read(folder) == Index(shards, {7: 2.5, 14: 2.25})
+    assert json.loads(folder.read("checkpoints.json")).get("train_shards") == shards.get("train")
 
 
 NAMES = [f"ep0-ba{update}-rank0.pt" for update in (10, 20, 30, 40, 50)]

@@ -61,12 +61,10 @@ def test_a_path_that_the_system_refuses_is_one_line(capsys, tmp_path, monkeypatc
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("error", "number"),
-    [(UserError, errno.ENOENT), (UserError, errno.EROFS), (UserError, None), (TransientError, errno.EIO)],
-)
-def test_a_disk_that_fails_is_no_mistake_of_a_recipe(error, number):
-    assert type(system_error("told", OSError(number, "told"))) is error
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EROFS, errno.EINVAL, None, errno.EIO, errno.ENOSPC])
+def test_a_disk_that_fails_is_no_mistake_of_a_recipe(number):
+    expected = TransientError if number in (errno.EIO, errno.ENOSPC) else UserError
+    assert type(system_error("message", OSError(number, "reason"))) is expected
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "", "x"), PermissionError(errno.EPERM, "")])

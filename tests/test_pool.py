@@ -1,4 +1,4 @@
-"""Dealing a global batch into microbatches: every sequence once, near-equal bins, true counts."""
+"""A global batch into microbatches: every sequence once, near-equal bins, true counts."""
 
 from __future__ import annotations
 
@@ -27,18 +27,16 @@ def uniref_lengths(count: int, seed: int) -> np.ndarray:
 
 
 def fills(lengths: np.ndarray, bins: list[list[int]]) -> list[int]:
-    return [int(lengths[pile].sum()) for pile in bins]
+    return [int(lengths[each].sum()) for each in bins]
 
 
-# deal
+# balance
 
 
 @pytest.mark.parametrize("number", [1, 3, 16])
 @pytest.mark.parametrize("largest", [1024, 1500, 4096, 10**6])
 @pytest.mark.parametrize("count", [1, 7, 300])
-def test_every_sequence_is_dealt_once_into_piles_that_are_not_too_large(
-    number: int, largest: int, count: int
-) -> None:
+def test_every_sequence_is_once_in_a_bin_and_no_bin_is_too_large(number: int, largest: int, count: int) -> None:
     lengths = uniref_lengths(count, seed=count)
     bins = balance(lengths, number, largest)
     assert sorted(itertools.chain.from_iterable(bins)) == list(range(count))
@@ -59,15 +57,15 @@ def test_every_sequence_is_dealt_once_into_piles_that_are_not_too_large(
         ([3] * 5, 2, 5, 6),  # 15 tokens fit into four bins of 5, five sequences of 3 do not
     ],
 )
-def test_as_few_piles_as_hold_the_sequences(lengths: list[int], number: int, largest: int, bins: int) -> None:
-    dealt = balance(np.array(lengths, np.int32), number, largest)
-    assert len(dealt) == bins
-    assert max(fills(np.array(lengths), dealt)) <= largest
+def test_as_few_bins_as_hold_the_sequences(lengths: list[int], number: int, largest: int, bins: int) -> None:
+    made = balance(np.array(lengths, np.int32), number, largest)
+    assert len(made) == bins
+    assert max(fills(np.array(lengths), made)) <= largest
 
 
 @pytest.mark.parametrize("number", [1, 2, 7])
 @pytest.mark.parametrize(("shortest", "longest"), [(550, 650), (300, 500), (3, 1024)])
-def test_the_fewest_piles_are_found_in_few_trials(
+def test_the_fewest_bins_are_found_in_few_trials(
     shortest: int, longest: int, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths = np.random.default_rng(number).integers(shortest, longest, 300)
@@ -82,7 +80,7 @@ def test_the_fewest_piles_are_found_in_few_trials(
 
 
 def fullest_of(lengths: np.ndarray, bins: int) -> int:
-    """Tokens of the fullest pile by LPT alone."""
+    """Tokens of the fullest bin by LPT alone."""
     fill = np.zeros(bins, int)
     for length in -np.sort(-lengths):
         fill[fill.argmin()] += length
@@ -93,12 +91,12 @@ def test_the_longest_go_first_each_to_the_emptiest_bin() -> None:
     assert balance(np.array([2, 9, 4, 6, 3], np.int32), ranks=2, largest=100) == [[1, 4], [3, 2, 0]]
 
 
-def test_sequences_change_places_until_piles_are_level() -> None:
+def test_sequences_change_places_until_bins_are_level() -> None:
     lengths = np.array([5, 5, 4, 4, 3, 3, 3], np.int32)  # LPT alone: 11, 8, 8
     assert sorted(fills(lengths, balance(lengths, ranks=3, largest=100))) == [9, 9, 9]
 
 
-def test_equal_lengths_are_dealt_in_their_order() -> None:
+def test_equal_lengths_keep_their_order() -> None:
     bins = balance(np.full(300, 5, np.int32), ranks=3, largest=1000)
     assert bins == [list(range(first, 300, 3)) for first in range(3)]
 
@@ -116,7 +114,7 @@ def test_the_fullest_rank_is_within_a_percent_of_the_mean(number: int, largest: 
     assert max(bins) < 1.01 * lengths.sum() / len(bins), "in every microbatch"
 
 
-def test_dealing_depends_on_the_lengths_alone() -> None:
+def test_balancing_depends_on_the_lengths_alone() -> None:
     lengths = uniref_lengths(500, seed=0)
     first = balance(lengths, 8, 4096)
     np.random.seed(1)
@@ -124,7 +122,7 @@ def test_dealing_depends_on_the_lengths_alone() -> None:
     assert balance(lengths.astype(np.int64), 8, 4096) == first
 
 
-def test_hands_without_sequences_get_empty_piles() -> None:
+def test_ranks_without_sequences_get_empty_bins() -> None:
     assert balance(np.array([5, 3], np.int32), ranks=4, largest=8) == [[0], [1], [], []]
     assert balance(np.array([], np.int32), ranks=3, largest=8) == [[], [], []]
 

@@ -37,10 +37,11 @@ def test_shards_of_others_do_not_tell_their_split(data: Path, content: str | Non
     assert lacking(str(data), "train") is None
 
 
-def test_what_is_packed_where_nobody_can_write_cannot_be_unpacked(
-    data: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("packed", ["zstd", "gz"])
+def test_what_is_packed_where_nobody_writes_cannot_be_unpacked(
+    data: Path, monkeypatch: pytest.MonkeyPatch, packed: str
 ) -> None:
-    (data / "train/a.mds.zstd").touch()
+    (data / "train" / f"a.mds.{packed}").touch()
     assert not cannot_be_unpacked(data / "train")
     monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not bind who runs tests as root
     assert cannot_be_unpacked(data / "train")

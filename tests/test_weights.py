@@ -352,11 +352,17 @@ def test_a_name_on_the_hub_is_read_from_its_cache(model, tmp_path, monkeypatch, 
         ESM2.from_pretrained("lab/other")
 
 
-@pytest.mark.parametrize("safe", [True, False])
-def test_a_configuration_on_the_hub_is_read_without_its_weights(model, tmp_path, monkeypatch, safe):
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "two files, of which one has come before"])
+def test_a_configuration_on_the_hub_is_read_without_its_weights(model, tmp_path, monkeypatch, kind):
     hub, cache = tmp_path / "hub", tmp_path / "cache" / (5 * "0123abcd")
     cache.mkdir(parents=True)
-    hugging_face(model).save_pretrained(hub, safe_serialization=safe)
+    half = sum(tensor.nbytes for tensor in model.state_dict().values()) // 2
+    size = half if kind.startswith("two") else 10**9
+    hugging_face(model).save_pretrained(hub, safe_serialization=kind != "bin", max_shard_size=size)
+    if kind.startswith("two"):
+        first, *_ = sorted(hub.glob("*.safetensors"))
+        shutil.copy(first, cache)
+    before = set(cache.iterdir())
 
     def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
         assert revision in (None, cache.name)  # weights of the configuration that was read, whatever is newest
@@ -366,7 +372,7 @@ def test_a_configuration_on_the_hub_is_read_without_its_weights(model, tmp_path,
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert read_config("lab/protein") == model.config
-    assert not [*cache.glob("*.safetensors"), *cache.glob("*.bin")]
+    assert {*cache.glob("*.safetensors"), *cache.glob("*.bin")} == before
     assert_same_weights(ESM2.from_pretrained("lab/protein"), model)
 
 

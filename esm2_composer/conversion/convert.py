@@ -197,7 +197,7 @@ def _locked(work: Path, in_new_folder: bool = False) -> Iterator[None]:
             raise UserError(f"{work}: another conversion is at work there; wait for it or stop it") from None
         except OSError as error:
             path.unlink(missing_ok=True)
-            raise UserError(f"{work}: cannot be made and locked ({error.strerror})") from error
+            raise system_error(f"{work}: cannot be made and locked ({error.strerror})", error) from error
         try:
             yield
         finally:
@@ -253,11 +253,9 @@ def _refuse_differences(old: dict[str, Any], new: dict[str, Any], what: str) -> 
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key.split(".")[0] in new
     ]
-    roles = [
-        dict.fromkeys(key.split(".")[1] for key in flat if key.startswith("inputs.")) for flat in (before, now)
-    ]
-    if [*roles[0]] != [*roles[1]]:
-        differences = [f"inputs were {', '.join(roles[0])}, are {', '.join(roles[1])}"]
+    layouts = [sorted({key.split(".")[1] for key in flat if key.startswith("inputs.")}) for flat in (before, now)]
+    if all(layouts) and layouts[0] != layouts[1]:
+        differences = [f"inputs were {', '.join(layouts[0])}, are {', '.join(layouts[1])}"]
     if differences:
         shown = "; ".join(differences[:3])
         raise UserError(f"{what} conversion: {shown}; remove it, or choose another --out")

@@ -357,18 +357,18 @@ def flat_microbatches(lengths: list[int], slots: int) -> list[tuple[torch.Tensor
     `slots` hold."""
     share = share_of(lengths)
     tokens, labels = (share[key].long().split(lengths) for key in ("tokens", "labels"))
-    piles: list[list[int]] = [[]]
+    bins: list[list[int]] = [[]]
     for i, length in enumerate(lengths):
-        if sum(lengths[j] for j in piles[-1]) + length > slots:
-            piles.append([])
-        piles[-1].append(i)
+        if sum(lengths[j] for j in bins[-1]) + length > slots:
+            bins.append([])
+        bins[-1].append(i)
     return [
         (
-            torch.cat([tokens[i] for i in pile]),
-            torch.tensor([0, *(lengths[i] for i in pile)]).cumsum(0).int(),
-            torch.cat([labels[i] for i in pile]),
+            torch.cat([tokens[i] for i in bin_]),
+            torch.tensor([0, *(lengths[i] for i in bin_)]).cumsum(0).int(),
+            torch.cat([labels[i] for i in bin_]),
         )
-        for pile in piles
+        for bin_ in bins
     ]
 
 
@@ -379,23 +379,23 @@ def padded_microbatches(
     share = share_of(lengths)
     rows = [share[key].long().split(lengths) for key in ("tokens", "labels")]
 
-    def padded_rows(row: tuple[torch.Tensor, ...], pile: list[int]) -> torch.Tensor:
-        target = width or max(lengths[i] for i in pile)
-        return torch.stack([F.pad(row[i], (0, target - lengths[i]), value=PAD) for i in pile])
+    def padded_rows(row: tuple[torch.Tensor, ...], bin_: list[int]) -> torch.Tensor:
+        target = width or max(lengths[i] for i in bin_)
+        return torch.stack([F.pad(row[i], (0, target - lengths[i]), value=PAD) for i in bin_])
 
-    return [tuple(padded_rows(row, pile) for row in rows) for pile in piles_of(lengths, width, slots)]
+    return [tuple(padded_rows(row, bin_) for row in rows) for bin_ in bins_of(lengths, width, slots)]
 
 
-def piles_of(lengths: list[int], width: int | None, slots: int) -> list[list[int]]:
+def bins_of(lengths: list[int], width: int | None, slots: int) -> list[list[int]]:
     """The sequences of each padded microbatch, in their order."""
-    piles: list[list[int]] = [[]]
+    bins: list[list[int]] = [[]]
     for i in range(len(lengths)):
-        pile = [*piles[-1], i]
-        if len(pile) * (width or max(lengths[j] for j in pile)) <= slots or not piles[-1]:
-            piles[-1] = pile
+        bin_ = [*bins[-1], i]
+        if len(bin_) * (width or max(lengths[j] for j in bin_)) <= slots or not bins[-1]:
+            bins[-1] = bin_
         else:
-            piles.append([i])
-    return piles
+            bins.append([i])
+    return bins
 
 
 # What all share

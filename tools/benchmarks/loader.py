@@ -1,6 +1,6 @@
 """From local shards to balanced microbatches: real tokens a second of one core, and where its time goes; beside
 transformers' tokenizer and DataCollatorForLanguageModeling on sequences that are in memory already; with more
-loader processes; and how evenly a global batch is dealt out to many ranks, and in how many milliseconds.
+loader processes; and how evenly a global batch is shared out to many ranks, and in how many milliseconds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender, a second or so each")
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="loader processes to try")
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 8, 64, 128, 512], help="ranks to simulate")
-    parser.add_argument("--global-batch", type=int, default=2048, help="sequences dealt out to the ranks")
+    parser.add_argument("--global-batch", type=int, default=2048, help="sequences shared out to the ranks")
     parser.add_argument("--microbatch-tokens", type=int, default=16_384)
 
 
@@ -173,7 +173,7 @@ def measure_workers(shards: Path, workers: int, rounds: int, microbatch_tokens: 
 
 
 def measure_ranks(ranks: int, global_batch: int, microbatch_tokens: int, batches: int = 20) -> dict[str, Any]:
-    """The slowest rank's tokens over the mean: as sequences come, and dealt out anew."""
+    """The slowest rank's tokens over the mean: as sequences come, and balanced."""
     from esm2_composer.pool import balance
 
     before, after, seconds = [], [], []
@@ -183,9 +183,9 @@ def measure_ranks(ranks: int, global_batch: int, microbatch_tokens: int, batches
         start = time.perf_counter()
         bins = balance(lengths, ranks, microbatch_tokens)
         seconds.append(time.perf_counter() - start)
-        dealt = np.array([sum(lengths[i] for each in bins[rank::ranks] for i in each) for rank in range(ranks)])
+        tokens = np.array([sum(lengths[i] for each in bins[rank::ranks] for i in each) for rank in range(ranks)])
         before.append(as_they_come.max() / as_they_come.mean())
-        after.append(dealt.max() / dealt.mean())
+        after.append(tokens.max() / tokens.mean())
     return {
         "ranks": ranks,
         "microbatches": len(bins) // ranks,
@@ -205,7 +205,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"  {each['workers']:<28} {each['tokens_per_second']:12,.0f}" for each in result["workers"]]
     lines += [
         "tokens of the slowest rank over the mean, 20 global batches:",
-        f"  {'ranks':>5} {'microbatches':>12} {'before':>8} {'dealt out':>9} {'at worst':>8} {'ms':>6}",
+        f"  {'ranks':>5} {'microbatches':>12} {'before':>8} {'balanced':>9} {'at worst':>8} {'ms':>6}",
     ]
     lines += [
         f"  {each['ranks']:5} {each['microbatches']:12} {each['slowest_over_mean_before']:8.3f} "

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.contenders import LONGEST, Failure, Outcome, Work, contenders, piles_of, recipe_of, run_contender
+from benchmarks.contenders import LONGEST, Failure, Outcome, Work, bins_of, contenders, recipe_of, run_contender
 from benchmarks.lengths import uniref_like_lengths
 from benchmarks.limits import Limits, measure_limits
 
@@ -203,10 +203,10 @@ def summary(
                 "failure": failure,  # in a later round than those told of
             }
         )
-    piles = [
-        [lengths[i] for i in pile]
+    bins = [
+        [lengths[i] for i in bin_]
         for lengths in work.batches
-        for pile in piles_of(lengths, None, work.microbatch_tokens)
+        for bin_ in bins_of(lengths, None, work.microbatch_tokens)
     ]
     return {
         "size": work.size,
@@ -218,7 +218,7 @@ def summary(
         "real_tokens": tokens,
         "microbatch_tokens": work.microbatch_tokens,
         "fill_at_1024": sum(tokens) / sum(LONGEST * len(lengths) for lengths in work.batches),
-        "fill_at_longest": sum(tokens) / sum(max(pile) * len(pile) for pile in piles),
+        "fill_at_longest": sum(tokens) / sum(max(bin_) * len(bin_) for bin_ in bins),
         "peak_tflops": peak and peak / 1e12,
         "product_tflops": product / 1e12,
         "contenders": rows,
