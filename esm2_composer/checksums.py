@@ -48,7 +48,10 @@ def _is_damaged(file: BinaryIO) -> bool:
     names = archive.namelist()
     if archive.testzip() is not None or len(names) > len(set(names)):  # one bit makes data/4 a second data/5
         return True
-    # Of the directory torch's reader overlooks less. It comes last: a disk that fails has told Python's by now.
+    # Of the directory torch's reader overlooks less. It comes last, when a disk that fails has told Python's.
     file.seek(0)
-    torch._C.PyTorchFileReader(file)
+    try:
+        torch._C.PyTorchFileReader(file)
+    except Exception:  # where an offset is absurd, an OSError
+        return True
     return False
