@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -23,14 +23,16 @@ def is_damaged(checkpoint: Path, rank: int = 0, ranks: int = 1, prefix: str = ""
         prefix: how the names of the tensors begin that matter; of a file all do.
     """
     try:
-        return any(map(_is_damaged, _archives(checkpoint, rank, ranks, prefix)))
-    except (OSError, MemoryError, Refused) as error:
-        return isinstance(error, FileNotFoundError)
+        return any(map(_is_archive_damaged, _archives(checkpoint, rank, ranks, prefix)))
+    except (MemoryError, Refused):
+        return False
+    except OSError as error:
+        return error.errno in (errno.ENOENT, errno.EINVAL)  # the second where an offset leads before the beginning
     except Exception:  # of unpickling and of unzipping, any
         return True
 
 
-def _archives(checkpoint: Path, rank: int, ranks: int, prefix: str) -> Iterator[BinaryIO]:
+def _archives(checkpoint: Path, rank: int, ranks: int, prefix: str) -> Iterator[str | io.BytesIO]:
     if checkpoint.is_dir():
         stored = SafeReader(checkpoint).read_metadata().storage_data
         places = [(e.relative_path, e.offset, e.length) for key, e in stored.items() if key.fqn.startswith(prefix)]
@@ -39,19 +41,16 @@ def _archives(checkpoint: Path, rank: int, ranks: int, prefix: str) -> Iterator[
                 file.seek(offset)
                 yield io.BytesIO(file.read(length))  # what torch.save made of a tensor
     elif rank == 0:
-        with open(checkpoint, "rb") as file:
-            yield file
+        yield str(checkpoint)
 
 
-def _is_damaged(file: BinaryIO) -> bool:
-    archive = zipfile.ZipFile(file)
-    names = archive.namelist()
-    if archive.testzip() is not None or len(names) > len(set(names)):  # one bit makes data/4 a second data/5
-        return True
+def _is_archive_damaged(file: str | io.BytesIO) -> bool:
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        if archive.testzip() is not None or len(names) > len(set(names)):  # one bit makes data/4 a second data/5
+            return True
     # Of the directory torch's reader overlooks less. It comes last, when a disk that fails has told Python's.
-    file.seek(0)
-    try:
-        torch._C.PyTorchFileReader(file)
-    except Exception:  # where an offset is absurd, an OSError
-        return True
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
+    torch._C.PyTorchFileReader(file)
     return False
