@@ -165,7 +165,7 @@ class Index:
             losses = {int(update): float(loss) for update, loss in content.get("validation_loss", {}).items()}
         except (ValueError, TypeError, AttributeError) as error:
             raise _damaged(folder, INDEX, "remove it, to go on without the validation losses so far") from error
-        shards = {split: content[f"{split}_shards"] for split in SPLITS if content.get(f"{split}_shards")}
+        shards = {split: digest for split in SPLITS if (digest := content.get(f"{split}_shards"))}
         return cls(shards, losses)
 
     def write(self, folder: Folder, best: Sequence[str]) -> None:

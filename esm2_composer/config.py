@@ -162,7 +162,7 @@ def _override(content: DictConfig, override: str, path: str) -> DictConfig:
 
 
 def _problems(r: Recipe, data_is_here: bool) -> Iterator[str]:
-    """What is wrong with values that are each of the right type."""
+    """What is wrong with values that are each of the right type, and in their range."""
     for key in ("max_duration", "eval_interval", "save_interval"):
         if not batches(getattr(r, key)):
             yield f"'{key}' is {getattr(r, key)!r}; write a number of updates such as 1000ba"

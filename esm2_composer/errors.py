@@ -26,7 +26,7 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 # What the system answers to a path that somebody gave, whatever is done with it.
 REFUSED = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# And to one of a recipe, where what is not there is a mistake too, and no defect; or it cannot do what is asked.
+# Or where that it is not there, or cannot do what is asked, is a mistake too, and no defect of ours.
 MISTAKEN = (*REFUSED, errno.ENOENT, errno.EEXIST, errno.ELOOP, errno.EROFS, errno.EINVAL, errno.EILSEQ)
 MISTAKEN += (errno.EFBIG, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENODEV, errno.ENXIO, errno.ENOLCK)
 
@@ -63,7 +63,7 @@ class StoreUnavailable(TransientError):
 
 
 def system_error(message: str, error: OSError) -> ReportedError:
-    """For a path of a recipe: a UserError if the path is at fault, a TransientError if a disk or a network is."""
+    """For a path that was given: a UserError if it is at fault, a TransientError if a disk or a network is."""
     return UserError(message) if error.errno in (None, *MISTAKEN) else TransientError(message)
 
 

@@ -92,7 +92,8 @@ def _watch(reader: int) -> None:
             os._exit(EXIT_INTERRUPTED)  # Ctrl-C, of which the launcher makes a SIGTERM
         if any(number in SIGNALS for number in numbers):
             _noticed.set()
-        if signal.SIGTERM in numbers and not received.is_set() and _a_rank_is_missing():
+        told_or_interrupted = received.is_set() or _interrupted.is_set()
+        if signal.SIGTERM in numbers and not told_or_interrupted and _a_rank_is_missing():
             # Had it left because it was told to, it would have sent us SIGUSR1 before. The launcher never does.
             while select.select([reader], [], [], 0)[0]:
                 numbers += os.read(reader, 64)

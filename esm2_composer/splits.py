@@ -31,9 +31,7 @@ def lacking(data: str, split: str) -> str | None:
     """Why the folder `data` has no shards of `split`; None if it has."""
     folder = Path(data)
     if (folder / split / "index.json").is_file():
-        if split in SPLITS and (other := converted_as(folder / split)) not in (None, split):
-            return f"{data}/{split} holds {other} shards, by conversion.json; convert anew with --split {split}"
-        return None
+        return swapped(f"{data}/{split}", split, _conversion_of(folder / split))
     if not folder.exists():
         return f"{data}: no such folder" + ("" if folder.is_absolute() else f" in {Path.cwd()}")
     if (folder / "index.json").is_file():
@@ -41,21 +39,23 @@ def lacking(data: str, split: str) -> str | None:
     return f"{data} holds no {split} shards ({split}/index.json)"
 
 
-def converted_as(folder: Path) -> str | None:
-    """The split that a folder of shards was converted as; None if it does not tell."""
+def _conversion_of(folder: Path) -> object:
     try:
-        return split_of(json.loads((folder / "conversion.json").read_text()))
+        return json.loads((folder / "conversion.json").read_text())
     except (OSError, ValueError, RecursionError):  # shards of others, or a damaged file
         return None
 
 
-def split_of(conversion: object) -> str | None:
-    """The split that a conversion.json is of; None if it does not tell."""
+def swapped(place: str, split: str, conversion: object) -> str | None:
+    """What is wrong where train shards lie in the place of valid ones, or the other way round; None if they do
+    not, or their conversion.json does not tell."""
     try:
-        split = conversion["state"]["options"]["split"]
+        converted = conversion["state"]["options"]["split"]
     except (LookupError, TypeError):
         return None
-    return split if split in SPLITS else None
+    if (split, converted) not in (SPLITS, SPLITS[::-1]):
+        return None
+    return f"{place}: {converted} shards, by conversion.json; convert anew with --split {split}"
 
 
 def check_data(data: str, local: str | None, splits: Iterable[str]) -> None:

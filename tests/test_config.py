@@ -55,6 +55,12 @@ def mistake(*overrides: str, text: str = MINIMAL) -> str:
     return message
 
 
+def assert_mistake(override: str, message: str) -> None:
+    told = mistake(override)
+    assert told.startswith(message)
+    assert len(told.splitlines()) == 1
+
+
 # What loads
 
 
@@ -272,9 +278,7 @@ def test_what_is_nested_too_deep_is_one_line() -> None:
     ],
 )
 def test_a_mistake_is_one_line_with_the_key(override: str, message: str) -> None:
-    told = mistake(override)
-    assert told.startswith(message)
-    assert len(told.splitlines()) == 1
+    assert_mistake(override, message)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_config import folder, mistake  # noqa: F401
+from test_config import assert_mistake, folder  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,4 @@ from test_config import folder, mistake  # noqa: F401
     ],
 )
 def test_a_value_out_of_its_range_is_one_line_with_the_key(override: str, message: str) -> None:
-    told = mistake(override)
-    assert told.startswith(message)
-    assert len(told.splitlines()) == 1
+    assert_mistake(override, message)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_config import MINIMAL, folder, mistake  # noqa: F401
+from test_config import MINIMAL, assert_mistake, folder, mistake  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,7 @@ from test_config import MINIMAL, folder, mistake  # noqa: F401
     ],
 )
 def test_a_key_or_a_type_that_is_none_is_one_line_with_the_key(override: str, message: str) -> None:
-    told = mistake(override)
-    assert told.startswith(message)
-    assert len(told.splitlines()) == 1
+    assert_mistake(override, message)
 
 
 def test_a_value_is_not_taken_for_a_key() -> None:

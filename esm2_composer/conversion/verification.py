@@ -19,7 +19,7 @@ from esm2_composer.conversion.records import RESIDUES
 from esm2_composer.errors import UserError
 from esm2_composer.files import is_remote, refuse_irregular, xxh64
 from esm2_composer.mds import Shard, check_index
-from esm2_composer.splits import SPLITS, split_of
+from esm2_composer.splits import SPLITS, swapped
 from esm2_composer.storage import Store
 from esm2_composer.workers import Workers
 
@@ -47,7 +47,8 @@ def verify(
         index = _read_json(place, "index.json")
         if index is not None:
             conversion = _read_json(place, "conversion.json")
-            _refuse_swapped(split, conversion, place)
+            if mistake := swapped(place, split, conversion):
+                raise UserError(mistake)
             of_split = partial(progress, f"shards of {split}")
             found[split] = _verify_split(place, index, conversion, workers, of_split)
     if not found:
@@ -78,12 +79,6 @@ def _read_json(place: str, name: str) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise UserError(f"{place}/{name}: damaged (it holds no names and values)")
     return content
-
-
-def _refuse_swapped(split: str, conversion: dict[str, Any] | None, place: str) -> None:
-    """Raises UserError if train shards lie where valid ones should, or the other way round."""
-    if (converted := split_of(conversion)) not in (None, split) and split in SPLITS:
-        raise UserError(f"{place}: {converted} shards, by conversion.json; convert anew with --split {split}")
 
 
 def _verify_split(
