@@ -19,20 +19,10 @@ from esm2_composer.errors import (
     EXIT_FAILURE,
     EXIT_PREEMPTED,
     ArgumentParser,
-    ReportedError,
     UserError,
     run_command,
 )
-from esm2_composer.place import check_place
-
-
-def main() -> int:
-    check_place(joins="--dry-run" not in sys.argv)
-    try:
-        return train()
-    except ReportedError:
-        preemption.let_rank_zero_leave_first()
-        raise
+from esm2_composer.launcher import run_on_ranks
 
 
 def train() -> int:
@@ -95,4 +85,4 @@ def train() -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: run_on_ranks(train, joins="--dry-run" not in sys.argv))

@@ -137,8 +137,10 @@ def _triton(dtype: torch.dtype, heads: int, head_size: int) -> Attention | None:
     if lack := what_triton_lacks():
         log.warning("attention: Triton cannot be used: %s is missing", lack)
         return None
-    attend = importlib.import_module("esm2_composer.triton_attention").attend
-    elementwise_error = importlib.import_module("esm2_composer.triton_elementwise").elementwise_error
+    from esm2_composer import triton_layer
+    from esm2_composer.triton_attention import attend
+    from esm2_composer.triton_elementwise import elementwise_error
+
     if torch.cuda.is_available():
         try:
             errors = (
@@ -152,7 +154,7 @@ def _triton(dtype: torch.dtype, heads: int, head_size: int) -> Attention | None:
             if not error < TOLERANCE:
                 log.warning("attention: Triton cannot be used: a kernel of it is off by %.1e on this GPU", error)
                 return None
-    return Attention("triton", layer=importlib.import_module("esm2_composer.triton_layer").compute)
+    return Attention("triton", layer=triton_layer.compute)
 
 
 TOLERANCE = 1.5e-2  # bf16's rounding makes some 5e-3

@@ -49,7 +49,7 @@ def _is_archive_damaged(file: str | io.BytesIO) -> bool:
         names = archive.namelist()
         if archive.testzip() is not None or len(names) > len(set(names)):  # one bit makes data/4 a second data/5
             return True
-    # Of the directory torch's reader overlooks less. It comes last, when a disk that fails has told Python's.
+    # torch's reader checks the zip directory more strictly. It comes last: of a disk that fails it tells less.
     if isinstance(file, io.BytesIO):
         file.seek(0)
     torch._C.PyTorchFileReader(file)

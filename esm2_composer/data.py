@@ -32,6 +32,7 @@ from esm2_composer.masking import MaskingRule, choose, keyed_words, token_unifor
 from esm2_composer.patience import patiently
 from esm2_composer.schema import DataSection
 from esm2_composer.shards import CheckedStream, MappedDataset, opening_alone
+from esm2_composer.splits import SPLITS
 
 # Streaming lays an epoch out for this many nodes, or for those of its factors that the batch has too: so a run
 # goes on upon any number of nodes with no other prime factors. Fewer would make a large epoch slow to shuffle.
@@ -262,7 +263,7 @@ def make_cache(data: DataSection) -> None:
             raise system_error(f"data.local {data.local} cannot be made ({error.strerror})", error) from error
 
 
-def check_cache(data: DataSection, splits: Collection[str] = ("train", "valid")) -> None:
+def check_cache(data: DataSection, splits: Collection[str] = SPLITS) -> None:
     """See that `data.local` holds no other shards than `data.remote`: Streaming takes an index that it finds.
 
     Raises:

@@ -26,7 +26,7 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 # What the system answers to a path that somebody gave, whatever is done with it.
 REFUSED = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# Or where that it is not there, or cannot do what is asked, is a mistake too, and no defect of ours.
+# Also a user's mistake where a path was given: it is not there, or its file system cannot do this.
 MISTAKEN = (*REFUSED, errno.ENOENT, errno.EEXIST, errno.ELOOP, errno.EROFS, errno.EINVAL, errno.EILSEQ)
 MISTAKEN += (errno.EFBIG, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENODEV, errno.ENXIO, errno.ENOLCK)
 

@@ -62,7 +62,7 @@ def lies_in(place: str, folder: str) -> bool:
 def refuse_existing(out: Path, kind: str = "file") -> None:
     """Raises UserError if there is something at `out`, which a rename would replace; a link to nowhere too.
 
-    Also if it is the address of a store, of which a Path is made as of s3://bucket: s3:/bucket.
+    Also if it is the address of a store, which Path has shortened to s3:/bucket.
     """
     if is_remote(str(out)):
         raise UserError(f"{out}: write to a local disk, and copy")

@@ -18,7 +18,7 @@ from esm2_composer.errors import UserError
 from esm2_composer.kernel_checks import as_in_training, failure_line, relative_error, what_triton_lacks
 from esm2_composer.model import ESM2, Product
 
-FINE, WIDE = torch.float8_e4m3fn, torch.float8_e5m2
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TOLERANCE = 1e-2  # relative, of a product in bf16
 
 
@@ -57,7 +57,7 @@ def _check_gpu(k: int, n: int) -> None:
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """x (T, K), weight (N, K), bias (N,) -> x weight^T + bias, (T, N), as `F.linear`; under autocast too."""
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type):  # as `compute_dtype` does, but torch.compile can trace this
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return torch.ops.esm2_composer.fp8_product(x, weight, bias)[0]
 
@@ -65,8 +65,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.
 def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, tuple]:
     """x weight^T + bias, (T, N) in the type of x; and, for the backward pass, the transposes of x and weight in
     fp8, (K, T to the next multiple of 16) and (K, N), and their scales, fp32 ()."""
-    rounded, x_transposed, x_scale = _round(x, FINE)
-    rounded_weight, weight_transposed, weight_scale = _round(weight, FINE)
+    rounded, x_transposed, x_scale = _round(x, E4M3)
+    rounded_weight, weight_transposed, weight_scale = _round(weight, E4M3)
     out = _multiply(rounded, rounded_weight, x_scale, weight_scale, x.dtype, bias)
     return out, (x_transposed, weight_transposed, x_scale, weight_scale)
 
@@ -79,14 +79,14 @@ def backward(
     weight_scale: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of x, (T, K), and weight, (N, K), in the type of grad, (T, N)."""
-    rounded, transposed, scale = _round(grad, WIDE)
+    rounded, transposed, scale = _round(grad, E5M2)
     # Summed in full precision, which takes longer: gradients need it, outputs do not.
     grad_x = _multiply(rounded, weight_transposed, scale, weight_scale, grad.dtype)
     grad_weight = _multiply(transposed, x_transposed, scale, x_scale, grad.dtype)
     return grad_x, grad_weight
 
 
-# For autograd, and for a compiler, which takes these two as they are
+# Custom operators: autograd is given their formula, and torch.compile does not look inside.
 
 
 @torch.library.custom_op("esm2_composer::fp8_product", mutates_args=())
@@ -100,9 +100,9 @@ def fp8_product(
 @fp8_product.register_fake
 def _(x, weight, bias):
     (tokens, k), n = x.shape, weight.shape[0]
-    x_transposed = x.new_empty(k, _to_16(tokens), dtype=FINE)
+    x_transposed = x.new_empty(k, _to_16(tokens), dtype=E4M3)
     x_scale, weight_scale = (x.new_empty((), dtype=torch.float32) for _ in range(2))
-    return x.new_empty(tokens, n), x_transposed, x.new_empty(k, n, dtype=FINE), x_scale, weight_scale
+    return x.new_empty(tokens, n), x_transposed, x.new_empty(k, n, dtype=E4M3), x_scale, weight_scale
 
 
 fp8_product_backward = torch.library.custom_op("esm2_composer::fp8_product_backward", backward, mutates_args=())

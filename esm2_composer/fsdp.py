@@ -39,7 +39,7 @@ def fsdp_options(fsdp: FSDPSection) -> dict[str, Any]:
         return options
     options["reshard_after_forward"] = options.pop("sharding_strategy") == "FULL_SHARD"
     for key in ("data_parallel_shard_degree", "data_parallel_replicate_degree", "sync_module_states"):
-        del options[key]  # found out by itself, or not to be had
+        del options[key]  # version 2 finds these out, or cannot do them
     return options
 
 

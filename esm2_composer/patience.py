@@ -43,8 +43,8 @@ def patiently(ask: Callable[[], Result], source: str) -> Result:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether it would be the same again: what was told already, the system's about a path, boto's about what it
-    is to ask, or a store's answer, but that of too many requests."""
+    """Whether asking again cannot help: an error that was reported already, one of the file system about the path,
+    boto's own about the request, or an answer 4xx of the store other than 408 and 429 (too many requests)."""
     if isinstance(error, ReportedError | FileNotFoundError | PermissionError | ValueError | ImportError):
         return True
     if isinstance(error, OSError) and error.errno in REFUSED:

@@ -204,7 +204,7 @@ def _peak_flops() -> float | None:
 
 
 def digests_of_all_nodes(data: DataSection) -> dict[str, str]:
-    """Of each split's index, which holds the digests of its shards.
+    """SHA-256 of each split's index.json, which holds the hashes of its shards; checked to be equal on all nodes.
 
     Raises:
         UserError: another node's cache holds other shards.

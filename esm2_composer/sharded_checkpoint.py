@@ -71,7 +71,7 @@ _METADATA_TYPES = {
 
 
 class Refused(pickle.UnpicklingError):
-    """Of a type that such a file does not need, as far as is known here."""
+    """The metadata names a type outside `_METADATA_TYPES`, which may run code when it is loaded."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):

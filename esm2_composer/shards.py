@@ -126,8 +126,8 @@ class MappedDataset(StreamingDataset):
         raise UserError(f"{path}: before it could be read, it was {why}")
 
     def on_exception(self, future: Future) -> None:
-        """Streaming's raises where nobody but the terminal hears it, and leaves the iterating thread waiting for
-        the one that failed. Here that goes on, to tell."""
+        """Streaming raises this in a thread that nobody joins, and the iterating thread would wait for ever. Here
+        that one is woken, and raises it."""
         if error := future.exception():
             if isinstance(error, ReportedError):
                 self.failure = error

@@ -22,7 +22,7 @@ from esm2_composer.kernel_checks import as_in_training, relative_error
 NORM_ROWS = 32  # a program adds up
 GELU_ROWS, GELU_COLUMNS, GELU_SUMMED = 16, 128, 128  # a tile, and the rows that a program adds up
 SUM_ROWS, SUM_COLUMNS, SUM_SUMMED = 32, 64, 256  # likewise, where nothing else is done
-NUMBERS = 4096  # of a program of GELU's forward pass
+BLOCK = 4096  # elements of a program of GELU's forward pass
 WARPS = 4
 
 
@@ -32,18 +32,18 @@ def _add_norm(
 ):  # fmt: skip
     """A row: total = x + update, and its layer norm."""
     row, columns = tl.program_id(0), tl.arange(0, WIDE)
-    places, inside = row.to(tl.int64) * D + columns, columns < D
-    numbers = tl.load(x + places, inside, 0.0).to(tl.float32)
-    numbers += tl.load(update + places, inside, 0.0).to(tl.float32)
-    numbers = numbers.to(total.dtype.element_ty)
-    tl.store(total + places, numbers, inside)
-    numbers = numbers.to(tl.float32)
-    level = tl.sum(numbers) / D
-    numbers = tl.where(inside, numbers - level, 0.0)
-    scale = 1 / tl.sqrt(tl.sum(numbers * numbers) / D + eps)
+    offsets, inside = row.to(tl.int64) * D + columns, columns < D
+    values = tl.load(x + offsets, inside, 0.0).to(tl.float32)
+    values += tl.load(update + offsets, inside, 0.0).to(tl.float32)
+    values = values.to(total.dtype.element_ty)
+    tl.store(total + offsets, values, inside)
+    values = values.to(tl.float32)
+    level = tl.sum(values) / D
+    values = tl.where(inside, values - level, 0.0)
+    scale = 1 / tl.sqrt(tl.sum(values * values) / D + eps)
     weights = tl.load(weight + columns, inside, 0.0).to(tl.float32)
     biases = tl.load(bias + columns, inside, 0.0).to(tl.float32)
-    tl.store(normed + places, (numbers * scale * weights + biases).to(normed.dtype.element_ty), inside)
+    tl.store(normed + offsets, (values * scale * weights + biases).to(normed.dtype.element_ty), inside)
     tl.store(mean + row, level)
     tl.store(rstd + row, scale)
 
@@ -61,19 +61,19 @@ def _add_norm_backward(
     sum_weight, sum_bias = tl.zeros((WIDE,), tl.float32), tl.zeros((WIDE,), tl.float32)
     for step in tl.range(0, SUMMED, num_stages=STAGES):
         row = program * SUMMED + step
-        places, there = row.to(tl.int64) * D + columns, inside & (row < tokens)
+        offsets, mask = row.to(tl.int64) * D + columns, inside & (row < tokens)
         scale = tl.load(rstd + row, row < tokens, 0.0)
-        numbers = tl.load(total + places, there, 0.0).to(tl.float32)
-        numbers = tl.where(there, (numbers - tl.load(mean + row, row < tokens, 0.0)) * scale, 0.0)
-        grads = tl.load(grad_normed + places, there, 0.0).to(tl.float32)
-        sum_weight += grads * numbers
+        values = tl.load(total + offsets, mask, 0.0).to(tl.float32)
+        values = tl.where(mask, (values - tl.load(mean + row, row < tokens, 0.0)) * scale, 0.0)
+        grads = tl.load(grad_normed + offsets, mask, 0.0).to(tl.float32)
+        sum_weight += grads * values
         sum_bias += grads
         grads *= weights
-        along, level = tl.sum(grads * numbers) / D, tl.sum(grads) / D
-        grads = (grads - numbers * along - level) * scale + tl.load(grad_total + places, there, 0.0).to(tl.float32)
-        tl.store(grad_x + places, grads.to(grad_x.dtype.element_ty), there)
+        along, level = tl.sum(grads * values) / D, tl.sum(grads) / D
+        grads = (grads - values * along - level) * scale + tl.load(grad_total + offsets, mask, 0.0).to(tl.float32)
+        tl.store(grad_x + offsets, grads.to(grad_x.dtype.element_ty), mask)
         if BOTH:
-            tl.store(grad_update + places, grads.to(grad_update.dtype.element_ty), there)
+            tl.store(grad_update + offsets, grads.to(grad_update.dtype.element_ty), mask)
     tl.store(sums_weight + program * D + columns, sum_weight, inside)
     tl.store(sums_bias + program * D + columns, sum_bias, inside)
 
@@ -93,11 +93,11 @@ def _normal(x):
 
 
 @triton.jit
-def _gelu(hidden, out, numbers, NUMBERS: tl.constexpr):
-    places = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
-    x = tl.load(hidden + places, places < numbers, 0.0).to(tl.float32)
+def _gelu(hidden, out, size, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(hidden + offsets, offsets < size, 0.0).to(tl.float32)
     _, share = _normal(x)
-    tl.store(out + places, (x * share).to(out.dtype.element_ty), places < numbers)
+    tl.store(out + offsets, (x * share).to(out.dtype.element_ty), offsets < size)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -109,13 +109,13 @@ def _gelu_backward(
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for step in range(0, SUMMED, ROWS):
         rows = program * SUMMED + step + tl.arange(0, ROWS)
-        places = rows.to(tl.int64)[:, None] * F + columns[None, :]
-        there = (rows < tokens)[:, None] & (columns < F)[None, :]
-        x = tl.load(hidden + places, there, 0.0).to(tl.float32)
+        offsets = rows.to(tl.int64)[:, None] * F + columns[None, :]
+        mask = (rows < tokens)[:, None] & (columns < F)[None, :]
+        x = tl.load(hidden + offsets, mask, 0.0).to(tl.float32)
         density, share = _normal(x)
         slope = share + x * density * 0.3989422804014327  # 1 / sqrt(2 pi)
-        grads = tl.load(grad + places, there, 0.0).to(tl.float32) * slope
-        tl.store(grad_hidden + places, grads.to(grad_hidden.dtype.element_ty), there)
+        grads = tl.load(grad + offsets, mask, 0.0).to(tl.float32) * slope
+        tl.store(grad_hidden + offsets, grads.to(grad_hidden.dtype.element_ty), mask)
         total += grads
     tl.store(sums + program * F + columns, tl.sum(total, 0), columns < F)
 
@@ -128,9 +128,9 @@ def _sum_rows(
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for step in range(0, SUMMED, ROWS):
         rows = program * SUMMED + step + tl.arange(0, ROWS)
-        places = rows.to(tl.int64)[:, None] * C + columns[None, :]
-        there = (rows < tokens)[:, None] & (columns < C)[None, :]
-        total += tl.load(grad + places, there, 0.0).to(tl.float32)
+        offsets = rows.to(tl.int64)[:, None] * C + columns[None, :]
+        mask = (rows < tokens)[:, None] & (columns < C)[None, :]
+        total += tl.load(grad + offsets, mask, 0.0).to(tl.float32)
     tl.store(sums + program * C + columns, tl.sum(total, 0), columns < C)
 
 
@@ -188,8 +188,8 @@ def add_norm_backward(
 
 def gelu(hidden: torch.Tensor) -> torch.Tensor:
     """GELU (Hendrycks and Gimpel, 2016), not its approximation by tanh, of hidden (T, F)."""
-    out, numbers = torch.empty_like(hidden), hidden.numel()
-    _gelu[(triton.cdiv(numbers, NUMBERS),)](hidden, out, numbers, NUMBERS=NUMBERS, num_warps=WARPS)
+    out, size = torch.empty_like(hidden), hidden.numel()
+    _gelu[(triton.cdiv(size, BLOCK),)](hidden, out, size, BLOCK=BLOCK, num_warps=WARPS)
     return out
 
 

@@ -11,18 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
-NUMBERS, BLOCKS = 4096, 8  # of a program that looks for the largest: in a block, and blocks
+BLOCK, BLOCKS = 4096, 8  # elements of a block, and blocks of a program that looks for the largest
 ROWS, COLUMNS = 64, 128  # a tile of one that rounds
 WARPS = 4
 
 
 @triton.jit
-def _largest(x, largest, numbers, NUMBERS: tl.constexpr, BLOCKS: tl.constexpr):
-    first = tl.program_id(0).to(tl.int64) * NUMBERS * BLOCKS
-    best = tl.zeros((NUMBERS,), tl.float32)
+def _largest(x, largest, size, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * BLOCK * BLOCKS
+    best = tl.zeros((BLOCK,), tl.float32)
     for block in range(BLOCKS):
-        places = first + block * NUMBERS + tl.arange(0, NUMBERS)
-        best = tl.maximum(best, tl.abs(tl.load(x + places, places < numbers, 0.0).to(tl.float32)))
+        offsets = first + block * BLOCK + tl.arange(0, BLOCK)
+        best = tl.maximum(best, tl.abs(tl.load(x + offsets, offsets < size, 0.0).to(tl.float32)))
     tl.atomic_max(largest, tl.max(best))
 
 
@@ -35,17 +35,17 @@ def _round(
     zeros to a multiple of 16. Times `scale`, they are x."""
     own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    places = own.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+    offsets = own.to(tl.int64)[:, None] * WIDTH + columns[None, :]
     inside = columns[None, :] < WIDTH
-    there = (own < rows)[:, None] & inside
+    mask = (own < rows)[:, None] & inside
     factor = limit / tl.maximum(tl.load(largest), 1e-12)
     if tl.program_id(0) + tl.program_id(1) == 0:
         tl.store(scale, 1 / factor)
-    numbers = (tl.load(x + places, there, 0.0).to(tl.float32) * factor).to(rounded.dtype.element_ty)
-    tl.store(rounded + places, numbers, there)
+    values = (tl.load(x + offsets, mask, 0.0).to(tl.float32) * factor).to(rounded.dtype.element_ty)
+    tl.store(rounded + offsets, values, mask)
     filled = tl.cdiv(rows, 16) * 16
-    places = columns.to(tl.int64)[None, :] * filled + own[:, None]
-    tl.store(transposed + places, numbers, (own < filled)[:, None] & inside)
+    offsets = columns.to(tl.int64)[None, :] * filled + own[:, None]
+    tl.store(transposed + offsets, values, (own < filled)[:, None] & inside)
 
 
 def round_both(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -56,8 +56,8 @@ def round_both(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch
     transposed = x.new_empty(width, triton.cdiv(rows, 16) * 16, dtype=dtype)
     largest, scale = x.new_zeros((), dtype=torch.float32), x.new_empty((), dtype=torch.float32)
     with torch.cuda.device_of(x):  # Triton launches on the current one
-        _largest[(triton.cdiv(x.numel(), NUMBERS * BLOCKS),)](
-            x, largest, x.numel(), NUMBERS=NUMBERS, BLOCKS=BLOCKS, num_warps=WARPS
+        _largest[(triton.cdiv(x.numel(), BLOCK * BLOCKS),)](
+            x, largest, x.numel(), BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=WARPS
         )
         _round[(triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS))](
             x, largest, rounded, transposed, scale, rows, torch.finfo(dtype).max,

@@ -66,7 +66,6 @@ class TritonLayer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total, grad_update) -> tuple:
-        """Parameters' names are those of their gradients here, but for `w_norm1` and `w_norm2` before theirs."""
         (
             qkv, tables, mixed, lse, cu_seqlens, x, w_norm1, mean1, rstd1, total, w_norm2, mean2, rstd2, hidden,
             *kept,
@@ -75,16 +74,19 @@ class TritonLayer(torch.autograd.Function):
         kept_qkv, kept_out, kept1, kept2 = (kept[i : i + each] for i in range(0, len(kept), each))
         grad_total, grad_update = grad_total.contiguous(), grad_update.contiguous()
         with torch.cuda.device_of(total):
-            grad, w2 = backward(grad_update, *kept2)
-            b2 = sum_rows(grad_update)
-            grad, b1 = gelu_backward(hidden, grad)
-            grad, w1 = backward(grad, *kept1)
-            grad_total, grad, w_norm2, b_norm2 = add_norm_backward(grad_total, grad, total, w_norm2, mean2, rstd2)
-            b_out = sum_rows(grad)
-            grad, w_out = backward(grad, *kept_out)
+            grad, grad_w2 = backward(grad_update, *kept2)
+            grad_b2 = sum_rows(grad_update)
+            grad, grad_b1 = gelu_backward(hidden, grad)
+            grad, grad_w1 = backward(grad, *kept1)
+            grad_total, grad, *grads_norm2 = add_norm_backward(grad_total, grad, total, w_norm2, mean2, rstd2)
+            grad_b_out = sum_rows(grad)
+            grad, grad_w_out = backward(grad, *kept_out)
             grad = attend_backward(grad, qkv, tables, mixed, lse, cu_seqlens, ctx.max_seqlen).flatten(1)
-            b_qkv = sum_rows(grad)
-            grad, w_qkv = backward(grad, *kept_qkv)
-            grad_x, grad_update, w_norm1, b_norm1 = add_norm_backward(grad_total, grad, x, w_norm1, mean1, rstd1)
-        parameters = w_norm1, b_norm1, w_qkv, b_qkv, w_out, b_out, w_norm2, b_norm2, w1, b1, w2, b2
+            grad_b_qkv = sum_rows(grad)
+            grad, grad_w_qkv = backward(grad, *kept_qkv)
+            grad_x, grad_update, *grads_norm1 = add_norm_backward(grad_total, grad, x, w_norm1, mean1, rstd1)
+        parameters = (
+            *grads_norm1, grad_w_qkv, grad_b_qkv, grad_w_out, grad_b_out,
+            *grads_norm2, grad_w1, grad_b1, grad_w2, grad_b2,
+        )  # fmt: skip
         return grad_x, grad_update, None, None, None, None, *parameters

@@ -4,10 +4,16 @@ import subprocess
 from pathlib import Path
 
 import torch
-from plot_convergence import read_scalars
+from plot_convergence import read_events
 
 from esm2_composer.loggers import LOSS
 from esm2_composer.model import ESM2
+
+
+def read_scalars(folder: Path, tag: str) -> dict[int, float]:
+    """The values of `tag` by step, of all event files below `folder`; where a step was done twice, the later."""
+    points = [(event.step, event.wall_time, value.simple_value) for _, event, value in read_events(folder, tag)]
+    return {step: value for step, _, value in sorted(points)}
 
 
 def scalars(folder: Path, tag: str) -> dict[int, float]:

@@ -40,7 +40,7 @@ def fasta(folder: Path) -> Fasta:
 @pytest.mark.parametrize("content", [b"PAR1garbagePAR1", b""])
 def test_the_other_splits_damage_is_told_as_its_own(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "cluster_ids.parquet").write_bytes(content)
-    other = OtherSplit(tmp_path / "cluster_ids.parquet", "", None)
+    other = OtherSplit(tmp_path / "cluster_ids.parquet", "")
     with pytest.raises(UserError, match=r"/cluster_ids\.parquet: damaged"):
         make_plan(fasta(tmp_path), tmp_path, other, 1, Report())
 

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from esm2_composer import fp8
 from esm2_composer.errors import UserError
-from esm2_composer.fp8 import FINE, FP8, TOLERANCE, WIDE, product, product_error, use_fp8
+from esm2_composer.fp8 import E4M3, E5M2, FP8, TOLERANCE, product, product_error, use_fp8
 from esm2_composer.model import ESM2, ESM2Config
 
 SMALL = ESM2Config(2, 64, 4, 256)
@@ -124,10 +124,10 @@ def test_a_gpus_products_are_asked_for_as_torch_wants_them(tokens: int) -> None:
         k, n, filled = 64, 256, (tokens + 15) // 16 * 16
         scale = fake(torch.float32)
         out = fp8._multiply(
-            fake(FINE, tokens, k), fake(FINE, n, k), scale, scale, torch.bfloat16, fake(torch.float32, n)
+            fake(E4M3, tokens, k), fake(E4M3, n, k), scale, scale, torch.bfloat16, fake(torch.float32, n)
         )
-        grad_x = fp8._multiply(fake(WIDE, tokens, n), fake(FINE, k, n), scale, scale, torch.bfloat16)
-        grad_weight = fp8._multiply(fake(WIDE, n, filled), fake(FINE, k, filled), scale, scale, torch.bfloat16)
+        grad_x = fp8._multiply(fake(E5M2, tokens, n), fake(E4M3, k, n), scale, scale, torch.bfloat16)
+        grad_weight = fp8._multiply(fake(E5M2, n, filled), fake(E4M3, k, filled), scale, scale, torch.bfloat16)
     assert [x.shape for x in (out, grad_x, grad_weight)] == [(tokens, n), (tokens, k), (n, k)]
     assert {x.dtype for x in (out, grad_x, grad_weight)} == {torch.bfloat16}
 

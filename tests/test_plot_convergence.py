@@ -9,6 +9,7 @@ from pathlib import Path
 import plot_convergence
 import pytest
 from composer.loggers.logger import format_log_data_value
+from outcomes import read_scalars
 from plot_convergence import (
     PERPLEXITY,
     PUBLISHED,
@@ -17,7 +18,6 @@ from plot_convergence import (
     compare,
     draw,
     read_run,
-    read_scalars,
     ticks_between,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -14,7 +14,8 @@ import torch.distributed.checkpoint as dcp
 from benchmarks.parity import random_model
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from conftest import COPIES, ROOT, SHARDED, Run, composer, python
-from plot_convergence import PUBLISHED, read_scalars
+from outcomes import read_scalars
+from plot_convergence import PUBLISHED
 
 from esm2_composer.config import load_recipe
 from esm2_composer.data import ClusterDraw, canonical_nodes

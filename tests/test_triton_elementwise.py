@@ -119,14 +119,14 @@ def test_they_compile_for_gpus_to_wide_loads(kernel: str, columns: int, stream: 
     function, width = getattr(module, kernel), module._width(columns)
     types = dict.fromkeys(("x", "total", "grad_total", "grad_x", "weight", "bias"), stream)
     types |= dict.fromkeys(("mean", "rstd", "sums", "sums_weight", "sums_bias"), "*fp32") | {"eps": "fp32"}
-    types |= dict.fromkeys(("tokens", "numbers"), "i32")
+    types |= dict.fromkeys(("tokens", "size"), "i32")
     values = {
         "D": columns,
         "F": columns,
         "C": columns,
         "WIDE": width["WIDE"],
         "BOTH": stream == "*fp32",
-        "NUMBERS": module.NUMBERS,
+        "BLOCK": module.BLOCK,
     }
     values["STAGES"] = module._stages(columns, 4 if stream == "*fp32" else 2)
     tile = {

@@ -16,11 +16,11 @@ def test_interpreted_they_are_exact() -> None:
 
 def check_rounding() -> None:
     """On numbers that fp8 has, since the interpreter rounds others wrongly (it loses carries)."""
-    from esm2_composer.triton_fp8 import NUMBERS, round_both
+    from esm2_composer.triton_fp8 import BLOCK, round_both
 
     generator, checked = torch.Generator().manual_seed(0), 0
     for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
-        for rows, columns in ((5, 16), (64, 128), (100, 144), (3, 16 * NUMBERS)):
+        for rows, columns in ((5, 16), (64, 128), (100, 144), (3, 16 * BLOCK)):
             bits = torch.randint(0, 256, (rows, columns), generator=generator).to(torch.uint8)
             numbers = bits.view(kind).float()
             numbers = torch.where(numbers.isfinite() & (numbers.abs() > 2**-6), numbers, 0.0)
@@ -52,8 +52,8 @@ def test_they_compile_for_a_gpu(kernel: str, kind: str) -> None:
 
     function = getattr(module, kernel)
     types = dict.fromkeys(("largest", "scale"), "*fp32") | dict.fromkeys(("rounded", "transposed"), f"*{kind}")
-    types |= {"rows": "i32", "numbers": "i64", "limit": "fp32"}
-    values = {name: getattr(module, name) for name in ("NUMBERS", "BLOCKS", "ROWS", "COLUMNS")} | {"WIDTH": 1280}
+    types |= {"rows": "i32", "size": "i64", "limit": "fp32"}
+    values = {name: getattr(module, name) for name in ("BLOCK", "BLOCKS", "ROWS", "COLUMNS")} | {"WIDTH": 1280}
     made = compile_for(90, function, types, values, module.WARPS)
     assert "ld.global.v4.b32" in made.asm["ptx"] or "ld.global.v4.u32" in made.asm["ptx"]
     if kernel == "_round":

@@ -23,6 +23,7 @@ from pathlib import Path
 from esm2_composer.errors import ArgumentParser, UserError, run_command
 from esm2_composer.files import is_remote, lies_in, names_bucket
 from esm2_composer.progress import Progress
+from esm2_composer.splits import SPLITS
 
 
 def main() -> None:
@@ -76,7 +77,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--fasta", type=Path, nargs="+", help="FASTA, plain, gzip or zstd")
     parser.add_argument("--cluster-tsv", type=Path, help="MMseqs2's representative TAB member, for --fasta")
     parser.add_argument("--out", help="folder or URI that holds, or will hold, train/ and valid/")
-    parser.add_argument("--split", choices=("train", "valid"), default="train", help="(%(default)s)")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="(%(default)s)")
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)"
     )

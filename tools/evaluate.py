@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from esm2_composer import preemption
-from esm2_composer.errors import ArgumentParser, ReportedError, UserError, run_command
-from esm2_composer.place import check_place
+from esm2_composer.errors import ArgumentParser, UserError, run_command
+from esm2_composer.launcher import run_on_ranks
 from esm2_composer.progress import Progress
 from esm2_composer.schema import MAX_INT, DataSection
 from esm2_composer.splits import SPLITS, check_data
@@ -27,16 +25,6 @@ SHOWN = {"at_mask": "  that show <mask>", "at_residue": "  that show a residue"}
 
 
 def main() -> None:
-    check_place()
-    try:
-        evaluate_checkpoint()
-    except ReportedError:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            preemption.let_rank_zero_leave_first()
-        raise
-
-
-def evaluate_checkpoint() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--data", required=True, help="what the recipe calls data.remote")
@@ -80,7 +68,7 @@ def evaluate_checkpoint() -> None:
     if ranks > 1:
         dist.initialize_dist("gpu" if on_gpu else "cpu", timeout=1800)
     device = torch.device("cuda", dist.get_local_rank()) if on_gpu else torch.device("cpu")
-    check_cache(data, {args.split, "train", "valid"} if args.floors else {args.split})
+    check_cache(data, {args.split, *SPLITS} if args.floors else {args.split})
     rule = MaskingRule(replacement=args.replacement)
     draw = ClusterDraw(args.seed, args.max_length, data.min_length, rule)
     loader = evaluation_loader(draw, *data.split(args.split), SEQUENCES_A_RANK * ranks, num_workers=0)
@@ -167,4 +155,4 @@ def report(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: run_on_ranks(main))

@@ -133,12 +133,6 @@ def read_run(folder: Path) -> Run:
     return Run(names.pop().name, {step: value for step, _, value in sorted(points)}, settings)
 
 
-def read_scalars(folder: Path, tag: str) -> dict[int, float]:
-    """The values of `tag` by step, of all event files below `folder`; where a step was done twice, the later."""
-    points = [(event.step, event.wall_time, value.simple_value) for _, event, value in read_events(folder, tag)]
-    return {step: value for step, _, value in sorted(points)}
-
-
 def read_events(folder: Path, *tags: str) -> Iterator[tuple[Path, Any, Any]]:
     """(file, event, value of it) for each value of one of `tags` in the event files below `folder`.
 

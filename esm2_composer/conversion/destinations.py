@@ -28,7 +28,6 @@ class OtherSplit(NamedTuple):
 
     cluster_ids: Path  # its cluster_ids.parquet
     xxh64: str
-    clusters: int | None  # how many that must name, if conversion.json, being older, has no hash of it
 
 
 def open_destination(out: str, split: str, work: Path) -> LocalSplit | RemoteSplit:
@@ -149,13 +148,13 @@ def _other_split(place: str, there: Collection[str], fetch: Callable[[str], Path
             raise _cannot_compare(f"{place} has no {name}")
     if "cluster_ids.parquet" not in there:
         return None
-    conversion = _read_conversion(fetch("conversion.json"), place) if "conversion.json" in there else {}
     path = fetch("cluster_ids.parquet")
     found = xxh64(path)
-    expected = conversion.get("cluster_ids_xxh64")
-    if expected not in (None, found):
+    if "conversion.json" not in there:  # its upload is not done
+        return OtherSplit(path, found)
+    if _read_conversion(fetch("conversion.json"), place)["cluster_ids_xxh64"] != found:
         raise _cannot_compare(f"{place}/cluster_ids.parquet is damaged: its xxh64 is not that of conversion.json")
-    return OtherSplit(path, found, None if expected else conversion.get("clusters_written"))
+    return OtherSplit(path, found)
 
 
 def _cannot_compare(why: str) -> UserError:
@@ -169,7 +168,7 @@ def _read_conversion(path: Path, place: str) -> dict[str, Any]:
     """conversion.json of the split at `place`, fetched to `path` if need be."""
     try:
         conversion = json.loads(path.read_text())
-        conversion["state"]["inputs"]
+        conversion["state"]["inputs"], conversion["cluster_ids_xxh64"]
         if not all(isinstance(conversion[name], int) for name in COUNTED):
             raise TypeError
     except (ValueError, LookupError, TypeError, RecursionError):

@@ -31,7 +31,7 @@ TOO_MANY_REJECTED = "correct the input, or allow more with --max-reject-fraction
 COUNTS = ("clusters_read", "clusters_written", "members_read", "members_written", "members_rejected")
 COUNTS += ("members_left_out", "residues_written")
 LENGTH_EDGES = (1, 51, 101, 201, 301, 401, 501, 751, 1023, 1501, 2001, 5001)
-LONGEST_COUNTED = 1022  # more than data.min_length asks for, but where data.max_length is raised
+LONGEST_COUNTED = 1022  # data.min_length is at most this, unless data.max_length is raised
 LENGTH_LABELS = [f"{low}-{high - 1}" for low, high in pairwise(LENGTH_EDGES)] + [f"{LENGTH_EDGES[-1]}-"]
 
 RESIDUES = b"ACDEFGHIKLMNPQRSTVWYXBUZO"

@@ -112,7 +112,7 @@ def _verify_split(
     with _fetched(place, "cluster_ids.parquet") as path:
         if path and _sum_of_hashes(_listed(place, path)) != ids % 2**64:
             raise UserError(f"{place}/cluster_ids.parquet: not the ids of the clusters in the shards")
-        if path and conversion and conversion.get("cluster_ids_xxh64", found := xxh64(path)) != found:
+        if path and conversion and conversion.get("cluster_ids_xxh64") != xxh64(path):
             raise UserError(f"{place}/cluster_ids.parquet: its xxh64 is not that of conversion.json")
     absent = [*["conversion.json"] * (not conversion), *["cluster_ids.parquet"] * (not path)]
     return {"shards": len(shards), **counts, "absent": absent, **_statistics(lengths, draws)}

@@ -23,7 +23,7 @@ import psutil
 
 from esm2_composer.errors import UserError
 
-UNIREF_CLUSTERS, UNIREF_RESIDUES = 65.18e6, 63e9
+UNIREF_RESIDUES = 63e9
 CLUSTER_TAIL, MAX_CLUSTER = 1.3, 50  # P(size >= k) = k ** -1.3: mean 2.9
 CONVERT = Path(__file__).parents[1] / "convert.py"
 

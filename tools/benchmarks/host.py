@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.contenders import Work, make_trainer
-from benchmarks.step import check_place, in_own_process
+from benchmarks.step import check_size_and_device, in_own_process
 
 from esm2_composer.errors import UserError
 
@@ -46,7 +46,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"--{name} must be at least {least}")
     if min(args.ranks, default=2) < 2:
         raise UserError("--ranks must be at least 2")
-    check_place(args)
+    check_size_and_device(args)
     sequences = -(-args.tokens // SEQUENCE)
     lengths = [len(part) for part in np.array_split(range(args.tokens), sequences)]
     work = Work(args.size, args.device, [lengths], args.tokens, warmup=WARMUP, steps=args.updates + 1)

@@ -112,7 +112,7 @@ def attempt(name: str, work: Work) -> Outcome | Failure:
         return Failure("its process was killed, as happens when the host's memory is full")
 
 
-def check_place(args: argparse.Namespace) -> None:
+def check_size_and_device(args: argparse.Namespace) -> None:
     if args.size not in SIZES:
         raise UserError(f"--size {args.size}; there are: {', '.join(SIZES)}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -120,7 +120,7 @@ def check_place(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    check_place(args)
+    check_size_and_device(args)
     for name, least in (("batches", 1), ("sequences", 1), ("steps", 1), ("microbatch_tokens", LONGEST)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -226,7 +226,7 @@ def summary(
 
 
 def operations(work: Work, batch: int) -> int:
-    """Of a training step on a batch; the head's, as in training, on 15 % of tokens."""
+    """Floating-point operations of a training step on a batch; the head runs on 15 % of its tokens."""
     lengths = work.batches[batch]
     return skeleton(SIZES[work.size]).flops(lengths, round(0.15 * sum(lengths)))
 

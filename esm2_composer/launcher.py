@@ -1,15 +1,38 @@
-"""Which of the ranks this process is: a launcher, such as composer or torchrun, says so in the environment."""
+"""One process of several, as a launcher such as composer or torchrun starts them and tells in the environment."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
-from esm2_composer.errors import UserError
+from esm2_composer import preemption
+from esm2_composer.errors import ReportedError, UserError
+
+Result = TypeVar("Result")
 
 LEAST = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "NODE_RANK": 0}
 
 
-def check_place(joins: bool = True) -> None:
+def run_on_ranks(main: Callable[[], Result], joins: bool = True) -> Result:
+    """Run `main` on each rank, so that an error which all make gives the launcher rank 0's exit code.
+
+    Args:
+        joins: whether the processes meet; False for one that only asks how many there would be.
+
+    Raises:
+        UserError: see `check_environment`.
+    """
+    check_environment(joins)
+    try:
+        return main()
+    except ReportedError:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            preemption.let_rank_zero_leave_first()
+        raise
+
+
+def check_environment(joins: bool = True) -> None:
     """Raise a UserError if what a launcher would set is no place among ranks, or, for a process that joins others,
     is not all there."""
     place = {}

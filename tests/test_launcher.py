@@ -1,9 +1,9 @@
-"""place.py: ranks that no launcher made are told in one line."""
+"""launcher.py: ranks that no launcher made are told in one line."""
 
 import pytest
 
 from esm2_composer.errors import UserError
-from esm2_composer.place import LEAST, check_place
+from esm2_composer.launcher import LEAST, check_environment
 
 WHOLE = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1", "NODE_RANK": "1"}
 WHOLE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -19,7 +19,7 @@ def nothing_is_set(monkeypatch):
 def test_one_rank_and_a_launchers_are_places(monkeypatch, place):
     for name, value in place.items():
         monkeypatch.setenv(name, value)
-    check_place()
+    check_environment()
 
 
 @pytest.mark.parametrize(
@@ -47,13 +47,13 @@ def test_what_is_no_place_is_one_line(monkeypatch, changes, message):
     for name, value in changes.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as told:
-        check_place()
+        check_environment()
     assert str(told.value).startswith(f"the environment variable {message}")
 
 
 def test_a_process_that_joins_no_others_may_know_how_many_there_would_be(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    check_place(joins=False)
+    check_environment(joins=False)
     monkeypatch.setenv("WORLD_SIZE", "x")
     with pytest.raises(UserError, match="WORLD_SIZE is 'x'"):
-        check_place(joins=False)
+        check_environment(joins=False)
