@@ -22,6 +22,7 @@ from esm2_composer.errors import (
     UserError,
     run_command,
 )
+from esm2_composer.files import is_remote
 from esm2_composer.launcher import run_on_ranks
 
 
@@ -41,6 +42,10 @@ def train() -> int:
     if args.dry_run:
         from esm2_composer.plan import describe
 
+        if is_remote(recipe.data.remote):
+            from esm2_composer.data import check_store
+
+            check_store(recipe.data, recipe.global_train_batch_size)
         print(describe(recipe, ranks=int(os.environ.get("WORLD_SIZE", 1))))
         return 0
 

@@ -85,9 +85,8 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
         )
     if is_sharded(last) != sharded:
         kind = "sharded" if is_sharded(last) else "full"
-        raise UserError(
-            f"save_folder {folder} holds {kind} checkpoints; resume them with fsdp.state_dict_type={kind}"
-        )
+        remedy = f"fsdp.state_dict_type={kind}" if recipe.fsdp else "the fsdp section they were saved with"
+        raise UserError(f"save_folder {folder} holds {kind} checkpoints; resume them with {remedy}")
     return last
 
 

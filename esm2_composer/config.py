@@ -262,7 +262,7 @@ def _data_problems(data: DataSection, batch: int) -> Iterator[str]:
         folder = Path(data.remote) / split
         if lack := lacking(data.remote, split):
             yield f"'data.remote': {lack}"
-        elif not (clusters := count_clusters(folder / "index.json")):
+        elif not (clusters := count_clusters((folder / "index.json").read_bytes())):
             yield f"'data.remote' is {data.remote}, whose {split}/index.json is no index of MDS shards"
         elif split == "train" and clusters < batch:
             yield f"{folder} holds {clusters} clusters, fewer than one global_train_batch_size of {batch}"

@@ -32,7 +32,7 @@ from esm2_composer.masking import MaskingRule, choose, keyed_words, token_unifor
 from esm2_composer.patience import patiently
 from esm2_composer.schema import DataSection
 from esm2_composer.shards import CheckedStream, MappedDataset, opening_alone
-from esm2_composer.splits import SPLITS
+from esm2_composer.splits import SPLITS, count_clusters, swapped
 
 # Streaming lays an epoch out for this many nodes, or for those of its factors that the batch has too: so a run
 # goes on upon any number of nodes with no other prime factors. Fewer would make a large epoch slow to shuffle.
@@ -154,9 +154,9 @@ def count_short_clusters(place: str, min_length: int) -> int | None:
     if min_length > LONGEST_COUNTED:  # longer ones are counted as so long
         return None
     try:
-        longest = json.loads(_fetch(place, "conversion.json"))["longest_members"]
+        longest = _fetch_conversion(place)["longest_members"]
         return sum(count for length, count in longest.items() if int(length) < min_length)
-    except Exception:  # no such file, or other content; each store raises its own types
+    except (LookupError, TypeError, ValueError, AttributeError):
         return None
 
 
@@ -227,10 +227,7 @@ def train_loader(
         )
     batches = clusters.num_samples // global_batch_size
     if not batches:
-        raise UserError(
-            f"{remote or local} holds {clusters.num_samples} clusters, "
-            f"fewer than one global_train_batch_size of {global_batch_size}"
-        )
+        raise UserError(_too_few(remote or local, clusters.num_samples, global_batch_size))
     clusters.end_epochs_after(batches * global_batch_size)
     return DataLoader(
         clusters,
@@ -275,17 +272,52 @@ def check_cache(data: DataSection, splits: Collection[str] = SPLITS) -> None:
         cached = Path(local, "index.json")
         if remote is None or not cached.exists():
             continue
-        try:
-            index = patiently(partial(_fetch, remote, cached.name), f"{remote}/{cached.name}")
-        except StoreUnavailable:
-            raise
-        except Exception as error:  # each store raises its own types
-            raise UserError(f"{remote}: cannot be opened as MDS shards ({error})") from error
-        if index != cached.read_bytes():
+        if _fetch_index(remote) != cached.read_bytes():
             raise UserError(
                 f"data.local {data.local} holds other {name} shards than data.remote {data.remote}; "
                 "take another data.local"
             )
+
+
+def check_store(data: DataSection, global_batch_size: int) -> None:
+    """Look at the splits in a store, as `config` does at those in a folder.
+
+    Raises:
+        UserError: a split is absent, lies in the other's place, or has too few clusters for a global batch.
+        StoreUnavailable: the store does not answer.
+    """
+    for name in SPLITS:
+        remote, _ = data.split(name)
+        assert remote is not None, data
+        clusters = count_clusters(_fetch_index(remote))
+        if not clusters:
+            raise UserError(f"{remote}/index.json is no index of MDS shards")
+        if name == "train" and clusters < global_batch_size:
+            raise UserError(_too_few(remote, clusters, global_batch_size))
+        if mistake := swapped(remote, name, _fetch_conversion(remote)):
+            raise UserError(mistake)
+
+
+def _too_few(place: str, clusters: int, global_batch_size: int) -> str:
+    return f"{place} holds {clusters} clusters, fewer than one global_train_batch_size of {global_batch_size}"
+
+
+def _fetch_index(remote: str) -> bytes:
+    """Raises UserError if there is none, StoreUnavailable if the store does not answer for half a minute."""
+    try:
+        return patiently(partial(_fetch, remote, "index.json"), f"{remote}/index.json")
+    except StoreUnavailable:
+        raise
+    except Exception as error:  # each store raises its own types
+        raise UserError(f"{remote}: cannot be opened as MDS shards ({error})") from error
+
+
+def _fetch_conversion(place: str) -> object:
+    """The conversion.json of a split, at a folder or URI; None if it cannot be had."""
+    try:
+        return json.loads(_fetch(place, "conversion.json"))
+    except Exception:  # no such file, or other content; each store raises its own types
+        return None
 
 
 def _fetch(place: str, name: str) -> bytes:

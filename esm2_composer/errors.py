@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,7 @@ EXIT_DIVERGED = 3
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: run me again
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
+EXIT_NOT_READ = 128 + signal.SIGPIPE
 
 # What the system answers to a path that somebody gave, whatever is done with it.
 REFUSED = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -95,6 +98,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         refuse_empty(sys.argv)
         code = main()
+        sys.stdout.flush()  # here, where a reader that has left, such as `head`, is noticed
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER_ERROR
@@ -102,6 +106,8 @@ def run_command(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_FAILURE
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(EXIT_NOT_READ)
         if error.filename is None or error.errno not in REFUSED:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
@@ -113,6 +119,17 @@ def run_command(main: Callable[[], int | None]) -> None:
             raise
         code = _interrupted()  # importing Composer makes Ctrl-C this
     sys.exit(code)
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of standard output has left. Then nothing more is printed, by Python's exit neither."""
+    stdout = 1
+    pipe = select.poll()
+    pipe.register(stdout, 0)
+    gone = any(events & select.POLLERR for _, events in pipe.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return gone
 
 
 def _interrupted(*what_becomes_of_the_work: str) -> int:

@@ -30,6 +30,7 @@ from esm2_composer.data import (
     ClusterDraw,
     canonical_nodes,
     check_cache,
+    check_store,
     count_short_clusters,
     evaluation_loader,
     make_cache,
@@ -37,6 +38,7 @@ from esm2_composer.data import (
 )
 from esm2_composer.divergence import Divergence
 from esm2_composer.errors import UserError, naming
+from esm2_composer.files import is_remote
 from esm2_composer.folders import open_folder, updates
 from esm2_composer.fp8 import use_fp8
 from esm2_composer.fsdp import DivideByRanks, means_are_sums, parallelism_of
@@ -122,7 +124,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     optimizer = build_adamw(net, o.lr, o.betas, o.eps, o.weight_decay)
     schedule = build_schedule(optimizer, **dataclasses.asdict(recipe.schedule))
 
-    on_rank_zero(lambda: check_cache(recipe.data))
+    on_rank_zero(lambda: check_shards(recipe))
     draw = cluster_draw(recipe)
     batch, workers = recipe.global_train_batch_size, recipe.data.num_workers
     train = train_loader(draw, *recipe.data.split("train"), batch, workers, recipe.data.cache_limit)
@@ -181,6 +183,13 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     # Who reads the logs sees the conditions.
     trainer.logger.log_hyperparameters(flatten(dataclasses.asdict(recipe)))
     return trainer, saver
+
+
+def check_shards(recipe: Recipe) -> None:
+    """Raise what `check_store` and `check_cache` do, before Streaming looks at them."""
+    if is_remote(recipe.data.remote):
+        check_store(recipe.data, recipe.global_train_batch_size)
+    check_cache(recipe.data)
 
 
 def build_callbacks(recipe: Recipe, model: MaskedLanguageModel, on_gpu: bool) -> list[Callback]:

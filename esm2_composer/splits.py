@@ -81,9 +81,9 @@ def cannot_be_unpacked(folder: Path) -> bool:
     return not os.access(folder, os.W_OK) and any(not path.with_suffix("").exists() for path in packed)
 
 
-def count_clusters(index: Path) -> int:
-    """How many clusters an index.json tells of; 0 if it is none."""
+def count_clusters(index: bytes) -> int:
+    """How many clusters the content of an index.json tells of; 0 if it is none."""
     try:
-        return sum(shard["samples"] for shard in json.loads(index.read_text())["shards"])
-    except (ValueError, KeyError, TypeError):
+        return sum(shard["samples"] for shard in json.loads(index)["shards"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return 0

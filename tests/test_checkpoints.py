@@ -294,8 +294,10 @@ def test_a_run_is_not_overwritten_by_one_that_does_not_resume_it(folder, recipe,
 def test_full_and_sharded_checkpoints_are_told_apart(folder, recipe, tmp_path):
     take_over(folder, True, recipe, False)
     save(folder, tmp_path, "ep0-ba10")
-    with pytest.raises(UserError, match=r"resume them with fsdp\.state_dict_type=sharded"):
+    with pytest.raises(UserError, match="resume them with the fsdp section they were saved with"):
         find_checkpoint(folder, True, recipe, False)
+    with pytest.raises(UserError, match=r"resume them with fsdp\.state_dict_type=sharded"):
+        find_checkpoint(folder, True, load("fsdp.state_dict_type=full", folder=tmp_path), False)
     without_gpu = load("fsdp.state_dict_type=sharded", folder=tmp_path)
     with pytest.raises(UserError, match="holds sharded checkpoints, to be resumed on GPUs: none is seen here"):
         find_checkpoint(folder, True, without_gpu, False)

@@ -25,6 +25,7 @@ from esm2_composer.data import (
     ClusterDraw,
     Share,
     check_cache,
+    check_store,
     count_short_clusters,
     evaluation_loader,
     train_loader,
@@ -32,6 +33,7 @@ from esm2_composer.data import (
 from esm2_composer.errors import StoreUnavailable, UserError
 from esm2_composer.masking import MaskingRule
 from esm2_composer.schema import DataSection
+from esm2_composer.splits import count_clusters
 
 NOTHING_MASKED = MaskingRule(fraction=1e-15)
 BATCH = 8
@@ -356,6 +358,26 @@ def test_a_cache_of_the_remotes_own_shards_is_taken_and_others_are_refused(writt
     shutil.rmtree(tmp_path / "remote")
     with pytest.raises(UserError, match="remote/train: cannot be opened as MDS shards"):
         check_cache(data)
+
+
+def test_what_lies_in_a_store_is_looked_at_before_a_run(written: Path, tmp_path: Path) -> None:
+    data = DataSection(str(tmp_path / "remote"), str(tmp_path / "cache"))
+    shutil.copytree(written, tmp_path / "remote/train")
+    clusters = count_clusters((written / "index.json").read_bytes())
+    with pytest.raises(UserError, match="remote/valid: cannot be opened as MDS shards"):
+        check_store(data, clusters)
+    shutil.copytree(written, tmp_path / "remote/valid")
+    check_store(data, clusters)
+    with pytest.raises(UserError, match=f"train holds {clusters} clusters, fewer than one global_"):
+        check_store(data, clusters + 1)
+    conversion = {"state": {"options": {"split": "train"}}}
+    (tmp_path / "remote/valid/conversion.json").write_text(json.dumps(conversion))
+    with pytest.raises(UserError, match="remote/valid: train shards, by conversion"):
+        check_store(data, clusters)
+    (tmp_path / "remote/train/index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"remote/train/index\.json is no index of MDS shards"):
+        check_store(data, clusters)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_store_that_is_away_while_the_cache_is_compared_is_waited_for(

@@ -2,6 +2,7 @@
 
 import errno
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -46,6 +47,25 @@ def test_other_exits_are_left_alone(capsys):
     with pytest.raises(SystemExit) as ended:
         run_command(lambda: sys.exit(2))  # as argparse does
     assert (ended.value.code, capsys.readouterr().err) == (2, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("printed", ["'a line'", "'much\\n' * 100_000"])
+def test_a_reader_that_leaves_early_is_no_error(printed, unbuffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    command = f"from esm2_composer.errors import run_command; run_command(lambda: print({printed}))"
+    process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # as `head` does
+    assert process.stderr.read() == b""
+    assert process.wait() == 128 + signal.SIGPIPE
+
+
+def test_another_pipe_that_breaks_is_told_in_full():
+    def main() -> None:
+        raise BrokenPipeError(errno.EPIPE, "a worker's")
+
+    with pytest.raises(BrokenPipeError):
+        run_command(main)
 
 
 @pytest.mark.parametrize("path", ["folder", "file/inside", "n" * 300])

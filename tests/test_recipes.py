@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import warnings
 from pathlib import Path
 
+import boto3
 import evaluate
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from benchmarks.parity import random_model
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from conftest import COPIES, ROOT, SHARDED, Run, composer, python
-from outcomes import read_scalars
+from outcomes import assert_user_error, read_scalars
 from plot_convergence import PUBLISHED
 
 from esm2_composer.config import load_recipe
@@ -25,6 +27,7 @@ from esm2_composer.loggers import LOSS
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import SIZES, ESM2Config, rotary_frequencies
 from esm2_composer.runner import build_model, cluster_draw, compiles
+from esm2_composer.splits import SPLITS
 
 RECIPES = sorted(path.stem for path in (ROOT / "yamls").glob("*.yaml"))
 
@@ -188,6 +191,20 @@ def test_a_dry_run_tells_the_recipe_and_what_it_asks_for(tmp_path_factory, tmp_p
     wrong = python(ROOT / "train.py", recipe, "data.remote=/nowhere", "--dry-run", cwd=tmp_path)
     assert wrong.returncode == 2
     assert [path.name for path in tmp_path.iterdir()] == ["told.yaml"]
+
+
+def test_a_dry_run_looks_at_shards_in_a_store(store, tmp_path):
+    command = (ROOT / "train.py", ROOT / "yamls/650m.yaml", "--dry-run", f"data.local={tmp_path / 'cache'}")
+    result = python(*command, "data.remote=s3://bucket/proteins", cwd=tmp_path)
+    assert_user_error(result, "s3://bucket/proteins/train: cannot be opened as MDS shards")
+    client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
+    for split in SPLITS:
+        client.put_object(
+            Bucket="bucket", Key=f"proteins/{split}/index.json", Body=b'{"shards": [{"samples": 2048}]}'
+        )
+    result = python(*command, "data.remote=s3://bucket/proteins", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 DIMENSIONS = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")

@@ -210,7 +210,7 @@ def read_data(data: str, local: str | None, runs: list[Run]) -> tuple[dict[str, 
     for *names, floors in zip(replacements, splits, data_floors(section, rules), strict=True):
         differing = [name for name, all in zip(names, (replacements, splits), strict=True) if len(set(all)) > 1]
         levels |= {"unigram": floors["unigram"], ", ".join(["copier", *differing]): floors["copier"]}
-    return levels, count_clusters(Path(local or data) / "valid/index.json")
+    return levels, count_clusters(Path(local or data, "valid/index.json").read_bytes())
 
 
 def compare(run: Run, first: Run, reference: str | None, validation: int | None) -> Iterator[str]:
