@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import math
 import os
 import re
 import select
@@ -16,7 +17,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NoReturn
+from typing import Any, NoReturn
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -75,6 +76,20 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+def in_range(kind: type[int] | type[float], least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """An argument's `type`: an int or a float from `least` to `most`."""
+
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if not least <= value <= most:  # NaN is neither
+            limits = f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{value}; it must be {limits}")
+        return value
+
+    parse.__name__ = kind.__name__  # by which argparse tells of what is no number at all
+    return parse
 
 
 def refuse_empty(arguments: Sequence[str]) -> None:

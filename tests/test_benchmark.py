@@ -70,11 +70,11 @@ def test_attention_on_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("loader", "--clusters", "10"), "--clusters must be at least"),
-        (("startup", "--workers", "0"), "--workers and --global-batch must be at least 1"),
-        (("host", "--ranks", "1"), "--ranks must be at least 2"),
+        (("loader", "--clusters", "10"), "--clusters: 10; it must be at least 2048"),
+        (("startup", "--workers", "0"), "--workers: 0; it must be at least 1"),
+        (("host", "--ranks", "1"), "--ranks: 1; it must be at least 2"),
         (("embed", "--size", "9m"), "there are: 8m"),
-        (("attention", "--sizes", "9m"), "--sizes are 8m, 35m"),
+        (("attention", "--sizes", "9m"), "--sizes: no 9m; there are: 8m, 35m"),
     ],
 )
 def test_impossible_sizes_are_one_line(arguments: tuple[str, ...], words: str) -> None:

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from esm2_composer import fp8
 from esm2_composer.alphabet import PAD
-from esm2_composer.errors import UserError
+from esm2_composer.errors import ArgumentParser, UserError
 from esm2_composer.model import SIZES
 from esm2_composer.plan import GPUS, gpu_named, skeleton
 
@@ -45,7 +45,7 @@ TINY = Work("8m", "cpu", [[40, 9, 20], [30, 12]], microbatch_tokens=1024, warmup
 
 
 def arguments(*given: str, module=step) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = ArgumentParser()
     module.add_arguments(parser)
     return parser.parse_args(given)
 
@@ -146,9 +146,9 @@ def test_gpus_are_known_by_name(name, gpu):
     ("given", "complaint"),
     [
         (["--size", "9m"], "--size 9m; there are: 8m"),
-        (["--batches", "0"], "--batches 0; it must be at least 1"),
-        (["--microbatch-tokens", "1000"], "--microbatch-tokens 1000; it must be at least 1024"),
-        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--batches", "0"], "--batches: 0; it must be at least 1"),
+        (["--microbatch-tokens", "1000"], "--microbatch-tokens: 1000; it must be at least 1024"),
+        (["--rounds", "0"], "--rounds: 0; it must be at least 1"),
         (["--device", "cuda"], "no GPU here"),
     ],
 )

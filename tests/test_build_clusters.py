@@ -221,7 +221,10 @@ def test_a_pipe_is_refused_without_waiting_for_its_writer(failing_mmseqs):
 @pytest.mark.parametrize("threads", ["0", "1025"])
 def test_threads_that_no_machine_has_are_refused(call, threads):
     code, _, err = call(tool.main, "--fasta", "in.fasta", "--out", "out", "--threads", threads)
-    assert (code, err) == (2, f"error: --threads {threads} must lie between 1 and 1024\n")
+    assert (code, err) == (
+        2,
+        f"error: argument --threads: {threads}; it must be at least 1 and at most 1024; see --help\n",
+    )
 
 
 def test_ctrl_c_leaves_nothing(failing_mmseqs, monkeypatch):

@@ -221,8 +221,15 @@ WRONG_OPTIONS = {
     "--out is missing": ["--flat", "f"],
     "s3:b/x: write a folder (as ./s3:b/x), or a store as s3://bucket/prefix": ["--flat", "f", "--out", "s3:b/x"],
     "s3:x: write a folder (as ./s3:x), or a store": ["--verify", "s3:x"],
-    "--workers 0 must be at least 1": ["--out", "x", "--flat", "f", "--workers", "0"],
-    "--max-members-per-cluster 0 must": ["--out", "x", "--flat", "f", "--max-members-per-cluster", "0"],
+    "argument --workers: 0; it must be at least 1": ["--out", "x", "--flat", "f", "--workers", "0"],
+    "argument --max-members-per-cluster: 0; it must": [
+        "--out",
+        "x",
+        "--flat",
+        "f",
+        "--max-members-per-cluster",
+        "0",
+    ],
     "gone.parquet: no such file": ["--out", "x", "--flat", "gone.parquet"],
     "gone.fasta: no such file": ["--out", "x", "--fasta", "gone.fasta"],
     "x: no index.json there, nor in train/ or valid/": ["--verify", "x"],
@@ -408,7 +415,7 @@ def test_an_impossible_reject_fraction_is_refused(
     convert: Convert, data: Path, tmp_path: Path, fraction: str
 ) -> None:
     result = convert(*options(data, tmp_path / "shards"), "--max-reject-fraction", fraction)
-    assert_refused(result, "must lie between 0 and 1")
+    assert_refused(result, "it must be at least 0 and at most 1")
 
 
 def test_both_splits_are_written_and_their_counts_printed(convert: Convert, data: Path, tmp_path: Path) -> None:

@@ -314,11 +314,11 @@ def test_a_path_that_the_system_refuses_is_one_line_and_leaves_nothing(tool, wei
     ("options", "words"),
     [
         ([], ["out.parquet exists already"]),
-        (["--max-length", "7"], ["--max-length 7 must be at least 8"]),
-        (["--max-length", "2147483648"], ["--max-length 2147483648 must be", "at most 2147483647"]),
-        (["--batch-tokens", "2147483648"], ["--batch-tokens 2147483648 must be", "at most 2147483647"]),
+        (["--max-length", "7"], ["--max-length: 7; it must be at least 8"]),
+        (["--max-length", "2147483648"], ["--max-length: 2147483648; it must be", "at most 2147483647"]),
+        (["--batch-tokens", "2147483648"], ["--batch-tokens: 2147483648; it must be", "at most 2147483647"]),
         (["--batch-tokens", "100"], ["--batch-tokens 100 must hold a window of 1024"]),
-        (["--max-reject-fraction", "2"], ["--max-reject-fraction 2.0 must lie between 0 and 1"]),
+        (["--max-reject-fraction", "2"], ["--max-reject-fraction: 2.0; it must be at least 0 and at most 1"]),
     ],
 )
 def test_wrong_options_and_an_output_that_exists_are_told_before_anything_is_read(tool, tmp_path, options, words):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from benchmarks.parity import hugging_face, random_model
-from conftest import ROOT, composer
+from conftest import ROOT, composer, python
 from streaming import MDSWriter
 from test_model import CONFIGS
 from test_weights import save_fair_esm
@@ -277,12 +277,15 @@ def test_a_checkpoint_that_is_damaged_or_does_not_fit_is_refused(
         (["--data", "SHARDS", "--local", "n" * 300], ["nnn"]),
         (["--data", "SHARDS", "--split", "test"], ["no test shards"]),
         (["--data", "s3://bucket/x"], ["needs --local"]),
-        (["--data", "SHARDS", "--max-length", "4"], ["--max-length 4", "at least 8"]),
+        (["--data", "SHARDS", "--max-length", "4"], ["--max-length: 4", "at least 8"]),
         (["--data", "SHARDS", "--microbatch-tokens", "512"], ["--microbatch-tokens 512", "1024"]),
-        (["--data", "SHARDS", "--seed", "-1"], ["--seed -1"]),
-        (["--data", "SHARDS", "--seed", "2147483648"], ["--seed 2147483648", "at most 2147483647"]),
-        (["--data", "SHARDS", "--max-length", "2147483648"], ["--max-length 2147483648", "at most 2147483647"]),
-        (["--data", "SHARDS", "--microbatch-tokens", "2147483648"], ["--microbatch-tokens 2147483648", "at most"]),
+        (["--data", "SHARDS", "--seed", "-1"], ["--seed: -1"]),
+        (["--data", "SHARDS", "--seed", "2147483648"], ["--seed: 2147483648", "at most 2147483647"]),
+        (["--data", "SHARDS", "--max-length", "2147483648"], ["--max-length: 2147483648", "at most 2147483647"]),
+        (
+            ["--data", "SHARDS", "--microbatch-tokens", "2147483648"],
+            ["--microbatch-tokens: 2147483648", "at most"],
+        ),
         (["--data", "SHARDS", "--local", "s3://bucket/x"], ["--local is s3://bucket/x; it must be a folder"]),
         (["--data", "SHARDS", "--local", "SHARDS"], ["--local is", "where the shards themselves lie"]),
         (["--data", "SHARDS", "--split", ".."], ["--split ..", "the name of a folder"]),
@@ -295,9 +298,10 @@ def test_wrong_arguments_are_refused(shards, checkpoints, call, arguments, words
     assert_user_error(*call(tool.main, checkpoints["composer.pt"], *arguments), *words)
 
 
-def test_a_rank_without_its_launcher_is_refused(shards, checkpoints, call, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "x")
-    assert_user_error(*call(tool.main, checkpoints["composer.pt"], "--data", shards), "WORLD_SIZE is 'x'")
+def test_a_rank_without_its_launcher_is_refused(shards, checkpoints):
+    command = (ROOT / "tools/evaluate.py", checkpoints["composer.pt"], "--data", shards)
+    result = python(*command, WORLD_SIZE="x")
+    assert_user_error(result.returncode, result.stdout, result.stderr, "WORLD_SIZE is 'x'")
 
 
 @pytest.mark.parametrize("options", [(), ("--floors",)])

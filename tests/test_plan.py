@@ -239,4 +239,4 @@ def test_the_command_needs_neither_data_nor_gpus(tmp_path):
 def test_a_share_of_the_peak_that_is_none_is_refused(mfu):
     result = python(ROOT / "tools/plan.py", ROOT / "yamls/8m.yaml", "--gpus", "8", "--mfu", mfu)
     assert result.returncode == 2
-    assert result.stderr == f"error: --mfu {mfu} must lie between 0.001 and 1\n"
+    assert result.stderr == f"error: argument --mfu: {mfu}; it must be at least 0.001 and at most 1; see --help\n"

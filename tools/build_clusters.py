@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from esm2_composer.errors import ArgumentParser, UserError, run_command
+from esm2_composer.errors import ArgumentParser, UserError, in_range, run_command
 
 ENOUGH_VALID = 100  # clusters
 
@@ -27,18 +27,20 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=17, help="of the choice of clusters for validation")
     parser.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of MMseqs2 (%(default)s)"
+        "--threads",
+        type=in_range(int, 1, 1024),
+        default=len(os.sched_getaffinity(0)),
+        help="of MMseqs2 (%(default)s)",
     )
     parser.add_argument(
-        "--max-reject-fraction", type=float, default=0.01, help="stop if more sequences are unusable"
+        "--max-reject-fraction",
+        type=in_range(float, 0, 1),
+        default=0.01,
+        help="stop if more sequences are unusable",
     )
     args = parser.parse_args()
     if not 0 < args.valid_fraction < 1:
         raise UserError(f"--valid-fraction {args.valid_fraction} must lie between 0 and 1")
-    if not 0 <= args.max_reject_fraction <= 1:
-        raise UserError(f"--max-reject-fraction {args.max_reject_fraction} must lie between 0 and 1")
-    if not 1 <= args.threads <= 1024:
-        raise UserError(f"--threads {args.threads} must lie between 1 and 1024")
 
     from esm2_composer.conversion.clustering import build_clusters
 

@@ -20,7 +20,7 @@ import re
 import sys
 from pathlib import Path
 
-from esm2_composer.errors import ArgumentParser, UserError, run_command
+from esm2_composer.errors import ArgumentParser, UserError, in_range, run_command
 from esm2_composer.files import is_remote, lies_in, names_bucket
 from esm2_composer.progress import Progress
 from esm2_composer.splits import SPLITS
@@ -79,15 +79,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", help="folder or URI that holds, or will hold, train/ and valid/")
     parser.add_argument("--split", choices=SPLITS, default="train", help="(%(default)s)")
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)"
+        "--workers", type=in_range(int, 1), default=len(os.sched_getaffinity(0)), help="processes (%(default)s)"
     )
     parser.add_argument(
         "--max-reject-fraction",
-        type=float,
+        type=in_range(float, 0, 1),
         default=0.01,
         help="write nothing if more members are unusable, or more clusters have none (%(default)s)",
     )
-    parser.add_argument("--max-members-per-cluster", type=int, help="keep so many of a cluster (default: all)")
+    parser.add_argument(
+        "--max-members-per-cluster", type=in_range(int, 1), help="keep so many of a cluster (default: all)"
+    )
     parser.add_argument("--seed", type=int, help="of the choice that --max-members-per-cluster makes (default: 0)")
     parser.add_argument("--scratch", type=Path, help="work in progress for object storage (default: this folder)")
     parser.add_argument(
@@ -132,11 +134,6 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         raise UserError(f"--scratch goes with object storage; work for a folder lies in it ({args.out})")
     if args.flat and lies_in(args.out, str(args.flat)):
         raise UserError(f"--out {args.out} lies in --flat {args.flat}, where its own files would be read")
-    if not 0 <= args.max_reject_fraction <= 1:
-        raise UserError(f"--max-reject-fraction {args.max_reject_fraction} must lie between 0 and 1")
-    for name in ("workers", "max_members_per_cluster"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
 
 
 def print_summary(split: str, conversion: dict) -> None:

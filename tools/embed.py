@@ -13,7 +13,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from esm2_composer.errors import ArgumentParser, UserError, run_command
+from esm2_composer.errors import ArgumentParser, UserError, in_range, run_command
 from esm2_composer.files import refuse_existing
 from esm2_composer.progress import Progress
 from esm2_composer.schema import MAX_INT
@@ -27,7 +27,10 @@ def main() -> None:
     parser.add_argument("--per-residue", action="store_true", help="a vector per residue, beside the mean")
     parser.add_argument("--layer", type=int, help="0 is the embedding; default: the last, after the final norm")
     parser.add_argument(
-        "--max-length", type=int, default=1024, help="tokens the model sees of a protein at once (%(default)s)"
+        "--max-length",
+        type=in_range(int, 8, MAX_INT),
+        default=1024,
+        help="tokens the model sees of a protein at once (%(default)s)",
     )
     parser.add_argument(
         "--long",
@@ -35,18 +38,21 @@ def main() -> None:
         default="window",
         help="proteins beyond --max-length: join overlapping windows (default), or stop before anything is done",
     )
-    parser.add_argument("--batch-tokens", type=int, default=16384, help="tokens computed at a time (%(default)s)")
     parser.add_argument(
-        "--max-reject-fraction", type=float, default=0.01, help="stop if more sequences are unusable (%(default)s)"
+        "--batch-tokens",
+        type=in_range(int, 8, MAX_INT),
+        default=16384,
+        help="tokens computed at a time (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-reject-fraction",
+        type=in_range(float, 0, 1),
+        default=0.01,
+        help="stop if more sequences are unusable (%(default)s)",
     )
     args = parser.parse_args()
-    for name in ("max_length", "batch_tokens"):
-        if not 8 <= (value := getattr(args, name)) <= MAX_INT:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 8, and at most {MAX_INT}")
     if args.batch_tokens < args.max_length:
         raise UserError(f"--batch-tokens {args.batch_tokens} must hold a window of {args.max_length}")
-    if not 0 <= args.max_reject_fraction <= 1:
-        raise UserError(f"--max-reject-fraction {args.max_reject_fraction} must lie between 0 and 1")
     refuse_existing(args.out)
     if args.out.suffix != ".parquet":
         raise UserError(f"--out {args.out} must end in .parquet")

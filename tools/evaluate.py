@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from esm2_composer.errors import ArgumentParser, UserError, run_command
+from esm2_composer.errors import ArgumentParser, UserError, in_range, run_command
 from esm2_composer.launcher import run_on_ranks
 from esm2_composer.progress import Progress
 from esm2_composer.schema import MAX_INT, DataSection
@@ -31,9 +31,14 @@ def main() -> None:
     parser.add_argument("--local", help="cache folder, if --data is in an object store")
     parser.add_argument("--split", default="valid", help="a folder of --data (%(default)s)")
     parser.add_argument(
-        "--seed", type=int, default=17, help="the recipe's seed, which fixes the masks (%(default)s)"
+        "--seed",
+        type=in_range(int, 0, MAX_INT),
+        default=17,
+        help="the recipe's seed, which fixes the masks (%(default)s)",
     )
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a sequence (%(default)s)")
+    parser.add_argument(
+        "--max-length", type=in_range(int, 8, MAX_INT), default=1024, help="tokens of a sequence (%(default)s)"
+    )
     parser.add_argument(
         "--replacement",
         choices=("amino_acids", "all_tokens"),
@@ -42,7 +47,10 @@ def main() -> None:
     )
     parser.add_argument("--floors", action="store_true", help="also what models reach that know no context")
     parser.add_argument(
-        "--microbatch-tokens", type=int, default=16384, help="tokens computed at a time (%(default)s)"
+        "--microbatch-tokens",
+        type=in_range(int, 8, MAX_INT),
+        default=16384,
+        help="tokens computed at a time (%(default)s)",
     )
     parser.add_argument(
         "--json", action="store_true", help="a JSON object on standard output, the table on standard error"
@@ -92,9 +100,6 @@ def main() -> None:
 
 def check(args: argparse.Namespace, data: DataSection) -> None:
     """Raises UserError for what can be seen to be wrong before anything is loaded."""
-    for name, least in {"seed": 0, "max_length": 8, "microbatch_tokens": 8}.items():
-        if not least <= (value := getattr(args, name)) <= MAX_INT:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}, and at most {MAX_INT}")
     if args.microbatch_tokens < args.max_length:
         raise UserError(f"--microbatch-tokens {args.microbatch_tokens} must hold a sequence of {args.max_length}")
     if args.split in (".", "..") or "/" in args.split:

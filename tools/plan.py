@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from esm2_composer.errors import ArgumentParser, UserError, run_command
+from esm2_composer.errors import ArgumentParser, in_range, run_command
 
 GPU_NAMES = ("a100", "h100", "h200", "b200")
 
@@ -18,19 +18,15 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a YAML file, see yamls/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
-    parser.add_argument("--gpus", type=int, required=True, help="of the whole run")
+    parser.add_argument("--gpus", type=in_range(int, 1), required=True, help="of the whole run")
     parser.add_argument("--gpu", choices=GPU_NAMES, default="h100", help="default: h100")
     parser.add_argument(
         "--mfu",
-        type=float,
+        type=in_range(float, 0.001, 1),
         help="share of the GPUs' peak that computing reaches; default: a cautious one for the size of the heads",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_intermixed_args()
-    if args.gpus < 1:
-        raise UserError("--gpus must be at least 1")
-    if args.mfu is not None and not 0.001 <= args.mfu <= 1:
-        raise UserError(f"--mfu {args.mfu} must lie between 0.001 and 1")
 
     from esm2_composer.config import load_recipe
 

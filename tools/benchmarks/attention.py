@@ -20,7 +20,7 @@ from benchmarks.lengths import uniref_like_lengths
 from benchmarks.limits import compute_type
 
 from esm2_composer.attention import Attention, rotate, select_attention
-from esm2_composer.errors import UserError
+from esm2_composer.errors import UserError, in_range
 from esm2_composer.model import SIZES, rotary_frequencies, rotary_tables
 
 BACKENDS = ("triton", "torch", "flash", "cpu")
@@ -31,15 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--tokens", type=int, help="at most, in the batch; by default 65,536, on a CPU 2,048")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument(
+        "--tokens", type=in_range(int, 1024), help="at most, in the batch; by default 65,536, on a CPU 2,048"
+    )
+    parser.add_argument("--rounds", type=in_range(int, 1), default=10)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     tokens = args.tokens or (65536 if args.device == "cuda" else 2048)
-    unknown = [size for size in args.sizes if size not in SIZES]
-    if unknown or args.rounds < 1 or tokens < 1024:
-        raise UserError(f"--sizes are {', '.join(SIZES)}; --rounds at least 1, --tokens at least 1,024")
+    if unknown := set(args.sizes) - set(SIZES):
+        raise UserError(f"--sizes: no {', '.join(sorted(unknown))}; there are: {', '.join(SIZES)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU here")
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"

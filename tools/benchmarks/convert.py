@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from esm2_composer.errors import UserError
+from esm2_composer.errors import in_range
 
 UNIREF_RESIDUES = 63e9
 CLUSTER_TAIL, MAX_CLUSTER = 1.3, 50  # P(size >= k) = k ** -1.3: mean 2.9
@@ -29,15 +29,19 @@ CONVERT = Path(__file__).parents[1] / "convert.py"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--clusters", type=int, nargs="+", default=[10_000, 100_000], help="sizes (%(default)s)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes (%(default)s)")
-    parser.add_argument("--huge", type=int, default=0, help="members of the first cluster, and time its draw")
+    parser.add_argument(
+        "--clusters", type=in_range(int, 1), nargs="+", default=[10_000, 100_000], help="sizes (%(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=in_range(int, 1), nargs="+", default=[1, 2], help="processes (%(default)s)"
+    )
+    parser.add_argument(
+        "--huge", type=in_range(int, 0), default=0, help="members of the first cluster, and time its draw"
+    )
 
 
 def measure(args: argparse.Namespace) -> dict:
     """Convert inputs of every size with every number of workers."""
-    if min(*args.clusters, *args.workers) < 1:
-        raise UserError("--clusters and --workers must be at least 1")
     rows = []
     for clusters in args.clusters:
         with tempfile.TemporaryDirectory(prefix="convert-") as folder:

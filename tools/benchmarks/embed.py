@@ -13,15 +13,25 @@ import sys
 import time
 from collections.abc import Callable
 
+from esm2_composer.errors import UserError, in_range
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="8m", help="8m, 35m, 150m, 650m, 3b or 15b")
-    parser.add_argument("--proteins", type=int, default=256, help="of UniRef-like lengths, cropped to 1,022")
-    parser.add_argument("--batch-tokens", type=int, default=16384, help="ours: tokens computed at a time")
     parser.add_argument(
-        "--batch-sizes", type=int, nargs="+", default=[8, 32], help="transformers': proteins computed at a time"
+        "--proteins", type=in_range(int, 1), default=256, help="of UniRef-like lengths, cropped to 1,022"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every contender")
+    parser.add_argument(
+        "--batch-tokens", type=in_range(int, 1024), default=16384, help="ours: tokens computed at a time"
+    )
+    parser.add_argument(
+        "--batch-sizes",
+        type=in_range(int, 1),
+        nargs="+",
+        default=[8, 32],
+        help="transformers': proteins computed at a time",
+    )
+    parser.add_argument("--rounds", type=in_range(int, 1), default=3, help="turns of every contender")
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -31,14 +41,11 @@ def measure(args: argparse.Namespace) -> dict:
     from transformers import EsmConfig, EsmModel
 
     from esm2_composer.embedding import Embedder
-    from esm2_composer.errors import UserError
     from esm2_composer.model import ESM2, SIZES
     from esm2_composer.weights import hugging_face_config
 
     if args.size not in SIZES:
         raise UserError(f"--size {args.size}; there are: {', '.join(SIZES)}")
-    if min(args.proteins, args.rounds, *args.batch_sizes) < 1 or args.batch_tokens < 1024:
-        raise UserError("--proteins, --rounds and --batch-sizes must be at least 1, --batch-tokens 1024")
     torch.manual_seed(0)
     generator = random.Random(0)
     lengths = (uniref_like_lengths(args.proteins, 0) - 2).tolist()

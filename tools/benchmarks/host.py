@@ -24,7 +24,7 @@ import torch
 from benchmarks.contenders import Work, make_trainer
 from benchmarks.step import check_size_and_device, in_own_process
 
-from esm2_composer.errors import UserError
+from esm2_composer.errors import in_range
 
 WARMUP = 20  # updates
 SEQUENCE = 320  # tokens of one, at most
@@ -34,18 +34,15 @@ LOGGERS = ("none", "esm2_composer's", "Composer's")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="8m", help="8m, 35m, 150m, 650m, 3b or 15b (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
-    parser.add_argument("--tokens", type=int, default=16, help="of an update (%(default)s)")
-    parser.add_argument("--updates", type=int, default=100, help="that count, a round (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="(%(default)s)")
-    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 8, 32], help="that sum a number (2 8 32)")
+    parser.add_argument("--tokens", type=in_range(int, 3), default=16, help="of an update (%(default)s)")
+    parser.add_argument("--updates", type=in_range(int, 1), default=100, help="that count, a round (%(default)s)")
+    parser.add_argument("--rounds", type=in_range(int, 1), default=2, help="(%(default)s)")
+    parser.add_argument(
+        "--ranks", type=in_range(int, 2), nargs="*", default=[2, 8, 32], help="that sum a number (2 8 32)"
+    )
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    for name, least in (("tokens", 3), ("updates", 1), ("rounds", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} must be at least {least}")
-    if min(args.ranks, default=2) < 2:
-        raise UserError("--ranks must be at least 2")
     check_size_and_device(args)
     sequences = -(-args.tokens // SEQUENCE)
     lengths = [len(part) for part in np.array_split(range(args.tokens), sequences)]

@@ -18,26 +18,35 @@ from typing import Any
 import numpy as np
 from benchmarks.lengths import uniref_like_lengths
 
-from esm2_composer.errors import UserError
+from esm2_composer.errors import in_range
 
 BATCH = 256
 TIMED_BATCHES = 8  # for the parts of the time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--clusters", type=int, default=20_000, help="clusters of three members to make and read")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender, a second or so each")
-    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="loader processes to try")
-    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 8, 64, 128, 512], help="ranks to simulate")
-    parser.add_argument("--global-batch", type=int, default=2048, help="sequences shared out to the ranks")
-    parser.add_argument("--microbatch-tokens", type=int, default=16_384)
+    parser.add_argument(
+        "--clusters",
+        type=in_range(int, TIMED_BATCHES * BATCH),
+        default=20_000,
+        help="clusters of three members to make and read",
+    )
+    parser.add_argument(
+        "--rounds", type=in_range(int, 1), default=5, help="turns of each contender, a second or so each"
+    )
+    parser.add_argument(
+        "--workers", type=in_range(int, 1), nargs="*", default=[1, 2], help="loader processes to try"
+    )
+    parser.add_argument(
+        "--ranks", type=in_range(int, 1), nargs="*", default=[2, 8, 64, 128, 512], help="ranks to simulate"
+    )
+    parser.add_argument(
+        "--global-batch", type=in_range(int, 1), default=2048, help="sequences shared out to the ranks"
+    )
+    parser.add_argument("--microbatch-tokens", type=in_range(int, 1024), default=16_384)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    if args.clusters < TIMED_BATCHES * BATCH:
-        raise UserError(f"--clusters must be at least {TIMED_BATCHES * BATCH}")
-    if args.microbatch_tokens < 1024:
-        raise UserError("--microbatch-tokens must be at least 1024, the longest sequence")
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder) / "shards"
         write_shards(shards, args.clusters)

@@ -21,22 +21,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from esm2_composer.errors import UserError
+from esm2_composer.errors import UserError, in_range
 
 SHARD = 65_536  # clusters
 SHARED_MEMORY = "/dev/shm"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--clusters", type=int, default=65_182_365, help="of the split; UniRef50's by default")
-    parser.add_argument("--ranks", type=int, default=1, help="of the node")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes of each rank")
-    parser.add_argument("--global-batch", type=int, default=2048, help="sequences")
+    parser.add_argument(
+        "--clusters", type=in_range(int, 1), default=65_182_365, help="of the split; UniRef50's by default"
+    )
+    parser.add_argument("--ranks", type=in_range(int, 1), default=1, help="of the node")
+    parser.add_argument("--workers", type=in_range(int, 1), default=2, help="loader processes of each rank")
+    parser.add_argument("--global-batch", type=in_range(int, 1), default=2048, help="sequences")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    if min(args.ranks, args.workers, args.global_batch) < 1 or args.clusters < args.global_batch:
-        raise UserError("--ranks, --workers and --global-batch must be at least 1, --clusters one global batch")
+    if args.clusters < args.global_batch:
+        raise UserError(f"--clusters {args.clusters} do not fill one --global-batch of {args.global_batch}")
     half = args.clusters // args.global_batch // 2 * args.global_batch
     rows = {}
     with tempfile.TemporaryDirectory() as folder:

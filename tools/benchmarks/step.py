@@ -31,7 +31,7 @@ from benchmarks.contenders import LONGEST, Failure, Outcome, Work, bins_of, cont
 from benchmarks.lengths import uniref_like_lengths
 from benchmarks.limits import Limits, measure_limits
 
-from esm2_composer.errors import UserError
+from esm2_composer.errors import UserError, in_range
 from esm2_composer.model import SIZES
 from esm2_composer.plan import GPU, fitting_microbatch, make_plan, skeleton
 
@@ -42,7 +42,7 @@ ON_GPU = 64 * LONGEST  # from half of that on, more hardly speed a GPU up
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_work_arguments(parser)
-    parser.add_argument("--rounds", type=int, default=2, help="turns of every contender")
+    parser.add_argument("--rounds", type=in_range(int, 1), default=2, help="turns of every contender")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="contenders whose names have one of these")
 
 
@@ -51,23 +51,23 @@ def add_work_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--batches", type=int, default=2, help="different batches, in turns")
+    parser.add_argument("--batches", type=in_range(int, 1), default=2, help="different batches, in turns")
     parser.add_argument(
-        "--sequences", type=int, help="a batch; by default 16 on a CPU, on a GPU a full microbatch"
+        "--sequences", type=in_range(int, 1), help="a batch; by default 16 on a CPU, on a GPU a full microbatch"
     )
     parser.add_argument(
         "--microbatch-tokens",
-        type=int,
+        type=in_range(int, LONGEST),
         help="by default what `plan` finds room for, at most 65,536 or the recipe's, whichever is more",
     )
-    parser.add_argument("--steps", type=int, help="that count, a round; by default 2 on a CPU, 20 on a GPU")
+    parser.add_argument(
+        "--steps", type=in_range(int, 1), help="that count, a round; by default 2 on a CPU, 20 on a GPU"
+    )
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run every contender in turns, `rounds` times, or until Ctrl-C, which ends with what was measured by then."""
-    if args.rounds < 1:
-        raise UserError("--rounds must be at least 1")
-    check(args)
+    check_size_and_device(args)
     limits = [in_own_process(measure_limits, args.device)]
     work = make_work(args, limits[0])
     all_names = list(contenders(args.device, args.size))
@@ -117,14 +117,6 @@ def check_size_and_device(args: argparse.Namespace) -> None:
         raise UserError(f"--size {args.size}; there are: {', '.join(SIZES)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU here")
-
-
-def check(args: argparse.Namespace) -> None:
-    check_size_and_device(args)
-    for name, least in (("batches", 1), ("sequences", 1), ("steps", 1), ("microbatch_tokens", LONGEST)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}; it must be at least {least}")
 
 
 def make_work(args: argparse.Namespace, limits: Limits) -> Work:
