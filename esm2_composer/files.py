@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 import xxhash
 
-from esm2_composer.errors import UserError
+from esm2_composer.errors import UserError, system_error
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -23,6 +26,33 @@ def write_durably(path: Path, content: bytes) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def appearing_whole(out: Path) -> Iterator[Path]:
+    """A path beside `out` for a file or a folder, which becomes `out` once it is written.
+
+    Raises:
+        UserError, TransientError: it cannot be written, see `system_error`.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        _remove(partial)  # of a command that was killed
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.rename(out)
+    except OSError as error:
+        raise system_error(f"{out}: cannot be written ({error.strerror or error})", error) from error
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def sync(path: Path) -> None:

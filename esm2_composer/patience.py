@@ -18,6 +18,7 @@ WAITS = (1, 2, 4, 8, 16)  # seconds before asking again
 AWAY = (
     *(boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError),
     *(boto.CredentialRetrievalError, boto.MetadataRetrievalError),
+    boto.FlexibleChecksumError,  # garbled on its way
 )
 
 

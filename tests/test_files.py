@@ -1,11 +1,12 @@
 """Files on local disks are whole, or not there; outputs take no other's place."""
 
+import errno
 from pathlib import Path
 
 import pytest
 
-from esm2_composer.errors import UserError
-from esm2_composer.files import lies_in, refuse_existing, write_durably
+from esm2_composer.errors import TransientError, UserError
+from esm2_composer.files import appearing_whole, lies_in, refuse_existing, write_durably
 
 
 def test_a_file_is_never_seen_half_written(tmp_path: Path) -> None:
@@ -14,6 +15,40 @@ def test_a_file_is_never_seen_half_written(tmp_path: Path) -> None:
         write_durably(tmp_path / "file", "no bytes")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("left", [None, "file", "folder"])
+@pytest.mark.parametrize("made", ["file", "folder"])
+def test_an_output_appears_whole_whatever_a_killed_command_left(tmp_path: Path, left: str, made: str) -> None:
+    out, make = tmp_path / "new/out", {"file": Path.touch, "folder": Path.mkdir}
+    if left:
+        out.parent.mkdir()
+        make[left](out.parent / ".out.partial")
+    with appearing_whole(out) as partial:
+        make[made](partial)
+        assert not out.exists()
+    assert list(out.parent.iterdir()) == [out]
+    assert out.is_dir() == (made == "folder")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "disk full"), TransientError),
+        (OSError(errno.EACCES, "not yours"), UserError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_an_output_that_fails_leaves_nothing(tmp_path: Path, error: BaseException, told: type) -> None:
+    def write() -> None:
+        with appearing_whole(tmp_path / "out") as partial:
+            partial.mkdir()
+            (partial / "file").touch()
+            raise error
+
+    with pytest.raises(told):
+        write()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_in_a_store_is_refused_where_only_files_are_written():

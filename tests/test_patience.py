@@ -10,6 +10,7 @@ import pytest
 from botocore.exceptions import (
     ClientError,
     EndpointConnectionError,
+    FlexibleChecksumError,
     NoCredentialsError,
     ProfileNotFound,
     ReadTimeoutError,
@@ -46,6 +47,7 @@ class ErrorOfAnotherLibrary(Exception):
         (ErrorOfAnotherLibrary(response=object(), status_code=None), False),
         (ErrorOfAnotherLibrary(), False),
         (NoCredentialsError(), True),
+        (FlexibleChecksumError(error_msg="crc32"), False),
         (ProfileNotFound(profile="none"), True),
         (EndpointConnectionError(endpoint_url="http://nowhere"), False),
         (ReadTimeoutError(endpoint_url="http://nowhere"), False),

@@ -7,11 +7,10 @@ that `AutoModelForMaskedLM` and `AutoTokenizer` load. It appears whole or not at
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 from esm2_composer.errors import ArgumentParser, UserError, run_command
-from esm2_composer.files import refuse_existing
+from esm2_composer.files import appearing_whole, refuse_existing
 
 
 def main() -> None:
@@ -34,18 +33,14 @@ def main() -> None:
 
 
 def export(model, out: Path) -> None:
-    """Write the ESM2 `model` as the new folder `out`: under another name, and renamed at the end."""
+    """Write the ESM2 `model` as the new folder `out`."""
     from safetensors import SafetensorError
 
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-        model.save_hf(partial)
-        partial.rename(out)
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
-        raise UserError(f"{out}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with appearing_whole(out) as partial:
+        try:
+            model.save_hf(partial)
+        except SafetensorError as error:  # it wraps what the system says
+            raise UserError(f"{out}: cannot be written ({error})") from error
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import math
 import os
 import textwrap
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from esm2_composer.errors import ArgumentParser, UserError, run_command
-from esm2_composer.files import is_remote, refuse_existing, refuse_irregular
+from esm2_composer.files import appearing_whole, is_remote, refuse_existing, refuse_irregular
 from esm2_composer.schema import DataSection
 from esm2_composer.splits import SPLITS, check_data, count_clusters
 
@@ -358,15 +357,8 @@ def label_ends(axes: Any, ends: list[tuple[str, float, float, str]]) -> None:
 
 
 def save(figure: Any, out: Path) -> None:
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with appearing_whole(out) as partial:
         figure.savefig(partial, format=out.suffix[1:], dpi=200, bbox_inches="tight")
-        partial.rename(out)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":

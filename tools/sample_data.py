@@ -24,7 +24,6 @@ import contextlib
 import os
 import sqlite3
 import sys
-import tempfile
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -34,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esm2_composer.errors import ArgumentParser, UserError, in_range, run_command
-from esm2_composer.files import is_remote
+from esm2_composer.files import appearing_whole, is_remote
 
 RESIDUES = np.frombuffer(b"ARNDCQEGHILKMFPSTWYV", np.uint8)
 # Percent in UniProtKB/Swiss-Prot, in the order of RESIDUES.
@@ -175,16 +174,6 @@ def write_files(folder: Path, train: Families, valid: dict[str, str]) -> None:
     write_database(folder / "validation.db", valid)
 
 
-def write_whole(out: Path, train: Families, valid: dict[str, str]) -> None:
-    """Write the data set beside `out` and rename it: what a crash leaves must not look like a data set."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        partial = Path(scratch) / "partial"  # the scratch folder itself is readable by its owner only
-        partial.mkdir()
-        write_files(partial, train, valid)
-        partial.rename(out)
-
-
 def report(out: Path, train: Families, valid: dict[str, str]) -> None:
     """Print what was written to stderr."""
     lengths = np.array([len(seq) for family in train.values() for seq in family.values()])
@@ -216,7 +205,9 @@ def main() -> None:
         if os.path.lexists(args.out) and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{args.out} exists and is not an empty folder; give a new folder or empty it")
         train, valid = make_data(args.seed, args.clusters, args.valid_clusters)
-        write_whole(out, train, valid)
+        with appearing_whole(out) as partial:  # what a crash leaves must not look like a data set
+            partial.mkdir()
+            write_files(partial, train, valid)
     except (OSError, sqlite3.Error) as error:
         raise UserError(f"cannot write {out}: {error}") from error
     report(out, train, valid)
