@@ -49,7 +49,7 @@ test: lint
 test-slow: lint
 	$(BIN)/python -m pytest -n 1 --max-worker-restart 0 -m slow
 
-# Pins for Python 3.10 to 3.12, without the address of any package index. Composer 0.32.1 asks for a torch below 2.7.1
+# Pins for Python 3.10 to 3.12. Composer 0.32.1 asks for a torch below 2.7.1
 # and runs with 2.11 as well.
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.10 --extra dev --no-header --no-annotate \
 	--no-emit-index-url pyproject.toml

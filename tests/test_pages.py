@@ -29,6 +29,8 @@ from esm2_composer.conversion.fasta import read_fasta
 from esm2_composer.errors import EXIT_PREEMPTED
 
 SMALL = {
+    "sbatch --nodes=8 docs/jobs/slurm.sh yamls/": "composer --nproc 2 train.py yamls/",
+    "sbatch --nodes=2 docs/jobs/slurm.sh yamls/": "composer --nproc 2 train.py yamls/",
     "--nproc 8": "--nproc 2",
     "-n 8": "-n 2",
     "/data/uniref50": "data/uniref50",
@@ -79,8 +81,8 @@ NOT_HERE = {
     "apt install mmseqs2": "changes the machine",
     "apt install openjdk-17-jre-headless": "changes the machine",
     "download_bionemo_data esm2/fulldata_esm2_pretrain:2.0 --source ngc": "80 GB, and a program of NVIDIA's",
-    "sbatch docs/jobs/slurm.sh": "no cluster here; test_running.py looks at the script",
-    "kubectl apply -f docs/jobs/kubernetes.yaml": "no cluster here; test_running.py looks at the manifest",
+    "sbatch docs/jobs/slurm.sh yamls/NAME.yaml key=value …": "no cluster here, see test_running.py",
+    "kubectl apply -f docs/jobs/kubernetes.yaml": "no cluster here, see test_running.py",
 }
 APART = ("make demo", "sed ", "cut ", "pkill ")  # by tests of their own, below
 

@@ -37,8 +37,8 @@ def check_training(words: list[str]) -> None:
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "yamls/" in line])
 def test_commands_name_recipes_that_take_their_overrides(command):
     words = shlex.split(command)
-    assert words[0] in ("composer", "python")
-    check_training(words)
+    assert words[0] in ("composer", "python", "sbatch")
+    check_training(["train.py", *words[3:]] if words[0] == "sbatch" else words)
 
 
 @pytest.mark.parametrize("script", [SLURM, "\n".join(COMMANDS)], ids=["slurm", "commands"])
@@ -78,30 +78,44 @@ def test_the_slurm_job_passes_its_early_warning_on_and_waits_for_the_save(tmp_pa
     assert (warned, requeue) == (f"srun --overlap --nodes=1 --ntasks=1 {warning}", "scontrol requeue 17")
 
 
+@pytest.mark.parametrize("given", [(), ("yamls/3b.yaml", "run_name=a trial", "fsdp=null")])
+def test_the_slurm_job_trains_what_it_is_given_or_650m(given, tmp_path):
+    with slurm_job(tmp_path, 'shift 2; exec "$@"', 0, *given) as job:
+        assert job.wait(20) == 0
+    (trained,) = (line for line in (tmp_path / "told").read_text().splitlines() if line.startswith("composer "))
+    launcher, words = trained.split(" train.py ")
+    assert launcher == "composer --nproc 8"
+    assert not given or words == " ".join(given)
+    check_training(["train.py", *(given or words.split())])
+
+
 @contextlib.contextmanager
-def slurm_job(folder: Path, then: str, restarts: int) -> Iterator[subprocess.Popen]:
-    """The script itself, where SLURM's commands write down what they are told, and srun of the run does `then`."""
+def slurm_job(folder: Path, then: str, restarts: int, *arguments: str) -> Iterator[subprocess.Popen]:
+    """The script itself, where commands write down what they are told, and srun of the run does `then`."""
     srun = f'case "$1" in --kill*) {then} ;; esac'
-    for name, words, last in (("srun", "$*", srun), ("scontrol", "$1 $2", "")):
+    for name, words, last in (
+        *(("srun", "$*", srun), ("scontrol", "$1 $2", "")),
+        *(("composer", "$*", ""), ("mkdir", "$*", "")),
+    ):
         (folder / name).write_text(f'#!/bin/bash\necho {name} "{words}" | head -n 1 >> told\n{last}\n')
         (folder / name).chmod(0o755)
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/bin/activate").write_text(f"PATH={folder}:$PATH\n")
     slurm = {"JOB_ID": "17", "JOB_NUM_NODES": "8", "JOB_NODELIST": "n[1-8]", "CPUS_PER_TASK": "96"}
-    slurm["RESTART_COUNT"] = str(restarts)
-    environment = {**os.environ, **{f"SLURM_{name}": value for name, value in slurm.items()}}
-    with subprocess.Popen(["bash", ROOT / "docs/jobs/slurm.sh"], cwd=folder, env=environment) as job:
+    slurm |= {"RESTART_COUNT": str(restarts), "NODEID": "0"}
+    environment = {**os.environ, "USER": "me", **{f"SLURM_{name}": value for name, value in slurm.items()}}
+    command = ["bash", ROOT / "docs/jobs/slurm.sh", *arguments]
+    with subprocess.Popen(command, cwd=folder, env=environment) as job:
         try:
             yield job
         finally:
             job.kill()
 
 
-def test_the_slurm_job_trains():
+def test_the_slurm_job_is_warned_in_time_and_its_inner_script_is_shell():
     assert int(re.search(r"--signal=B:USR1@(\d+)", SLURM)[1]) > GRACE
     inner = re.search(r"bash -c '(.*?)'", SLURM, re.DOTALL)[1]
     assert subprocess.run(["bash", "-n"], input=inner, text=True, timeout=20).returncode == 0
-    check_training(shlex.split(inner[inner.index("composer") :].replace("$USER", "me")))
 
 
 def test_the_kubernetes_job_goes_on_when_told_to_leave_and_ends_on_mistakes():

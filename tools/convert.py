@@ -171,7 +171,7 @@ def print_statistics(split: str, statistics: dict) -> None:
         *(f"not compared with {name}, which is not there" for name in statistics["absent"]),
         ", ".join(f"{statistics[name]:,} {name}" for name in ("clusters", "members", "residues")),
         f"lengths {lengths}; {statistics['share_over_1022']:.2%} over 1,022",
-        f"padded to 1,024, {statistics['padding_at_1024']:.1%} of all tokens drawn in training would be padding",
+        f"padded to 1,024, {statistics['padding_at_1024']:.1%} of all tokens drawn would be padding",
     ]
     print("\n".join(f"{split}: {line}" for line in lines))
 

@@ -1,4 +1,4 @@
-"""Memory, time, cost and disk of a run on GPUs, before paying: python tools/plan.py RECIPE --gpus N [--gpu h100]
+"""Memory, time, GPU-hours and disk of a run, before paying: python tools/plan.py RECIPE --gpus N [--gpu h100]
 
 By arithmetic on stated assumptions (see esm2_composer/plan.py); measure MFU on one node and give it as --mfu.
 Needs neither GPUs nor the recipe's data. Any key can be overridden as key.subkey=value.

@@ -10,6 +10,12 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
+# What to train: sbatch docs/jobs/slurm.sh yamls/NAME.yaml key=value ..., or without arguments this.
+if [ $# -eq 0 ]; then
+    set -- yamls/650m.yaml data.remote=/shared/uniref50 "data.local=/local/$USER/uniref50" \
+        save_folder=/shared/runs/esm2_650m/checkpoints
+fi
+
 source .venv/bin/activate
 export GPUS=8 WORLD_SIZE=$((8 * SLURM_JOB_NUM_NODES)) MASTER_PORT=29500
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -22,9 +28,8 @@ trap "srun --overlap --nodes=1 --ntasks=1 pkill --oldest --signal USR1 --full 'p
 # SLURM 22.05 to 23.02 do not hand --cpus-per-task on to srun.
 srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
     mkdir -p "$TMPDIR"
-    NODE_RANK=$SLURM_NODEID exec composer --nproc "$GPUS" train.py yamls/650m.yaml \
-        data.remote=/shared/uniref50 data.local=/local/$USER/uniref50 save_folder=/shared/runs/esm2_650m/checkpoints
-' &
+    NODE_RANK=$SLURM_NODEID exec composer --nproc "$GPUS" train.py "$@"
+' bash "$@" &
 wait $!
 code=$?
 if [ "$code" -eq 138 ]; then          # SIGUSR1 ended the wait, and nothing else
