@@ -40,7 +40,7 @@ def train() -> int:
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.dry_run:
-        from esm2_composer.plan import describe
+        from esm2_composer.estimate import describe
 
         if is_remote(recipe.data.remote):
             from esm2_composer.data import check_store

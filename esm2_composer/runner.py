@@ -38,6 +38,7 @@ from esm2_composer.data import (
 )
 from esm2_composer.divergence import Divergence
 from esm2_composer.errors import UserError, naming
+from esm2_composer.estimate import GPUS
 from esm2_composer.files import is_remote
 from esm2_composer.folders import open_folder, updates
 from esm2_composer.fp8 import use_fp8
@@ -45,14 +46,14 @@ from esm2_composer.fsdp import DivideByRanks, means_are_sums, parallelism_of
 from esm2_composer.kernel_checks import what_triton_lacks
 from esm2_composer.loggers import Progress, build_loggers, check_wandb
 from esm2_composer.masking import MaskingRule
-from esm2_composer.model import ESM2, count_parameters
+from esm2_composer.model import count_parameters
+from esm2_composer.network import build_model
 from esm2_composer.optim import build_adamw, build_schedule
-from esm2_composer.plan import GPUS, architecture
 from esm2_composer.pool import data_spec
 from esm2_composer.preemption import shelter_worker
 from esm2_composer.ranks import on_rank_zero, say
 from esm2_composer.saving import CheckpointSaver
-from esm2_composer.schema import DataSection, ModelSection, Recipe, batches
+from esm2_composer.schema import DataSection, Recipe, batches
 from esm2_composer.splits import SPLITS
 from esm2_composer.task import MaskedLanguageModel
 
@@ -234,17 +235,6 @@ def _short_clusters(data: DataSection) -> str:
         f"data.min_length {data.min_length}: {'an unknown number of' if count is None else f'{count:,}'} clusters "
         "have no member that long, and show those they have"
     )
-
-
-def build_model(section: ModelSection, weights: bool = True) -> ESM2:
-    """The network a recipe's `model` section asks for; without weights, one on the meta device."""
-    if not weights:
-        with torch.device("meta"):
-            return ESM2(architecture(section))
-    if section.init_from is not None:
-        with naming("model.init_from"):
-            return ESM2.from_pretrained(section.init_from, attention=section.attention)
-    return ESM2(architecture(section))
 
 
 def cluster_draw(recipe: Recipe) -> ClusterDraw:

@@ -45,13 +45,14 @@ WITHOUT_STREAMING = {
     *("test_alphabet", "test_attention", "test_benchmark", "test_benchmark_convert", "test_benchmark_profile"),
     *("test_benchmark_step", "test_build_clusters", "test_callbacks", "test_checkpoints", "test_checksums"),
     *("test_config", "test_conversion_plan", "test_convert", "test_divergence", "test_docs", "test_embed"),
-    *("test_epochs", "test_errors", "test_export_hf", "test_fasta", "test_files", "test_folders", "test_fp8"),
-    *("test_fsdp", "test_journal", "test_launcher", "test_layouts", "test_loggers", "test_markers"),
-    *("test_masking", "test_mds", "test_model", "test_optim", "test_parts", "test_patience", "test_plan"),
-    *("test_pool", "test_precision", "test_progress", "test_proteins", "test_ranks", "test_records"),
-    *("test_running", "test_sample_data", "test_schema", "test_sharded_checkpoint", "test_spark"),
-    *("test_splits", "test_strict", "test_task", "test_triton_attention", "test_triton_elementwise"),
-    *("test_triton_fp8", "test_triton_layer", "test_verification", "test_weights", "test_workers"),
+    *("test_epochs", "test_errors", "test_estimate", "test_export_hf", "test_fasta", "test_files"),
+    *("test_folders", "test_fp8", "test_fsdp", "test_journal", "test_launcher", "test_layouts"),
+    *("test_loggers", "test_markers", "test_masking", "test_mds", "test_model", "test_optim", "test_parts"),
+    *("test_patience", "test_pool", "test_precision", "test_progress", "test_proteins", "test_ranks"),
+    *("test_records", "test_running", "test_sample_data", "test_schema", "test_sharded_checkpoint"),
+    *("test_spark", "test_splits", "test_strict", "test_task", "test_triton_attention"),
+    *("test_triton_elementwise", "test_triton_fp8", "test_triton_layer", "test_verification", "test_weights"),
+    "test_workers",
 }
 
 

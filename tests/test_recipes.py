@@ -26,7 +26,8 @@ from esm2_composer.fsdp import fsdp_options
 from esm2_composer.loggers import LOSS
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import SIZES, ESM2Config, rotary_frequencies
-from esm2_composer.runner import build_model, cluster_draw, compiles
+from esm2_composer.network import build_model
+from esm2_composer.runner import cluster_draw, compiles
 from esm2_composer.splits import SPLITS
 
 RECIPES = sorted(path.stem for path in (ROOT / "yamls").glob("*.yaml"))

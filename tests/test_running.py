@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from esm2_composer.config import load_recipe
 from esm2_composer.errors import EXIT_DIVERGED, EXIT_PREEMPTED
-from esm2_composer.plan import report
+from esm2_composer.estimate import report
 from esm2_composer.preemption import GRACE
 
 TEXT = (ROOT / "docs/running.md").read_text()

@@ -26,9 +26,9 @@ from esm2_composer import runner
 from esm2_composer.config import load_recipe
 from esm2_composer.conversion.records import COLUMNS
 from esm2_composer.errors import UserError
+from esm2_composer.estimate import GPUS, estimate_run
 from esm2_composer.fsdp import DivideByRanks
 from esm2_composer.loggers import PERPLEXITY
-from esm2_composer.plan import GPUS, make_plan
 from esm2_composer.ranks import end_process_group
 from esm2_composer.runner import Done, build_trainer, digests_of_all_nodes
 from esm2_composer.schema import DataSection
@@ -64,7 +64,7 @@ def test_training_logs_loss_perplexity_and_real_tokens(finished):
 def test_checkpoints_are_as_large_as_planned(shards, finished, tmp_path):
     _, recipe, *overrides = command(shards)
     path = finished / "runs/demo/checkpoints/latest-rank0.pt"
-    planned = make_plan(load_recipe(recipe, overrides), 1, GPUS["h100"], 0.4).checkpoint_bytes
+    planned = estimate_run(load_recipe(recipe, overrides), 1, GPUS["h100"], 0.4).checkpoint_bytes
     assert 0 < path.stat().st_size - planned < 200_000  # what else a run keeps
 
 

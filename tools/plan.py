@@ -1,6 +1,6 @@
 """Memory, time, GPU-hours and disk of a run, before paying: python tools/plan.py RECIPE --gpus N [--gpu h100]
 
-By arithmetic on stated assumptions (see esm2_composer/plan.py); measure MFU on one node and give it as --mfu.
+By arithmetic on stated assumptions (see esm2_composer/estimate.py); measure MFU on one node and give it as --mfu.
 Needs neither GPUs nor the recipe's data. Any key can be overridden as key.subkey=value.
 """
 
@@ -32,7 +32,7 @@ def main() -> None:
 
     recipe = load_recipe(args.recipe, args.overrides, data_is_here=False)
 
-    from esm2_composer.plan import report
+    from esm2_composer.estimate import report
 
     text, data = report(recipe, args.gpus, args.gpu, args.mfu)
     print(json.dumps(data) if args.json else text)

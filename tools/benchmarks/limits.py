@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from esm2_composer.plan import gpu_named
+from esm2_composer.estimate import gpu_named
 
 
 @dataclass(frozen=True)

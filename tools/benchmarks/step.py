@@ -32,8 +32,9 @@ from benchmarks.lengths import uniref_like_lengths
 from benchmarks.limits import Limits, measure_limits
 
 from esm2_composer.errors import UserError, in_range
+from esm2_composer.estimate import GPU, estimate_run, fitting_microbatch
 from esm2_composer.model import SIZES
-from esm2_composer.plan import GPU, fitting_microbatch, make_plan, skeleton
+from esm2_composer.network import skeleton
 
 ON_CPU = 16 * LONGEST  # tokens of a microbatch: one of transformers' batches of 16
 NAME = 58  # letters of a contender's name
@@ -137,7 +138,7 @@ def _by_plan(size: str, limits: Limits) -> int:
     """The largest microbatch for which the whole training state leaves room on this GPU."""
     gpu = GPU(limits.peak_flops or limits.product_flops, limits.memory, 1, 1)  # alone: it sends nothing
     recipe = recipe_of(size)
-    fitting = fitting_microbatch(recipe, make_plan(recipe, 1, gpu, mfu=0.4), gpu)
+    fitting = fitting_microbatch(recipe, estimate_run(recipe, 1, gpu, mfu=0.4), gpu)
     if fitting < LONGEST:
         raise UserError(f"--size {size}: weights and optimizer leave no room on {limits.device}")
     return min(max(ON_GPU, recipe.device_microbatch_tokens), fitting)

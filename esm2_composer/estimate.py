@@ -7,17 +7,14 @@ the GPUs reach (MFU), link speeds, what a host takes to launch a layer, and what
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import asdict, dataclass
 
-import torch
-
 from esm2_composer.config import to_yaml
-from esm2_composer.errors import UserError, naming
-from esm2_composer.model import ESM2, SIZES, ESM2Config, count_parameters
-from esm2_composer.schema import FSDPSection, ModelSection, Recipe, batches
-from esm2_composer.weights import read_config
+from esm2_composer.errors import UserError
+from esm2_composer.model import count_parameters
+from esm2_composer.network import architecture, skeleton
+from esm2_composer.schema import FSDPSection, Recipe, batches
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ OUTSIDE = 18
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     gpus: int
     parameters: int
     real_tokens: int  # a step, over all GPUs
@@ -95,32 +92,14 @@ def gpu_named(device_name: str) -> GPU | None:
     return next((gpu for name, gpu in GPUS.items() if name in device_name.lower()), None)
 
 
-@functools.cache
-def skeleton(config: ESM2Config) -> ESM2:
-    """The model without memory for its weights, to count on."""
-    with torch.device("meta"):
-        return ESM2(config)
-
-
 def usual_mfu(recipe: Recipe) -> float:
     return MFU.get(architecture(recipe.model).head_size, MFU_OTHERWISE)
 
 
-@functools.cache  # a hub may have to be asked
-def architecture(model: ModelSection) -> ESM2Config:
-    """What a recipe's `model` section asks for; weights to go on from are not read."""
-    if model.init_from is not None:
-        with naming("model.init_from"):
-            return read_config(model.init_from, model.attention)
-    dimensions = model.dimensions if model.size is None else asdict(SIZES[model.size])
-    with naming("model"):
-        return ESM2Config(**{**dimensions, "attention": model.attention})
-
-
-def make_plan(
+def estimate_run(
     recipe: Recipe, gpus: int, gpu: GPU, mfu: float, mean_tokens: int = MEAN_TOKENS, attended: int = ATTENDED
-) -> Plan:
-    """The plan of a recipe on so many GPUs, whether it fits them or not.
+) -> Estimate:
+    """What a run of this recipe takes on so many GPUs, whether it fits them or not.
 
     Lengths are at most `data.max_length`: the mean, in tokens, and that of the sequence which a token sees.
     """
@@ -137,17 +116,17 @@ def make_plan(
     repeated = 4 / 3 if checkpointing else 1  # the forward pass twice, which MFU does not count
 
     bf16_stream = recipe.fsdp is not None and recipe.fsdp.mixed_precision == "DEFAULT"
-    of_layer, of_inputs = (ACTIVATION_BF16, CHECKPOINT_BF16) if bf16_stream else (ACTIVATION, CHECKPOINT)
-    held = config.num_layers * of_inputs + of_layer if checkpointing else config.num_layers * of_layer
+    kept, kept_inputs = (ACTIVATION_BF16, CHECKPOINT_BF16) if bf16_stream else (ACTIVATION, CHECKPOINT)
+    held = config.num_layers * kept_inputs + kept if checkpointing else config.num_layers * kept
     activations = recipe.device_microbatch_tokens * config.hidden_size * (held + OUTSIDE)
     share = min(1.0, tokens / gpus / recipe.device_microbatch_tokens)  # of a microbatch that a GPU's tokens fill
     rounds = max(1, math.ceil(tokens / gpus / recipe.device_microbatch_tokens))
     compute = repeated * flops / gpus / (mfu * gpu.flops)
     shards, state, unsharded = _memory(recipe.fsdp, parameters, layer, gpus)
     communication = _communication(recipe.fsdp, parameters, config.num_layers, gpus, shards, rounds, gpu)
-    of_layer = LAUNCHING + (LAUNCHING_FSDP if recipe.fsdp is not None else 0)
-    launching = repeated * rounds * config.num_layers * of_layer
-    return Plan(
+    launching_a_layer = LAUNCHING + (LAUNCHING_FSDP if recipe.fsdp is not None else 0)
+    launching = repeated * rounds * config.num_layers * launching_a_layer
+    return Estimate(
         gpus=gpus,
         parameters=parameters,
         real_tokens=tokens,
@@ -212,7 +191,7 @@ def useful_gpus(recipe: Recipe, gpu: GPU, mfu: float) -> int:
     data_parallel degrees make, and no more where they make just so many."""
     gpus = recipe.fsdp.fewest_ranks if recipe.fsdp else 1
     while _takes_more(recipe) and recipe.global_train_batch_size % (2 * gpus) == 0:
-        now, twice = (make_plan(recipe, n, gpu, mfu).step_seconds for n in (gpus, 2 * gpus))
+        now, twice = (estimate_run(recipe, n, gpu, mfu).step_seconds for n in (gpus, 2 * gpus))
         if now / twice < 1.5:
             break
         gpus *= 2
@@ -223,69 +202,71 @@ def _takes_more(recipe: Recipe) -> bool:
     return recipe.fsdp is None or recipe.fsdp.takes_multiples
 
 
-def fitting_microbatch(recipe: Recipe, plan: Plan, gpu: GPU) -> int:
-    """The largest `device_microbatch_tokens`, a multiple of 1,024, with which the plan fits the GPU's memory."""
-    per_token = plan.activation_bytes / min(recipe.device_microbatch_tokens, plan.real_tokens / plan.gpus)
-    free = gpu.memory - (plan.memory - plan.activation_bytes)
+def fitting_microbatch(recipe: Recipe, estimate: Estimate, gpu: GPU) -> int:
+    """The largest `device_microbatch_tokens`, a multiple of 1,024, with which the run fits the GPU's memory."""
+    tokens = min(recipe.device_microbatch_tokens, estimate.real_tokens / estimate.gpus)
+    per_token = estimate.activation_bytes / tokens
+    free = gpu.memory - (estimate.memory - estimate.activation_bytes)
     return max(0, int(free / per_token)) // 1024 * 1024
 
 
-def remedy(recipe: Recipe, plan: Plan, gpu: GPU) -> str | None:
-    """What to change where a plan does not fit; None where it does."""
-    if plan.memory <= gpu.memory:
+def remedy(recipe: Recipe, estimate: Estimate, gpu: GPU) -> str | None:
+    """What to change where a run does not fit; None where it does."""
+    if estimate.memory <= gpu.memory:
         return None
-    fixed, fitting = plan.memory - plan.activation_bytes, fitting_microbatch(recipe, plan, gpu)
+    fixed, fitting = estimate.memory - estimate.activation_bytes, fitting_microbatch(recipe, estimate, gpu)
     if fixed < 0.8 * gpu.memory and fitting >= recipe.data.max_length:
         return f"device_microbatch_tokens={fitting}"
     if recipe.fsdp is None:
         return "shard it: fsdp.sharding_strategy=SHARD_GRAD_OP, then FULL_SHARD"
     if recipe.fsdp.sharding_strategy != "FULL_SHARD":
         return "fsdp.sharding_strategy=FULL_SHARD"
-    if not recipe.fsdp.activation_checkpointing and plan.activation_bytes > fixed:
+    if not recipe.fsdp.activation_checkpointing and estimate.activation_bytes > fixed:
         return "fsdp.activation_checkpointing=true"
     smaller = f"device_microbatch_tokens={fitting}, or " if fitting >= recipe.data.max_length else ""
     return f"{smaller}more GPUs, or ones with more memory"
 
 
 def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -> tuple[str, dict]:
-    """A plan for people, and the same as plain data."""
+    """An estimate for people, and the same as plain data."""
     gpu = GPUS[gpu_name]
     _check_gpus(recipe, gpus)
     mfu = mfu or usual_mfu(recipe)
-    plan = make_plan(recipe, gpus, gpu, mfu)
-    change, useful = remedy(recipe, plan, gpu), useful_gpus(recipe, gpu, mfu)
-    fitting = fitting_microbatch(recipe, plan, gpu)
-    hours = plan.days * 24 * gpus
+    estimate = estimate_run(recipe, gpus, gpu, mfu)
+    change, useful = remedy(recipe, estimate, gpu), useful_gpus(recipe, gpu, mfu)
+    fitting = fitting_microbatch(recipe, estimate, gpu)
+    hours = estimate.days * 24 * gpus
     kept = recipe.save_num_checkpoints_to_keep + recipe.callbacks.best_checkpoints
     between = batches(recipe.save_interval)
-    mean = plan.real_tokens // recipe.global_train_batch_size
-    meanwhile = {"network": plan.communication_seconds, "host": plan.launching_seconds}
+    mean = estimate.real_tokens // recipe.global_train_batch_size
+    meanwhile = {"network": estimate.communication_seconds, "host": estimate.launching_seconds}
     slowest = max(meanwhile, key=meanwhile.__getitem__)
-    waits = f" (it waits for the {slowest})" if meanwhile[slowest] > plan.compute_seconds else ""
+    waits = f" (it waits for the {slowest})" if meanwhile[slowest] > estimate.compute_seconds else ""
     rows = {
         "assuming": f"{mfu:.0%} MFU, {mean} tokens a protein; a GPU sends {gpu.node_link / 1e9:.0f} GB/s "
         f"within a node of {NODE}, {gpu.network / 1e9:.0f} GB/s to others",
-        "parameters": f"{plan.parameters:,}",
-        "tokens a step": f"{plan.real_tokens:,} real ones, {plan.real_tokens // gpus:,} a GPU",
-        "memory a GPU": f"{_memory_text(plan)} of {gpu.memory / 1e9:.0f}: "
+        "parameters": f"{estimate.parameters:,}",
+        "tokens a step": f"{estimate.real_tokens:,} real ones, {estimate.real_tokens // gpus:,} a GPU",
+        "memory a GPU": f"{_memory_text(estimate)} of {gpu.memory / 1e9:.0f}: "
         + (f"does NOT fit; change: {change}" if change else "fits"),
         "microbatch": f"{recipe.device_microbatch_tokens:,} tokens; memory holds {fitting:,}",
-        "a step": f"{plan.step_seconds:.3f} s: computing {plan.compute_seconds:.3f}, "
-        f"meanwhile communicating {plan.communication_seconds:.3f} and launching {plan.launching_seconds:.3f}"
-        f"{waits}; besides {STEP_OVERHEAD}",
-        "speed": f"{plan.real_tokens / plan.step_seconds / gpus:,.0f} real tokens a second and GPU",
-        "whole recipe": f"{plan.days:.2f} days, {hours:,.0f} GPU-hours for {plan.updates:,} updates",
-        "checkpoints": f"{_gigabytes(plan.checkpoint_bytes)} each, every {between:,} updates "
-        f"({between * plan.step_seconds / 60:.1f} minutes); {kept} kept, "
-        f"{_gigabytes(kept * plan.checkpoint_bytes)}",
+        "a step": f"{estimate.step_seconds:.3f} s: computing {estimate.compute_seconds:.3f}, "
+        f"meanwhile communicating {estimate.communication_seconds:.3f} "
+        f"and launching {estimate.launching_seconds:.3f}{waits}; besides {STEP_OVERHEAD}",
+        "speed": f"{estimate.real_tokens / estimate.step_seconds / gpus:,.0f} real tokens a second and GPU",
+        "whole recipe": f"{estimate.days:.2f} days, {hours:,.0f} GPU-hours for {estimate.updates:,} updates",
+        "checkpoints": f"{_gigabytes(estimate.checkpoint_bytes)} each, every {between:,} updates "
+        f"({between * estimate.step_seconds / 60:.1f} minutes); {kept} kept, "
+        f"{_gigabytes(kept * estimate.checkpoint_bytes)}",
         "more GPUs": f"help up to about {useful}: twice as many would be less than 1.5 times as fast"
         if _takes_more(recipe)
         else f"are not taken: the recipe's fsdp.data_parallel degrees make {gpus}",
     }
     text = "\n".join([f"{recipe.run_name} on {gpus} x {gpu_name}", *(f"  {k:<15}{v}" for k, v in rows.items())])
-    data = {**asdict(plan), "gpu": gpu_name, "mfu": mfu, "memory_bytes": plan.memory, "days": plan.days}
-    data |= {"gpu_hours": hours, "fits": change is None, "change": change, "useful_gpus": useful}
-    data |= {"fitting_microbatch": fitting, "checkpoint_bytes": plan.checkpoint_bytes, "checkpoints_kept": kept}
+    data = {**asdict(estimate), "gpu": gpu_name, "mfu": mfu}
+    data |= {"memory_bytes": estimate.memory, "fits": change is None, "change": change}
+    data |= {"days": estimate.days, "gpu_hours": hours, "useful_gpus": useful, "fitting_microbatch": fitting}
+    data |= {"checkpoint_bytes": estimate.checkpoint_bytes, "checkpoints_kept": kept}
     return text, data
 
 
@@ -303,14 +284,16 @@ def _gigabytes(size: float) -> str:
     return f"{size / 1e9:,.{0 if size > 1e11 else 1 if size > 1e9 else 2}f} GB"
 
 
-def _memory_text(plan: Plan) -> str:
+def _memory_text(estimate: Estimate) -> str:
     parts = {
-        "state": plan.state_bytes,
-        "copies": plan.unsharded_bytes,
-        "activations": plan.activation_bytes,
+        "state": estimate.state_bytes,
+        "copies": estimate.unsharded_bytes,
+        "activations": estimate.activation_bytes,
         "reserved": RESERVED,
     }
-    return f"{plan.memory / 1e9:.1f} GB ({', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items())})"
+    return (
+        f"{estimate.memory / 1e9:.1f} GB ({', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items())})"
+    )
 
 
 def describe(recipe: Recipe, ranks: int) -> str:
@@ -318,12 +301,12 @@ def describe(recipe: Recipe, ranks: int) -> str:
     on those that its data_parallel degrees make at least."""
     ranks = max(ranks, recipe.fsdp.fewest_ranks if recipe.fsdp else 1)
     _check_gpus(recipe, ranks)
-    plan = make_plan(recipe, ranks, GPUS["h100"], usual_mfu(recipe))
+    estimate = estimate_run(recipe, ranks, GPUS["h100"], usual_mfu(recipe))
     sequences = recipe.global_train_batch_size
     return (
         f"{to_yaml(recipe)}\n"
-        f"parameters: {plan.parameters:,}\n"
+        f"parameters: {estimate.parameters:,}\n"
         f"tokens a step: at most {sequences * recipe.data.max_length:,}, in {sequences:,} sequences; "
-        f"of UniRef50 about {plan.real_tokens:,}\n"
-        f"memory a GPU, of {ranks}: about {_memory_text(plan)}"
+        f"of UniRef50 about {estimate.real_tokens:,}\n"
+        f"memory a GPU, of {ranks}: about {_memory_text(estimate)}"
     )

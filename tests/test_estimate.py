@@ -1,4 +1,4 @@
-"""The plan counts what the model counts, keeps what autograd keeps, and meets published speeds."""
+"""An estimate counts what the model counts, keeps what autograd keeps, and meets published speeds."""
 
 import json
 import re
@@ -10,18 +10,18 @@ from conftest import ROOT, python
 
 from esm2_composer.config import load_recipe
 from esm2_composer.errors import UserError
-from esm2_composer.model import ESM2, ESM2Config, count_parameters
-from esm2_composer.plan import (
+from esm2_composer.estimate import (
     GPUS,
     RESERVED,
     STEP_OVERHEAD,
     describe,
+    estimate_run,
     fitting_microbatch,
-    make_plan,
     remedy,
     report,
     useful_gpus,
 )
+from esm2_composer.model import ESM2, ESM2Config, count_parameters
 
 
 def recipe(size: str, *overrides: str):
@@ -41,7 +41,7 @@ def recipe(size: str, *overrides: str):
     ],
 )
 def test_published_speeds_are_met_within_five_per_cent(size, gpu, gpus, mfu, measured):
-    plan = make_plan(
+    plan = estimate_run(
         recipe(size, "fsdp.activation_checkpointing=false"), gpus, GPUS[gpu], mfu, mean_tokens=1024, attended=1024
     )
     assert plan.real_tokens / plan.step_seconds / gpus == pytest.approx(measured, rel=0.05)
@@ -59,7 +59,7 @@ def test_published_speeds_are_met_within_five_per_cent(size, gpu, gpus, mfu, mea
 )
 def test_measured_peaks_are_met_within_two_per_cent(size, overrides, tokens, peak):
     batch = [f"global_train_batch_size={tokens // 319}", f"device_microbatch_tokens={tokens}"]
-    plan = make_plan(recipe(size, *overrides, *batch), 1, GPUS["h200"], 0.4)
+    plan = estimate_run(recipe(size, *overrides, *batch), 1, GPUS["h200"], 0.4)
     gradients = plan.state_bytes / 4  # which come as the activations of a first microbatch go
     assert (plan.memory - gradients - RESERVED) / 2**20 == pytest.approx(peak, rel=0.02)
 
@@ -87,16 +87,16 @@ def test_the_backward_pass_keeps_no_more_than_it_did():
 
 def test_proteins_are_no_longer_than_what_is_shown_of_them():
     short, long = (recipe("8m", f"data.max_length={n}", "global_train_batch_size=10") for n in (64, 1024))
-    plan = make_plan(short, 1, GPUS["h100"], 0.4)
+    plan = estimate_run(short, 1, GPUS["h100"], 0.4)
     assert plan.real_tokens == 640
-    assert plan == make_plan(long, 1, GPUS["h100"], 0.4, mean_tokens=64, attended=64)
+    assert plan == estimate_run(long, 1, GPUS["h100"], 0.4, mean_tokens=64, attended=64)
     assert "64 tokens a protein" in report(short, 1, "h100")[0]
     assert "of UniRef50 about 640\n" in describe(short, 1)
 
 
 def test_state_is_sharded_as_the_recipe_says():
     ddp, sharded, halves = (
-        make_plan(recipe("650m", *overrides), 16, GPUS["h100"], 0.4)
+        estimate_run(recipe("650m", *overrides), 16, GPUS["h100"], 0.4)
         for overrides in (
             ["fsdp=null"],
             ["fsdp.sharding_strategy=FULL_SHARD"],
@@ -110,25 +110,25 @@ def test_state_is_sharded_as_the_recipe_says():
 
 def test_what_does_not_fit_fits_with_what_is_told():
     too_big = recipe("3b")
-    change = remedy(too_big, make_plan(too_big, 1, GPUS["h100"], 0.4), GPUS["h100"])
+    change = remedy(too_big, estimate_run(too_big, 1, GPUS["h100"], 0.4), GPUS["h100"])
     changed = recipe("3b", change)
-    assert remedy(changed, make_plan(changed, 1, GPUS["h100"], 0.4), GPUS["h100"]) is None
+    assert remedy(changed, estimate_run(changed, 1, GPUS["h100"], 0.4), GPUS["h100"]) is None
     ddp = recipe("15b", "fsdp=null")
     fsdp = recipe("15b")
-    change = remedy(fsdp, make_plan(fsdp, 4, GPUS["a100"], 0.4), GPUS["a100"])
+    change = remedy(fsdp, estimate_run(fsdp, 4, GPUS["a100"], 0.4), GPUS["a100"])
     assert re.fullmatch(r"device_microbatch_tokens=\d+, or more GPUs, or ones with more memory", change)
-    assert "SHARD" in remedy(ddp, make_plan(ddp, 64, GPUS["h100"], 0.4), GPUS["h100"])
+    assert "SHARD" in remedy(ddp, estimate_run(ddp, 64, GPUS["h100"], 0.4), GPUS["h100"])
 
 
 @pytest.mark.parametrize("size", ["650m", "3b"])
 def test_the_microbatch_that_is_said_to_fit_does_and_a_larger_one_does_not(size):
-    fitting = fitting_microbatch(recipe(size), make_plan(recipe(size), 64, GPUS["h100"], 0.4), GPUS["h100"])
+    fitting = fitting_microbatch(recipe(size), estimate_run(recipe(size), 64, GPUS["h100"], 0.4), GPUS["h100"])
     assert fitting % 1024 == 0
     for tokens, fits in ((fitting, True), (fitting + 1024, False)):
         changed = recipe(
             size, f"device_microbatch_tokens={tokens}", "global_train_batch_size=65536"
         )  # which fill it
-        plan = make_plan(changed, 64, GPUS["h100"], 0.4)
+        plan = estimate_run(changed, 64, GPUS["h100"], 0.4)
         assert (plan.memory <= GPUS["h100"].memory) == fits
 
 
@@ -141,7 +141,9 @@ def test_the_microbatch_that_is_said_to_fit_does_and_a_larger_one_does_not(size)
     ],
 )
 def test_launching_takes_what_was_measured_within_ten_per_cent(overrides, tokens, seconds):
-    plan = make_plan(recipe("650m", *overrides, f"global_train_batch_size={tokens // 319}"), 1, GPUS["h200"], 0.49)
+    plan = estimate_run(
+        recipe("650m", *overrides, f"global_train_batch_size={tokens // 319}"), 1, GPUS["h200"], 0.49
+    )
     assert plan.launching_seconds == pytest.approx(seconds, rel=0.1)
 
 
@@ -151,9 +153,9 @@ def test_a_host_that_has_too_many_layers_to_launch_for_few_tokens_is_told_of():
     assert told[64][1]["step_seconds"] == told[64][1]["launching_seconds"] + STEP_OVERHEAD
     assert "waits" not in report(recipe("650m", "fsdp=null"), 64, "h100")[0]
     network = replace(GPUS["h100"], node_link=20e9)
-    assert make_plan(recipe("650m"), 64, network, 0.4).communication_seconds > told[64][1]["launching_seconds"]
+    assert estimate_run(recipe("650m"), 64, network, 0.4).communication_seconds > told[64][1]["launching_seconds"]
     twice = recipe("15b", "fsdp.activation_checkpointing=false")
-    repeated, once = (make_plan(r, 64, GPUS["h100"], 0.4).launching_seconds for r in (recipe("15b"), twice))
+    repeated, once = (estimate_run(r, 64, GPUS["h100"], 0.4).launching_seconds for r in (recipe("15b"), twice))
     assert repeated == pytest.approx(once * 4 / 3)
 
 
