@@ -83,7 +83,7 @@ def train() -> int:
         print(f"error: update {trainer.state.timestamp.batch.value}: {reason}. {message}", file=sys.stderr)
         code = EXIT_DIVERGED
     trainer.close()
-    preemption.settle()
+    preemption.ignore_signals()
     if done:
         say(f"{recipe.run_name} is done: {saver.result()}")
     return code

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from esm2_composer.kernel_checks import as_in_training, failure_line, relative_error, what_triton_lacks
+from esm2_composer.kernel_checks import as_in_training, failure_line, missing_for_triton, relative_error
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _flash_varlen(function: Callable, q, k, v, cu_seqlens, max_seqlen):
 
 def _triton(dtype: torch.dtype, heads: int, head_size: int) -> Attention | None:
     """None, and a line in the log, where it cannot be built, or computes something else on this GPU."""
-    if lack := what_triton_lacks():
+    if lack := missing_for_triton():
         log.warning("attention: Triton cannot be used: %s is missing", lack)
         return None
     from esm2_composer import triton_layer

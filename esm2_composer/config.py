@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 # What may differ between a checkpoint and the run that resumes it; all else decides what is trained.
-FREE = (
+MAY_CHANGE = (
     "run_name",
     "max_duration",
     "eval_interval",
@@ -64,7 +64,7 @@ def changes(before: str, recipe: Recipe) -> list[str]:
     return [
         f"{key} was {old.get(key, 'not set')}, is {new[key]}"
         for key in new
-        if old.get(key, "not set") != new[key] and not any(key == f or key.startswith(f"{f}.") for f in FREE)
+        if old.get(key, "not set") != new[key] and not any(key == f or key.startswith(f"{f}.") for f in MAY_CHANGE)
     ]
 
 

@@ -29,7 +29,7 @@ from esm2_composer.conversion.records import LONGEST_COUNTED
 from esm2_composer.epochs import shards_in_use
 from esm2_composer.errors import ReportedError, StoreUnavailable, UserError, system_error
 from esm2_composer.masking import MaskingRule, choose, keyed_words, token_uniforms
-from esm2_composer.patience import patiently
+from esm2_composer.retry import retry
 from esm2_composer.schema import DataSection
 from esm2_composer.shards import CheckedStream, MappedDataset, opening_alone
 from esm2_composer.splits import SPLITS, count_clusters, swapped
@@ -305,7 +305,7 @@ def _too_few(place: str, clusters: int, global_batch_size: int) -> str:
 def _fetch_index(remote: str) -> bytes:
     """Raises UserError if there is none, StoreUnavailable if the store does not answer for half a minute."""
     try:
-        return patiently(partial(_fetch, remote, "index.json"), f"{remote}/index.json")
+        return retry(partial(_fetch, remote, "index.json"), f"{remote}/index.json")
     except StoreUnavailable:
         raise
     except Exception as error:  # each store raises its own types

@@ -30,8 +30,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from esm2_composer import checksums
 from esm2_composer.errors import StoreUnavailable, TransientError, UserError, system_error
 from esm2_composer.files import sync, write_durably
-from esm2_composer.patience import patiently
 from esm2_composer.ranks import say
+from esm2_composer.retry import retry
 from esm2_composer.weights import LATEST
 
 LOCK = ".lock"
@@ -318,7 +318,7 @@ def ask(folder: Folder, action: Callable[[], Result]) -> Result:
         TransientError: worth another start: the store is away, or the disk is full or fails.
     """
     try:
-        return patiently(action, str(folder)) if isinstance(folder, S3Folder) else action()
+        return retry(action, str(folder)) if isinstance(folder, S3Folder) else action()
     except StoreUnavailable:
         raise
     except OSError as error:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from esm2_composer.errors import UserError
-from esm2_composer.kernel_checks import as_in_training, failure_line, relative_error, what_triton_lacks
+from esm2_composer.kernel_checks import as_in_training, failure_line, missing_for_triton, relative_error
 from esm2_composer.model import ESM2, Product
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -45,7 +45,7 @@ def _check_gpu(k: int, n: int) -> None:
     gpu = torch.cuda.get_device_name()
     if torch.cuda.get_device_capability() < (9, 0):  # on an 8.9, Triton rounds through fp16, towards zero
         raise UserError(f"fp8: {gpu} has no fp8 products that will do; an H100 or newer has")
-    if lack := what_triton_lacks():
+    if lack := missing_for_triton():
         raise UserError(f"fp8: {lack} is missing")
     try:
         error = product_error(k, n, "cuda")

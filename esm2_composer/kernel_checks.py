@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 
-def what_triton_lacks() -> str | None:
+def missing_for_triton() -> str | None:
     """The first thing missing of what Triton needs to build its kernels; None if all is here."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton"

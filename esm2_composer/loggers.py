@@ -121,7 +121,7 @@ class TensorBoard(Deferred, TensorboardLogger):
             print(line, file=sys.stderr, flush=True)
 
 
-class Progress(Callback):
+class TrainingProgress(Callback):
     """How far the run is: on a terminal a bar, else a line every `interval` updates; and a line an evaluation.
 
     Composer's bar shows no result of an evaluation, and leaves a trace in checkpoints.

@@ -65,7 +65,7 @@ def _open_pipe() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: the launcher's death is a SIGTERM to us
 
 
-def settle() -> None:
+def ignore_signals() -> None:
     """The exit code is settled: the launcher, telling the slower ranks to leave, must not change it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -73,12 +73,12 @@ def settle() -> None:
 
 def let_rank_zero_leave_first() -> None:
     """For an error that all ranks make: the launcher terminates the others and gives the lowest one's code."""
-    settle()
+    ignore_signals()
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(3)
 
 
-def shelter_worker(worker: int) -> None:
+def own_process_group(worker: int) -> None:
     """For loader workers: a signal to the whole process group of a rank must not end them before their rank."""
     os.setpgrp()
 

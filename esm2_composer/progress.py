@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 15
+
+# Told a stage ("sequences read", "clusters"), how much is done, and the total (0: not known).
+OnProgress = Callable[[str, int, int], None]
 
 
 class Progress:

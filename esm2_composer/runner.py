@@ -43,14 +43,14 @@ from esm2_composer.files import is_remote
 from esm2_composer.folders import open_folder, updates
 from esm2_composer.fp8 import use_fp8
 from esm2_composer.fsdp import DivideByRanks, means_are_sums, parallelism_of
-from esm2_composer.kernel_checks import what_triton_lacks
-from esm2_composer.loggers import Progress, build_loggers, check_wandb
+from esm2_composer.kernel_checks import missing_for_triton
+from esm2_composer.loggers import TrainingProgress, build_loggers, check_wandb
 from esm2_composer.masking import MaskingRule
 from esm2_composer.model import count_parameters
 from esm2_composer.network import build_model
 from esm2_composer.optim import build_adamw, build_schedule
 from esm2_composer.pool import data_spec
-from esm2_composer.preemption import shelter_worker
+from esm2_composer.preemption import own_process_group
 from esm2_composer.ranks import on_rank_zero, say
 from esm2_composer.saving import CheckpointSaver
 from esm2_composer.schema import DataSection, Recipe, batches
@@ -133,7 +133,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     processes, cores = workers * dist.get_local_world_size(), len(os.sched_getaffinity(0))
     if processes > cores:
         say(f"data.num_workers {workers}: {processes} loader processes, where there are {cores} cores")
-    train.worker_init_fn = valid.worker_init_fn = shelter_worker
+    train.worker_init_fn = valid.worker_init_fn = own_process_group
     saver.pin_data(digests_of_all_nodes(recipe.data))
 
     if recipe.data.min_length > 1 and not dist.get_global_rank():
@@ -167,7 +167,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         load_progress_bar=False,
         callbacks=[
             saver,
-            Progress(recipe.updates, interval=max(1, min(100, recipe.updates // 20))),
+            TrainingProgress(recipe.updates, interval=max(1, min(100, recipe.updates // 20))),
             *build_callbacks(recipe, model, on_gpu),
         ],
         loggers=build_loggers(recipe),
@@ -253,7 +253,7 @@ def _precision(precision: str, on_gpu: bool) -> str:
 
 def compiles(setting: bool | str, on_gpu: bool) -> bool:
     """What the recipe's `compile` comes to here. `auto` never fails a run for want of a C compiler."""
-    return (on_gpu and what_triton_lacks() is None) if setting == "auto" else setting
+    return (on_gpu and missing_for_triton() is None) if setting == "auto" else setting
 
 
 def _show_log() -> None:

@@ -30,7 +30,7 @@ from streaming.base.world import World
 from esm2_composer.epochs import lay_out_epoch, layout_shape
 from esm2_composer.errors import FULL, ReportedError, TransientError, UserError
 from esm2_composer.mds import Shard, check_index
-from esm2_composer.patience import patiently
+from esm2_composer.retry import retry
 
 HASH = "xxh64"
 SHARED_MEMORY = Path("/dev/shm")
@@ -276,7 +276,7 @@ class CheckedStream(Stream):
             with self._naming_full_disk():  # or the store would get the blame
                 return download(from_basename, to_basename)
 
-        return patiently(fetch, f"{self.remote}/{from_basename}")
+        return retry(fetch, f"{self.remote}/{from_basename}")
 
     def _decompress_shard_part(self, *arguments: Any) -> None:
         with self._naming_full_disk():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from esm2_composer.errors import StoreUnavailable, UserError
 from esm2_composer.files import xxh64
-from esm2_composer.patience import is_refusal
+from esm2_composer.retry import is_permanent
 
 ATTEMPTS = 5  # with 1, 2, 4 and 8 seconds between them
 DOWNLOAD_SECONDS = 300
@@ -23,7 +23,7 @@ class StoreError(UserError):
 
 def failure(message: str, error: Exception) -> StoreError | StoreUnavailable:
     """StoreUnavailable where the same may do later."""
-    return (StoreError if is_refusal(error) else StoreUnavailable)(f"{message} ({error})")
+    return (StoreError if is_permanent(error) else StoreUnavailable)(f"{message} ({error})")
 
 
 class Store:

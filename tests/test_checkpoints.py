@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from save_folders import listing, save, stage
 
-from esm2_composer import patience
+from esm2_composer import retry
 from esm2_composer.checkpoints import (
     RECIPE,
     Index,
@@ -96,7 +96,7 @@ def test_the_newest_before_an_update_is_told_or_none_if_the_store_is_away(folder
         raise StoreUnavailable("no route to host")
 
     monkeypatch.setattr(folder, "names", away)
-    monkeypatch.setattr("esm2_composer.patience.WAITS", (0,))
+    monkeypatch.setattr("esm2_composer.retry.WAITS", (0,))
     assert saver.newest_before(29) is None
 
 
@@ -324,10 +324,10 @@ def test_a_store_that_is_away_is_waited_for_and_is_no_mistake(recipe, monkeypatc
         monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
             monkeypatch.setenv(name, "x")
-        monkeypatch.setattr(patience.time, "sleep", lambda _: None)
+        monkeypatch.setattr(retry.time, "sleep", lambda _: None)
         with pytest.raises(StoreUnavailable, match="s3://bucket/run cannot be reached"):
             find_checkpoint(open_folder("s3://bucket/run"), True, recipe, False)
-        assert capsys.readouterr().err.count("trying again in") == len(patience.WAITS)
+        assert capsys.readouterr().err.count("trying again in") == len(retry.WAITS)
         with pytest.raises(StoreUnavailable, match="s3://bucket/run cannot be reached"):
             Index.read(open_folder("s3://bucket/run"))
 

@@ -389,7 +389,7 @@ def test_a_store_that_is_away_while_the_cache_is_compared_is_waited_for(
     def away(*_: object) -> None:
         raise OSError("no route to host")
 
-    monkeypatch.setattr("esm2_composer.patience.WAITS", (0,))
+    monkeypatch.setattr("esm2_composer.retry.WAITS", (0,))
     monkeypatch.setattr(LocalDownloader, "_download_file_impl", away)
     with pytest.raises(StoreUnavailable, match="no route to host"):
         check_cache(DataSection(str(tmp_path / "remote"), str(tmp_path / "cache")))

@@ -98,7 +98,7 @@ def test_a_gpu_that_cannot_is_one_line(capability, lack, check, words, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
-    monkeypatch.setattr(fp8, "what_triton_lacks", lambda: lack)
+    monkeypatch.setattr(fp8, "missing_for_triton", lambda: lack)
     monkeypatch.setattr(fp8, "product_error", check)
     with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
         use_fp8(ESM2(SMALL))

@@ -14,7 +14,7 @@ from plot_convergence import read_scalars
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from esm2_composer.errors import UserError
-from esm2_composer.loggers import LOSS, Deferred, Progress, TensorBoard, check_wandb, hand_on_all
+from esm2_composer.loggers import LOSS, Deferred, TensorBoard, TrainingProgress, check_wandb, hand_on_all
 
 
 class Told(LoggerDestination):
@@ -49,7 +49,7 @@ def test_all_loggers_are_made_to_write_what_they_hold():
     loggers = [DeferredTold(), DeferredTold()]
     for logger in loggers:
         logger.log_metrics({"loss": 2.0}, 6)
-    hand_on_all(SimpleNamespace(callbacks=[*loggers, Progress(9, 1)]))
+    hand_on_all(SimpleNamespace(callbacks=[*loggers, TrainingProgress(9, 1)]))
     assert [logger.calls for logger in loggers] == [[(6, {"loss": 2.0})]] * 2
 
 
@@ -110,7 +110,7 @@ class Screen(io.StringIO):
 @pytest.mark.parametrize("screen", [Screen(), io.StringIO()], ids=["terminal", "log"])
 def test_a_terminal_shows_a_bar_and_a_log_lines_and_both_every_evaluation(screen, monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen)
-    progress = Progress(updates=9, interval=2)
+    progress = TrainingProgress(updates=9, interval=2)
     for update in range(4, 9):  # resumed after 4 updates
         batch = SimpleNamespace(value=update)
         state = SimpleNamespace(timestamp=SimpleNamespace(batch=batch), total_loss_dict={LOSS: 2.5})

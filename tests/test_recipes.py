@@ -123,7 +123,7 @@ def test_layers_are_compiled_where_the_recipe_says(monkeypatch):
         False,
     ]
     for lack in (None, "a C compiler"):
-        monkeypatch.setattr("esm2_composer.runner.what_triton_lacks", lambda lack=lack: lack)
+        monkeypatch.setattr("esm2_composer.runner.missing_for_triton", lambda lack=lack: lack)
         assert [compiles("auto", on_gpu) for on_gpu in (True, False)] == [lack is None, False]
 
 

@@ -26,7 +26,7 @@ from streaming.base.spanner import Spanner
 from streaming.base.storage.download import S3Downloader
 from torch.utils.data import DataLoader
 
-from esm2_composer import patience, shards
+from esm2_composer import retry, shards
 from esm2_composer.conversion.records import COLUMNS
 from esm2_composer.data import ClusterDraw, cache_needed, evaluation_loader, train_loader
 from esm2_composer.errors import StoreUnavailable, TransientError, UserError
@@ -185,7 +185,7 @@ def test_a_full_disk_is_named_at_once_and_is_no_mistake(
     source, cache = fresh(), str(tmp_path / "cache")
     loader = train_loader(DRAW, source, cache, BATCH, workers)
     monkeypatch.setattr(writer, fail)
-    monkeypatch.setattr(patience, "WAITS", ())
+    monkeypatch.setattr(retry, "WAITS", ())
     with pytest.raises(
         TransientError, match=rf"^{cache}: no room for shards \(Disk quota exceeded\).* data\.local "
     ):

@@ -44,6 +44,7 @@ from esm2_composer.conversion.proteins import Counted
 from esm2_composer.conversion.records import TOO_MANY_REJECTED, Report
 from esm2_composer.errors import ReadError, StoreUnavailable, TransientError, UserError, system_error
 from esm2_composer.files import is_remote, sync, write_durably, xxh64
+from esm2_composer.progress import OnProgress
 from esm2_composer.storage import StoreError
 
 FORMAT = 1  # to be raised when the same input and options would give other shards
@@ -53,9 +54,6 @@ SECONDS_TO_STOP = 10  # of workers that nobody waits for, as Spark's
 # What neither the input nor the options are to blame for.
 TRANSIENT = (ReadError, OSError, MemoryError, sqlite3.OperationalError, duckdb.IOException)
 TRANSIENT += (duckdb.OutOfMemoryException, StoreError, StoreUnavailable, EngineError)
-
-# Told a stage ("sequences read", "clusters"), how much is done, and the total (0: not known).
-Progress = Callable[[str, int, int], None]
 
 
 class Engine(Protocol):
@@ -82,7 +80,7 @@ def convert(
     max_reject_fraction: float = 0.01,
     workers: int = 1,
     scratch: Path | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: OnProgress = lambda stage, done, total: None,
     engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Write the split `OUT/options.split`, or finish writing it; if it is there already, leave it.
@@ -274,7 +272,7 @@ def _convert_parts(
     build: Callable[[list[int]], Iterator[Part]],
     destination: LocalSplit | RemoteSplit,
     max_reject_fraction: float,
-    progress: Progress,
+    progress: OnProgress,
 ) -> None:
     """Build and publish every part that is not there yet.
 

@@ -19,6 +19,7 @@ from esm2_composer.conversion.records import RESIDUES
 from esm2_composer.errors import UserError
 from esm2_composer.files import is_remote, refuse_irregular, xxh64
 from esm2_composer.mds import Shard, check_index
+from esm2_composer.progress import OnProgress
 from esm2_composer.splits import SPLITS, swapped
 from esm2_composer.storage import Store
 from esm2_composer.workers import Workers
@@ -26,11 +27,9 @@ from esm2_composer.workers import Workers
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 MAX_LENGTH = 1024  # tokens, <cls> and <eos> included
 
-Progress = Callable[[str, int, int], None]
-
 
 def verify(
-    uri: str, workers: int = 1, progress: Progress = lambda stage, done, total: None
+    uri: str, workers: int = 1, progress: OnProgress = lambda stage, done, total: None
 ) -> dict[str, dict[str, Any]]:
     """Check every shard below `uri`, a split or a folder of splits; the statistics of each split, by its name, and
     under "absent" what it should have been compared with, but lacks.

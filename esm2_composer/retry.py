@@ -1,4 +1,4 @@
-"""Waiting for a store that does not answer, and telling that from an answer that would be the same again."""
+"""Asking a store again that does not answer, but not one whose answer would be the same again."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Result = TypeVar("Result")
 
 WAITS = (1, 2, 4, 8, 16)  # seconds before asking again
 # What boto raises of itself and not of the store's answer, where another time it may do.
-AWAY = (
+TRANSIENT = (
     *(boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError),
     *(boto.CredentialRetrievalError, boto.MetadataRetrievalError),
     boto.FlexibleChecksumError,  # garbled on its way
 )
 
 
-def patiently(ask: Callable[[], Result], source: str) -> Result:
+def retry(ask: Callable[[], Result], source: str) -> Result:
     """Ask a store again and again, for half a minute, where it and not the request is at fault.
 
     Raises:
@@ -34,7 +34,7 @@ def patiently(ask: Callable[[], Result], source: str) -> Result:
         try:
             return ask()
         except Exception as error:  # each store raises its own types
-            if is_refusal(error):
+            if is_permanent(error):
                 raise
             message = f"{source} cannot be reached ({type(error).__name__}: {error})"
             if (wait := next(waits, None)) is None:
@@ -43,7 +43,7 @@ def patiently(ask: Callable[[], Result], source: str) -> Result:
             time.sleep(wait)
 
 
-def is_refusal(error: Exception) -> bool:
+def is_permanent(error: Exception) -> bool:
     """Whether asking again cannot help: an error that was reported already, one of the file system about the path,
     boto's own about the request, or an answer 4xx of the store other than 408 and 429 (too many requests)."""
     if isinstance(error, ReportedError | FileNotFoundError | PermissionError | ValueError | ImportError):
@@ -51,7 +51,7 @@ def is_refusal(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno in REFUSED:
         return True
     if isinstance(error, boto.BotoCoreError):
-        return not isinstance(error, AWAY)
+        return not isinstance(error, TRANSIENT)
     status = _http_status(error)
     return status is not None and 400 <= status < 500 and status not in (408, 429)
 

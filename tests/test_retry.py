@@ -16,9 +16,8 @@ from botocore.exceptions import (
     ReadTimeoutError,
 )
 
-from esm2_composer import patience
 from esm2_composer.errors import StoreUnavailable
-from esm2_composer.patience import patiently
+from esm2_composer.retry import retry
 
 
 def answer(status: int) -> ClientError:
@@ -65,9 +64,9 @@ def test_an_answer_that_would_be_the_same_again_is_not_asked_for_again(
         asked.append(1)
         raise error
 
-    monkeypatch.setattr(patience, "WAITS", (0, 0))
+    monkeypatch.setattr("esm2_composer.retry.WAITS", (0, 0))
     with pytest.raises(type(error) if refusal else StoreUnavailable):
-        patiently(ask, "s3://bucket/train/index.json")
+        retry(ask, "s3://bucket/train/index.json")
     assert len(asked) == (1 if refusal else 3)
 
 
@@ -80,6 +79,6 @@ def test_what_comes_at_last_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: py
             raise found
         return found
 
-    monkeypatch.setattr(patience, "WAITS", (0, 0))
-    assert patiently(ask, "s3://bucket/run") == "here"
+    monkeypatch.setattr("esm2_composer.retry.WAITS", (0, 0))
+    assert retry(ask, "s3://bucket/run") == "here"
     assert capsys.readouterr().err.count("s3://bucket/run cannot be reached") == 2
