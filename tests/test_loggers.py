@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from composer.loggers import LoggerDestination
 from conftest import ROOT, python
-from plot_convergence import read_scalars
+from outcomes import read_scalars
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from esm2_composer.errors import UserError
