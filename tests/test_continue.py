@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, follow, python
-from plot_convergence import read_scalars
+from outcomes import read_scalars
 from test_docs import commands
 from transformers import AutoModelForMaskedLM, EsmConfig, EsmForMaskedLM
 

@@ -7,7 +7,8 @@ its groups, warmup and decay, clipping. It shares with the package the initial w
 import pytest
 import torch
 from conftest import ROOT, composer
-from plot_convergence import PERPLEXITY, read_run, read_scalars
+from outcomes import read_scalars
+from plot_convergence import PERPLEXITY, read_run
 from torch.nn.utils.rnn import pad_sequence
 from transformers import EsmConfig, EsmForMaskedLM
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path
@@ -113,8 +112,8 @@ class RemoteSplit:
 
     def _fetch(self, store: Store, name: str) -> Path:
         folder = self._work / "fetched"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
+        (folder / name).unlink(missing_ok=True)  # of another split, or of a run that was killed
         return store.download(name, folder)
 
     def publish(self, name: str) -> None:
