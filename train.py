@@ -21,6 +21,7 @@ from esm2_composer.errors import (
     ArgumentParser,
     UserError,
     run_command,
+    tell,
 )
 from esm2_composer.files import is_remote
 from esm2_composer.launcher import run_on_ranks
@@ -75,12 +76,12 @@ def train() -> int:
         if saver.save_once(trainer.state, WAITS_LEAVING):
             code = EXIT_PREEMPTED
         else:
-            print("error: told to leave, and what was trained since the last checkpoint is lost", file=sys.stderr)
+            tell("error: told to leave, and what was trained since the last checkpoint is lost")
             code = EXIT_FAILURE
     except Diverged as reason:
         kept = saver.save(trainer.state, prefix=DIVERGED)
         message = advice(recipe, saver.newest_before(reason.before), kept)
-        print(f"error: update {trainer.state.timestamp.batch.value}: {reason}. {message}", file=sys.stderr)
+        tell(f"error: update {trainer.state.timestamp.batch.value}: {reason}. {message}")
         code = EXIT_DIVERGED
     trainer.close()
     preemption.ignore_signals()

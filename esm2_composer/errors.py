@@ -92,6 +92,12 @@ def in_range(kind: type[int] | type[float], least: float, most: float = math.inf
     return parse
 
 
+def tell(line: object) -> None:
+    """Print a line to standard error, if that can be: a full disk under a log must not end what runs."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
 def refuse_empty(arguments: Sequence[str]) -> None:
     """Raise a UserError for an empty one: mostly a variable of the shell is not set."""
     for before, argument in pairwise(arguments):
@@ -115,17 +121,17 @@ def run_command(main: Callable[[], int | None]) -> None:
         code = main()
         sys.stdout.flush()  # here, where a reader that has left, such as `head`, is noticed
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         code = EXIT_USER_ERROR
     except TransientError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         code = EXIT_FAILURE
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(EXIT_NOT_READ)
         if error.filename is None or error.errno not in REFUSED:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        tell(f"error: {error.filename}: {error.strerror}")
         code = EXIT_USER_ERROR
     except KeyboardInterrupt as stop:
         code = _interrupted(*stop.args)
@@ -133,6 +139,10 @@ def run_command(main: Callable[[], int | None]) -> None:
         if stop.code != EXIT_INTERRUPTED:
             raise
         code = _interrupted()  # importing Composer makes Ctrl-C this
+    try:
+        sys.stderr.flush()
+    except OSError:  # or Python's own flush at exit would make the code 120
+        _discard(sys.stderr.fileno())
     sys.exit(code)
 
 
@@ -143,11 +153,15 @@ def _nobody_reads() -> bool:
     pipe.register(stdout, 0)
     gone = any(events & select.POLLERR for _, events in pipe.poll(0))
     if gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+        _discard(stdout)
     return gone
+
+
+def _discard(descriptor: int) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _interrupted(*what_becomes_of_the_work: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on, Ctrl-C waits for nothing
-    print("; ".join(["interrupted", *what_becomes_of_the_work]), file=sys.stderr)
+    tell("; ".join(["interrupted", *what_becomes_of_the_work]))
     return EXIT_INTERRUPTED

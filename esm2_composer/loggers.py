@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import os
 import sys
@@ -16,7 +17,7 @@ from composer.utils import dist
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from esm2_composer.errors import UserError
+from esm2_composer.errors import UserError, tell
 from esm2_composer.schema import Recipe
 
 LOSS = "loss/train/total"
@@ -29,7 +30,12 @@ class Deferred(LoggerDestination):
     Composer logs between two updates, a few metrics at a time, when a GPU has nothing to do: TensorBoard and W&B
     would each take a quarter of that time (docs/performance.md). Before a checkpoint is saved, all is to be
     handed on: a run that resumes from it does not make it again.
+
+    A destination that fails, as on a full disk or when W&B's own process dies, ends the logging, not the run.
     """
+
+    _destination: str  # in what it tells
+    _failed = False
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -53,11 +59,23 @@ class Deferred(LoggerDestination):
             self._write(metrics, step)
 
     def _write(self, metrics: dict[str, Any], step: int | None) -> None:
-        super().log_metrics(metrics, step)
+        self._attempt(super().log_metrics, metrics, step)
+
+    def _attempt(self, action: Callable[..., None], *arguments: object) -> None:
+        if self._failed:
+            return
+        try:
+            action(*arguments)
+        except Exception as error:  # may be that of an earlier write, by another thread; W&B has many types
+            self._failed = True
+            reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
+            tell(f"{self._destination} cannot be written ({reason}); going on without")
 
 
 class WandB(Deferred, WandBLogger):
     """Composer's logger."""
+
+    _destination = "Weights & Biases"
 
     def init(self, state: State, logger: Logger) -> None:
         super().init(state, logger)
@@ -74,18 +92,13 @@ def hand_on_all(state: State) -> None:
 class TensorBoard(Deferred, TensorboardLogger):
     """Composer's logger, in one file a start, of rank 0: its own begins another at each flush, 50,000 in a
     published run, and one at each evaluation on every rank, in a folder that looks like another run.
-
-    A full disk ends the logging, not the run.
     """
 
-    _failed = False
+    _destination = "TensorBoard's events"
 
     def init(self, state: State, logger: Logger) -> None:
         if not dist.get_global_rank():
             self._attempt(super().init, state, logger)
-
-    def _write(self, metrics: dict[str, Any], step: int | None) -> None:
-        self._attempt(super()._write, metrics, step)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         self.hand_on()
@@ -109,16 +122,6 @@ class TensorBoard(Deferred, TensorboardLogger):
         if self.writer is not None:
             self._attempt(self.writer.close)
             self.writer = None
-
-    def _attempt(self, action: Callable[..., None], *arguments: object) -> None:
-        if self._failed:
-            return
-        try:
-            action(*arguments)
-        except OSError as error:  # may be that of an earlier write, by the writer's thread
-            self._failed = True
-            line = f"TensorBoard's events cannot be written ({error.strerror or error}); going on without"
-            print(line, file=sys.stderr, flush=True)
 
 
 class TrainingProgress(Callback):
@@ -161,8 +164,9 @@ class TrainingProgress(Callback):
             self._bar.close()
 
     def _say(self, line: str) -> None:
-        tqdm.write(line, file=sys.stderr)  # above the bar, if there is one
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a full disk under a log must not end the run
+            tqdm.write(line, file=sys.stderr)  # above the bar, if there is one
+            sys.stderr.flush()
 
 
 def build_loggers(recipe: Recipe) -> list[LoggerDestination]:

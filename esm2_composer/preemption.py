@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 
-from esm2_composer.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_TERMINATED
+from esm2_composer.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_TERMINATED, tell
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 GRACE = 22.0  # Composer's launcher kills its ranks 30 seconds after it told them to leave
@@ -78,9 +78,20 @@ def let_rank_zero_leave_first() -> None:
         time.sleep(3)
 
 
-def own_process_group(worker: int) -> None:
-    """For loader workers: a signal to the whole process group of a rank must not end them before their rank."""
+def obey_rank_alone(worker: int) -> None:
+    """For loader workers: a signal that goes to all processes of a job must not end them before their rank.
+
+    The rank would fail then, and save nothing. It ends them itself, by SIGTERM.
+    """
     os.setpgrp()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_rank_says, daemon=True).start()
+
+
+def _end_when_rank_says() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _watch(reader: int) -> None:
@@ -164,7 +175,7 @@ def _same_command(parent: int) -> list[int]:
 
 
 def _leave(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    tell(line)
     if in_training.is_set():
         for worker in _same_command(os.getpid()):  # one that hangs would keep the shards' shared memory from the
             with contextlib.suppress(ProcessLookupError):  # next start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch.distributed
 from composer.utils import dist
 
-from esm2_composer.errors import ReportedError
+from esm2_composer.errors import ReportedError, tell
 
 T = TypeVar("T")
 
@@ -18,7 +17,7 @@ T = TypeVar("T")
 def say(line: str) -> None:
     """Tell people a line: the first rank does."""
     if not dist.get_global_rank():
-        print(line, file=sys.stderr, flush=True)
+        tell(line)
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:

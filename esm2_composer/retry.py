@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from botocore import exceptions as boto
 
-from esm2_composer.errors import REFUSED, ReportedError, StoreUnavailable
+from esm2_composer.errors import REFUSED, ReportedError, StoreUnavailable, tell
 
 Result = TypeVar("Result")
 
@@ -39,7 +38,7 @@ def retry(ask: Callable[[], Result], source: str) -> Result:
             message = f"{source} cannot be reached ({type(error).__name__}: {error})"
             if (wait := next(waits, None)) is None:
                 raise StoreUnavailable(message) from error
-            print(f"{message}; trying again in {wait} s", file=sys.stderr, flush=True)
+            tell(f"{message}; trying again in {wait} s")
             time.sleep(wait)
 
 

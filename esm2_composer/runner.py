@@ -50,7 +50,7 @@ from esm2_composer.model import count_parameters
 from esm2_composer.network import build_model
 from esm2_composer.optim import build_adamw, build_schedule
 from esm2_composer.pool import data_spec
-from esm2_composer.preemption import own_process_group
+from esm2_composer.preemption import obey_rank_alone
 from esm2_composer.ranks import on_rank_zero, say
 from esm2_composer.saving import CheckpointSaver
 from esm2_composer.schema import DataSection, Recipe, batches
@@ -132,8 +132,8 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     valid = evaluation_loader(draw, *recipe.data.split("valid"), batch, workers)
     processes, cores = workers * dist.get_local_world_size(), len(os.sched_getaffinity(0))
     if processes > cores:
-        say(f"data.num_workers {workers}: {processes} loader processes, where there are {cores} cores")
-    train.worker_init_fn = valid.worker_init_fn = own_process_group
+        say(f"data.num_workers {workers}: {processes} loader processes at work at a time, on {cores} cores")
+    train.worker_init_fn = valid.worker_init_fn = obey_rank_alone
     saver.pin_data(digests_of_all_nodes(recipe.data))
 
     if recipe.data.min_length > 1 and not dist.get_global_rank():

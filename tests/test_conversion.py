@@ -355,9 +355,25 @@ def test_another_split_that_does_not_tell_its_clusters_is_named(
         convert(two_clusters(tmp_path / "train"), str(tmp_path / "out"), Options())
 
 
+def test_a_split_waits_for_the_other_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, layout, build = str(tmp_path / "out"), two_clusters(tmp_path), parts.PartBuilder.build
+
+    def meanwhile(self: parts.PartBuilder, *arguments: Any) -> parts.Part:
+        with pytest.raises(UserError, match=r"out/\.train\.work: train is being converted there"):
+            convert(layout, out, Options("valid"))
+        assert not (tmp_path / "out/.valid.work").exists()
+        return build(self, *arguments)
+
+    monkeypatch.setattr(parts.PartBuilder, "build", meanwhile)
+    convert(layout, out, Options("train"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
+
+
 def test_splits_converted_at_the_same_time_share_no_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where locks do not tell, as of two machines that write to a store."""
+    monkeypatch.setattr("esm2_composer.conversion.convert._refuse_while_other_is_converted", lambda *_: None)
     train, valid = (
         bionemo(tmp_path / names, {"ur50_id": list(names)}, dict.fromkeys(names, "MK"))
         for names in ("abcd", "dxyz")

@@ -60,6 +60,16 @@ def test_a_reader_that_leaves_early_is_no_error(printed, unbuffered, monkeypatch
     assert process.wait() == 128 + signal.SIGPIPE
 
 
+@pytest.mark.parametrize(
+    ("main", "code"),
+    [("lambda: 75", 75), ("lambda: tell('a line')", 0), ("lambda: refuse_empty(['--out', ''])", 2)],
+)
+def test_a_log_that_cannot_be_written_changes_no_code(main, code):
+    command = f"from esm2_composer.errors import refuse_empty, run_command, tell; run_command({main})"
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", command], stderr=full).returncode == code
+
+
 def test_another_pipe_that_breaks_is_told_in_full():
     def main() -> None:
         raise BrokenPipeError(errno.EPIPE, "a worker's")

@@ -1,5 +1,6 @@
 """What people see of a run, and when it is written."""
 
+import contextlib
 import errno
 import io
 import os
@@ -15,6 +16,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from esm2_composer.errors import UserError
 from esm2_composer.loggers import LOSS, Deferred, TensorBoard, TrainingProgress, check_wandb, hand_on_all
+from esm2_composer.ranks import say
 
 
 class Told(LoggerDestination):
@@ -100,6 +102,40 @@ def test_a_tensorboard_folder_that_cannot_be_made_does_not_end_the_run(tmp_path,
         assert not logger._held, "it would fill the memory"
     logger.close(None, None)
     assert capsys.readouterr().err.count("going on without") == 1
+
+
+class Gone(LoggerDestination):
+    """As W&B's logger where the process that it writes to has died."""
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+class DeferredGone(Deferred, Gone):
+    _destination = "Weights & Biases"
+
+
+def test_a_destination_that_is_gone_does_not_end_the_run(capsys):
+    logger = DeferredGone()
+    for step in range(3):
+        logger.log_metrics({"loss": 2.0}, step)
+        hand_on_all(SimpleNamespace(callbacks=[logger]))  # as before a save
+        assert not logger._held, "it would fill the memory"
+    told = "Weights & Biases cannot be written (Broken pipe); going on without\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_log_that_is_full_does_not_end_the_run(monkeypatch):
+    progress = TrainingProgress(updates=9, interval=1)
+    timestamp = SimpleNamespace(batch=SimpleNamespace(value=1))
+    state = SimpleNamespace(timestamp=timestamp, total_loss_dict={LOSS: 2.5}, eval_metric_values={"loss": 2.25})
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        progress.batch_end(state, None)
+        progress.eval_end(state, None)
+        say("a line")
+        with contextlib.suppress(OSError):
+            full.close()
 
 
 class Screen(io.StringIO):

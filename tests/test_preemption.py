@@ -5,6 +5,8 @@ ranks left in time.
 """
 
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import select
@@ -104,6 +106,38 @@ def test_sigusr1_to_one_of_two_ranks_makes_both_save_and_leave(shards, tmp_path)
     assert code == 75, "".join(run.lines)
     (saved,) = checkpoints(tmp_path)
     assert 3 <= int(saved.split("-")[1].removeprefix("ba")) < 14
+
+
+def test_sigterm_to_every_process_makes_a_run_save_and_leave(shards, tmp_path):
+    """As a machine that shuts down, and some schedulers, send it."""
+    with Run("-n", "1", *command(shards, NO_SAVES, "data.num_workers=2"), cwd=tmp_path) as run:
+        run.wait_for("update 3/")
+        workers, (rank,) = loader_workers(run), run.ranks()
+        assert len(workers) >= 2
+        for process in (*workers, rank, run.launcher):
+            process.send_signal(signal.SIGTERM)
+        code, _ = run.end()
+    assert code == 75, "".join(run.lines)
+    assert len(checkpoints(tmp_path)) == 1
+
+
+def test_loader_workers_obey_their_rank_alone():
+    ready = multiprocessing.Pipe(duplex=False)
+    worker = multiprocessing.get_context("fork").Process(target=wait_as_a_worker, args=(ready[1],))
+    worker.start()
+    assert ready[0].recv() == worker.pid
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
+
+
+def wait_as_a_worker(ready: multiprocessing.connection.Connection) -> None:
+    preemption.obey_rank_alone(0)
+    ready.send(os.getpgid(0))
+    time.sleep(60)
 
 
 # Runs a command in a session of its own, as a terminal does, where Ctrl-C goes to all of it.

@@ -35,7 +35,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.conversion.destinations import LocalSplit, RemoteSplit, open_destination
+from esm2_composer.conversion.destinations import LocalSplit, RemoteSplit, open_destination, other_split_name
 from esm2_composer.conversion.layouts import Layout
 from esm2_composer.conversion.markers import read_marker, write_marker
 from esm2_composer.conversion.parts import EngineError, Options, Part, PartBuilder, Processes
@@ -108,6 +108,7 @@ def convert(
     else:
         work = Path(out) / f".{options.split}.work"
     with _locked(work, in_new_folder=not is_remote(out) and not work.parent.exists()):
+        _refuse_while_other_is_converted(work, options.split)
         destination = open_destination(out, options.split, work)
         state = _describe(layout, options)
         finished = destination.conversion()
@@ -205,6 +206,20 @@ def _locked(work: Path, in_new_folder: bool = False) -> Iterator[None]:
             if in_new_folder:
                 with contextlib.suppress(OSError):  # it holds something
                     path.parent.rmdir()
+
+
+def _refuse_while_other_is_converted(work: Path, split: str) -> None:
+    """Raise a UserError now, not once hours of work turn out to have been compared with too little."""
+    other = other_split_name(split)
+    path = work.with_name(f"{work.name.removesuffix(f'{split}.work')}{other}.work.lock")
+    with contextlib.suppress(FileNotFoundError), path.open("r+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{path.with_suffix('')}: {other} is being converted there; splits are converted one after the "
+                "other, since the second is compared with the first"
+            ) from None
 
 
 def _remove_unknown(work: Path) -> None:

@@ -58,7 +58,7 @@ class LocalSplit:
 
     def other_split(self) -> OtherSplit | None:
         """The other split, if that is there. Raises UserError if it does not tell, for sure, its clusters."""
-        other = self._out / _other(self._split)
+        other = self._out / other_split_name(self._split)
         there = {name for name in TOLD if (other / name).exists()}
         return _other_split(str(other), there, other.joinpath)
 
@@ -98,7 +98,7 @@ class RemoteSplit:
 
     def other_split(self) -> OtherSplit | None:
         """As LocalSplit's, fetched."""
-        other = f"{self._out}/{_other(self._split)}"
+        other = f"{self._out}/{other_split_name(self._split)}"
         store = Store(other, self._work / "other")
         return _other_split(other, store.names(), lambda name: self._fetch(store, name))
 
@@ -135,7 +135,7 @@ class RemoteSplit:
             self._store.upload(name)
 
 
-def _other(split: str) -> str:
+def other_split_name(split: str) -> str:
     (other,) = set(SPLITS) - {split}
     return other
 
