@@ -43,7 +43,7 @@ HOP = 5e-6  # seconds of a collective's ring from one GPU to the next
 # Seconds in which a host launches a layer's kernels, forward and backward, and what FSDP adds, on few tokens as on
 # many: as measured on an H200's (docs/performance.md).
 LAUNCHING, LAUNCHING_FSDP = 1.6e-3, 2.7e-3
-STEP_OVERHEAD = 0.03  # seconds of a step on the host: pooling, counters, logging
+STEP_OVERHEAD = 0.03  # seconds between two steps, cautiously: 0.013 on an H200's host (docs/performance.md)
 RESERVED = 4e9  # bytes a GPU holds besides: context, communication buffers, fragmentation
 
 # UniRef50, cropped to 1,024 tokens: the mean, and the mean length that a token sees (of 10,000 sequences).
