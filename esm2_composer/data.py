@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from esm2_composer import alphabet
 from esm2_composer.conversion.records import LONGEST_COUNTED
 from esm2_composer.epochs import shards_in_use
-from esm2_composer.errors import ReportedError, StoreUnavailable, UserError, system_error
+from esm2_composer.errors import ReportedError, StoreUnavailable, UserError, system_error, tell
 from esm2_composer.masking import MaskingRule, choose, keyed_words, token_uniforms
 from esm2_composer.retry import retry
 from esm2_composer.schema import DataSection
@@ -219,11 +218,9 @@ def train_loader(
         cache_limit=cache_limit,
     )
     if cache_limit and clusters.cache_limit < (needed := cache_needed(clusters)) and not _rank():
-        print(
+        tell(
             f"data.cache_limit {cache_limit} has no room for the shards in use at a time, so each will be fetched "
-            f"many times; give it {math.ceil(needed / 2**20)}mb",
-            file=sys.stderr,
-            flush=True,
+            f"many times; give it {math.ceil(needed / 2**20)}mb"
         )
     batches = clusters.num_samples // global_batch_size
     if not batches:

@@ -95,7 +95,8 @@ def in_range(kind: type[int] | type[float], least: float, most: float = math.inf
 def tell(line: object) -> None:
     """Print a line to standard error, if that can be: a full disk under a log must not end what runs."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        if sys.stderr:  # None if it was closed at the start
+            print(line, file=sys.stderr, flush=True)
 
 
 def refuse_empty(arguments: Sequence[str]) -> None:
@@ -119,7 +120,6 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         refuse_empty(sys.argv)
         code = main()
-        sys.stdout.flush()  # here, where a reader that has left, such as `head`, is noticed
     except UserError as error:
         tell(f"error: {error}")
         code = EXIT_USER_ERROR
@@ -127,27 +127,41 @@ def run_command(main: Callable[[], int | None]) -> None:
         tell(f"error: {error}")
         code = EXIT_FAILURE
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
-            sys.exit(EXIT_NOT_READ)
-        if error.filename is None or error.errno not in REFUSED:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            code = EXIT_NOT_READ
+        elif error.filename is None or error.errno not in REFUSED:
             raise
-        tell(f"error: {error.filename}: {error.strerror}")
-        code = EXIT_USER_ERROR
+        else:
+            tell(f"error: {error.filename}: {error.strerror}")
+            code = EXIT_USER_ERROR
     except KeyboardInterrupt as stop:
         code = _interrupted(*stop.args)
-    except SystemExit as stop:
-        if stop.code != EXIT_INTERRUPTED:
-            raise
-        code = _interrupted()  # importing Composer makes Ctrl-C this
-    try:
-        sys.stderr.flush()
-    except OSError:  # or Python's own flush at exit would make the code 120
-        _discard(sys.stderr.fileno())
-    sys.exit(code)
+    except SystemExit as stop:  # of argparse; importing Composer makes Ctrl-C one, too
+        code = _interrupted() if stop.code == EXIT_INTERRUPTED else stop.code
+    sys.exit(_flush(code))
 
 
-def _nobody_reads() -> bool:
-    """Whether the reader of standard output has left. Then nothing more is printed, by Python's exit neither."""
+def _flush(code: int | None) -> int | None:
+    """Write out what was printed, or drop it: Python, failing to at exit, would make the code 120.
+
+    Returns:
+        `code`, or that of a failure if it was none and not all is on standard output.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # one that was closed at the start is None
+        try:
+            stream.flush()
+        except OSError as error:
+            _discard(stream.fileno())
+            if stream is sys.stdout and not code:
+                code = EXIT_NOT_READ
+                if not isinstance(error, BrokenPipeError):
+                    tell(f"error: standard output cannot be written ({error.strerror})")
+                    code = EXIT_FAILURE
+    return code
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads standard output any more, as after `head`."""
     stdout = 1
     pipe = select.poll()
     pipe.register(stdout, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -36,15 +37,23 @@ def appearing_whole(out: Path) -> Iterator[Path]:
         UserError, TransientError: it cannot be written, see `system_error`.
     """
     partial = out.with_name(f".{out.name}.partial")
+    lock = partial.with_name(f"{partial.name}.lock")
     try:
-        _remove(partial)  # of a command that was killed
         out.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.rename(out)
+        with lock.open("w") as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{out}: another command is writing it") from None
+            try:
+                _remove(partial)  # of a command that was killed
+                yield partial
+                partial.rename(out)
+            finally:
+                _remove(partial)
+                _remove(lock)
     except OSError as error:
         raise system_error(f"{out}: cannot be written ({error.strerror or error})", error) from error
-    finally:
-        _remove(partial)
 
 
 def _remove(path: Path) -> None:

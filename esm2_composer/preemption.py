@@ -85,13 +85,20 @@ def obey_rank_alone(worker: int) -> None:
     """
     os.setpgrp()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_rank_says, daemon=True).start()
+    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_when_rank_says() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _end_when_told_by(rank: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank and os.getppid() == rank:
+        pass  # once the rank is gone, anybody's will do
     os._exit(0)
+
+
+def kill_workers_at_exit() -> None:
+    """Those that hang, and do not notice their rank's SIGTERM: multiprocessing would wait for them."""
+    import multiprocessing.util  # it registers its own exit, which is to come after ours
+
+    atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
 
 
 def _watch(reader: int) -> None:

@@ -50,7 +50,7 @@ from esm2_composer.model import count_parameters
 from esm2_composer.network import build_model
 from esm2_composer.optim import build_adamw, build_schedule
 from esm2_composer.pool import data_spec
-from esm2_composer.preemption import obey_rank_alone
+from esm2_composer.preemption import kill_workers_at_exit, obey_rank_alone
 from esm2_composer.ranks import on_rank_zero, say
 from esm2_composer.saving import CheckpointSaver
 from esm2_composer.schema import DataSection, Recipe, batches
@@ -134,6 +134,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     if processes > cores:
         say(f"data.num_workers {workers}: {processes} loader processes at work at a time, on {cores} cores")
     train.worker_init_fn = valid.worker_init_fn = obey_rank_alone
+    kill_workers_at_exit()
     saver.pin_data(digests_of_all_nodes(recipe.data))
 
     if recipe.data.min_length > 1 and not dist.get_global_rank():

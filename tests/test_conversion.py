@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import random
@@ -367,6 +368,21 @@ def test_a_split_waits_for_the_other_one(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(parts.PartBuilder, "build", meanwhile)
     convert(layout, out, Options("train"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
+
+
+def test_a_finished_split_is_left_while_the_other_is_converted(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    convert(two_clusters(tmp_path), out, Options("train"))
+    with (tmp_path / "out/.valid.work.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "already_done" in convert(two_clusters(tmp_path), out, Options("train"))
+
+
+@pytest.mark.parametrize("left", [Path.touch, lambda path: path.touch(0o000)], ids=["mine", "another user's"])
+def test_a_lock_that_a_killed_conversion_left_holds_nobody(tmp_path: Path, left: Callable[[Path], object]) -> None:
+    (tmp_path / "out").mkdir()
+    left(tmp_path / "out/.valid.work.lock")
+    assert convert(two_clusters(tmp_path), str(tmp_path / "out"), Options())["clusters_written"] == 2
 
 
 def test_splits_converted_at_the_same_time_share_no_cluster(

@@ -70,6 +70,38 @@ def test_a_log_that_cannot_be_written_changes_no_code(main, code):
         assert subprocess.run([sys.executable, "-c", command], stderr=full).returncode == code
 
 
+@pytest.mark.parametrize("stream", ["1", "2"])
+@pytest.mark.parametrize(
+    ("main", "code"), [("lambda: print('done')", 0), ("lambda: refuse_empty(['--out', ''])", 2)]
+)
+def test_a_stream_that_was_closed_at_the_start_changes_no_code(stream, main, code):
+    command = f"from esm2_composer.errors import refuse_empty, run_command; run_command({main})"
+    shell = ["bash", "-c", f'exec "$0" -c "$1" {stream}>&-', sys.executable, command]
+    assert subprocess.run(shell, capture_output=True).returncode == code
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_a_failure(unbuffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    command = "from esm2_composer.errors import run_command; run_command(lambda: print('a line'))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", command], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+
+
+def test_help_that_nobody_reads_is_no_error():
+    command = (
+        "from esm2_composer.errors import ArgumentParser, run_command; run_command(ArgumentParser().parse_args)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() in (0, 128 + signal.SIGPIPE)  # argparse passes over what it notices itself
+
+
 def test_another_pipe_that_breaks_is_told_in_full():
     def main() -> None:
         raise BrokenPipeError(errno.EPIPE, "a worker's")

@@ -51,6 +51,17 @@ def test_an_output_that_fails_leaves_nothing(tmp_path: Path, error: BaseExceptio
     assert list(tmp_path.iterdir()) == []
 
 
+def test_two_commands_do_not_write_one_output(tmp_path: Path) -> None:
+    with appearing_whole(tmp_path / "out") as partial:
+        partial.touch()
+        with (
+            pytest.raises(UserError, match="out: another command is writing it"),
+            appearing_whole(tmp_path / "out"),
+        ):
+            raise AssertionError
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
 def test_an_output_in_a_store_is_refused_where_only_files_are_written():
     with pytest.raises(UserError, match="s3:/bucket/out: write to a local disk, and copy"):
         refuse_existing(Path("s3://bucket/out"))

@@ -134,6 +134,42 @@ def test_loader_workers_obey_their_rank_alone():
     assert worker.exitcode == 0
 
 
+ORPHAN = """
+import os, time
+from esm2_composer import preemption
+if not os.fork():
+    preemption.obey_rank_alone(0)
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+    os._exit(1)
+time.sleep(1)
+"""
+
+
+def test_a_worker_whose_rank_is_gone_ends_by_anybodys_sigterm():
+    with subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True) as rank:
+        worker = psutil.Process(int(rank.stdout.readline()))
+        rank.wait(20)
+        worker.terminate()
+        worker.wait(10)
+
+
+HANGS = """
+import multiprocessing, signal, time
+from esm2_composer import preemption
+def hang():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+preemption.kill_workers_at_exit()
+multiprocessing.get_context("fork").Process(target=hang, daemon=True).start()
+time.sleep(1)
+"""
+
+
+def test_a_worker_that_hangs_does_not_hold_its_rank():
+    subprocess.run([sys.executable, "-c", HANGS], check=True, timeout=30)
+
+
 def wait_as_a_worker(ready: multiprocessing.connection.Connection) -> None:
     preemption.obey_rank_alone(0)
     ready.send(os.getpgid(0))

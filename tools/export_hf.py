@@ -7,9 +7,10 @@ that `AutoModelForMaskedLM` and `AutoTokenizer` load. It appears whole or not at
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
-from esm2_composer.errors import ArgumentParser, UserError, run_command
+from esm2_composer.errors import ArgumentParser, run_command
 from esm2_composer.files import appearing_whole, refuse_existing
 
 
@@ -39,8 +40,9 @@ def export(model, out: Path) -> None:
     with appearing_whole(out) as partial:
         try:
             model.save_hf(partial)
-        except SafetensorError as error:  # it wraps what the system says
-            raise UserError(f"{out}: cannot be written ({error})") from error
+        except SafetensorError as error:  # in which is what the system says
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else None, str(error)) from error
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.errors import ArgumentParser, UserError, in_range, run_command
+from esm2_composer.errors import ArgumentParser, TransientError, UserError, in_range, run_command, system_error
 from esm2_composer.files import appearing_whole, is_remote
 
 RESIDUES = np.frombuffer(b"ARNDCQEGHILKMFPSTWYV", np.uint8)
@@ -208,8 +208,10 @@ def main() -> None:
         with appearing_whole(out) as partial:  # what a crash leaves must not look like a data set
             partial.mkdir()
             write_files(partial, train, valid)
-    except (OSError, sqlite3.Error) as error:
-        raise UserError(f"cannot write {out}: {error}") from error
+    except OSError as error:
+        raise system_error(f"{out}: cannot be written ({error.strerror})", error) from error
+    except sqlite3.Error as error:  # in a file just made: the disk
+        raise TransientError(f"{out}: cannot be written ({error})") from error
     report(out, train, valid)
 
 

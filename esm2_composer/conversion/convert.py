@@ -45,6 +45,7 @@ from esm2_composer.conversion.records import TOO_MANY_REJECTED, Report
 from esm2_composer.errors import ReadError, StoreUnavailable, TransientError, UserError, system_error
 from esm2_composer.files import is_remote, sync, write_durably, xxh64
 from esm2_composer.progress import OnProgress
+from esm2_composer.splits import SPLITS
 from esm2_composer.storage import StoreError
 
 FORMAT = 1  # to be raised when the same input and options would give other shards
@@ -108,7 +109,6 @@ def convert(
     else:
         work = Path(out) / f".{options.split}.work"
     with _locked(work, in_new_folder=not is_remote(out) and not work.parent.exists()):
-        _refuse_while_other_is_converted(work, options.split)
         destination = open_destination(out, options.split, work)
         state = _describe(layout, options)
         finished = destination.conversion()
@@ -116,6 +116,7 @@ def convert(
             _refuse_differences(finished["state"], state, f"{out}: {options.split} exists already, of another")
             shutil.rmtree(work)
             return {**finished, "already_done": True}
+        _refuse_while_other_is_converted(work, options.split)
         other_split = destination.other_split()
         state["other_split"] = other_split and other_split.xxh64
         _start_or_go_on(work, {**state, "destination": destination.address})
@@ -177,7 +178,7 @@ def _locked(work: Path, in_new_folder: bool = False) -> Iterator[None]:
 
     The lock lies beside the folder, and goes after it: on NFS a folder with an open file cannot be removed.
     """
-    path = work.with_name(f"{work.name}.lock")
+    path = _lock_of(work)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("w")
@@ -211,15 +212,30 @@ def _locked(work: Path, in_new_folder: bool = False) -> Iterator[None]:
 def _refuse_while_other_is_converted(work: Path, split: str) -> None:
     """Raise a UserError now, not once hours of work turn out to have been compared with too little."""
     other = other_split_name(split)
-    path = work.with_name(f"{work.name.removesuffix(f'{split}.work')}{other}.work.lock")
-    with contextlib.suppress(FileNotFoundError), path.open("r+") as lock:
+    other_work = work.with_name(f"{work.name.removesuffix(f'{split}.work')}{other}.work")
+    attempts = 10 if split == SPLITS[0] else 1  # of two that start at once, the first split's stays
+    for _ in range(attempts):
+        if not _is_locked(other_work):
+            return
+        time.sleep(0.1)
+    raise UserError(
+        f"{other_work}: {other} is being converted there; splits are converted one after the other, since the "
+        "second is compared with the first"
+    )
+
+
+def _is_locked(work: Path) -> bool:
+    """Whether a conversion is at work there; False where that cannot be told."""
+    with contextlib.suppress(FileNotFoundError, PermissionError), _lock_of(work).open("r+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{path.with_suffix('')}: {other} is being converted there; splits are converted one after the "
-                "other, since the second is compared with the first"
-            ) from None
+            return True
+    return False
+
+
+def _lock_of(work: Path) -> Path:
+    return work.with_name(f"{work.name}.lock")
 
 
 def _remove_unknown(work: Path) -> None:
