@@ -36,6 +36,8 @@ from esm2_composer.splits import SPLITS, count_clusters, swapped
 # Streaming lays an epoch out for this many nodes, or for those of its factors that the batch has too: so a run
 # goes on upon any number of nodes with no other prime factors. Fewer would make a large epoch slow to shuffle.
 CANONICAL_NODES = 2**6 * 3 * 5
+# Bytes: Linux lets a socket's path have 107, and Python adds these.
+LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 
 # A part of a global batch: tokens uint8 (T,), labels uint8 (T,), lengths int32 (B,).
 Share = dict[str, torch.Tensor]
@@ -246,6 +248,16 @@ def evaluation_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
     )
+
+
+def check_tmpdir(data: DataSection) -> None:
+    """Raise a UserError if loader processes could not hand over batches: their rank would wait for ever."""
+    folder = tempfile.gettempdir()
+    if data.num_workers and len(os.fsencode(folder)) > LONGEST_TMPDIR:
+        raise UserError(
+            f"TMPDIR {folder} is too long for the sockets of loader processes; "
+            f"set one of at most {LONGEST_TMPDIR} bytes, or data.num_workers=0"
+        )
 
 
 def make_cache(data: DataSection) -> None:

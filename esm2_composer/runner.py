@@ -31,6 +31,7 @@ from esm2_composer.data import (
     canonical_nodes,
     check_cache,
     check_store,
+    check_tmpdir,
     count_short_clusters,
     evaluation_loader,
     make_cache,
@@ -101,6 +102,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         use_fp8(net)
     elif recipe.fp8:
         say("no GPU here: training without fp8")
+    check_tmpdir(recipe.data)
     make_cache(recipe.data)
     if recipe.loggers.wandb is not None:
         check_wandb()

@@ -371,11 +371,11 @@ def test_a_split_waits_for_the_other_one(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_finished_split_is_left_while_the_other_is_converted(tmp_path: Path) -> None:
-    out = str(tmp_path / "out")
-    convert(two_clusters(tmp_path), out, Options("train"))
+    out, layout = str(tmp_path / "out"), two_clusters(tmp_path)
+    convert(layout, out, Options("train"))
     with (tmp_path / "out/.valid.work.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "already_done" in convert(two_clusters(tmp_path), out, Options("train"))
+        assert "already_done" in convert(layout, out, Options("train"))
 
 
 @pytest.mark.parametrize("left", [Path.touch, lambda path: path.touch(0o000)], ids=["mine", "another user's"])

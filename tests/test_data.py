@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import multiprocessing.connection
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +25,12 @@ from torch.utils.data import DataLoader
 
 from esm2_composer import alphabet
 from esm2_composer.data import (
+    LONGEST_TMPDIR,
     ClusterDraw,
     Share,
     check_cache,
     check_store,
+    check_tmpdir,
     count_short_clusters,
     evaluation_loader,
     train_loader,
@@ -358,6 +363,19 @@ def test_a_cache_of_the_remotes_own_shards_is_taken_and_others_are_refused(writt
     shutil.rmtree(tmp_path / "remote")
     with pytest.raises(UserError, match="remote/train: cannot be opened as MDS shards"):
         check_cache(data)
+
+
+@pytest.mark.parametrize(("more", "works"), [(0, True), (1, False)])
+def test_a_tmpdir_too_long_for_sockets_is_refused(monkeypatch: pytest.MonkeyPatch, more: int, works: bool) -> None:
+    data, shorter = DataSection("shards", num_workers=1), len(f"{tempfile.gettempdir()}/12345678")
+    with tempfile.TemporaryDirectory(prefix="n" * (LONGEST_TMPDIR + more - shorter)) as folder:
+        Path(folder, "pymp-12345678").mkdir()
+        with contextlib.nullcontext() if works else pytest.raises(OSError, match="too long"):
+            multiprocessing.connection.Listener(f"{folder}/pymp-12345678/listener-12345678").close()
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        with contextlib.nullcontext() if works else pytest.raises(UserError, match="too long for the sockets"):
+            check_tmpdir(data)
+        check_tmpdir(replace(data, num_workers=0))
 
 
 def test_what_lies_in_a_store_is_looked_at_before_a_run(written: Path, tmp_path: Path) -> None:

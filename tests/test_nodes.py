@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,7 +29,7 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def start(shards: Path, tmp_path: Path) -> Callable:
+def start(shards: Path, tmp_path: Path) -> Iterator[Callable]:
     """Two nodes of two ranks, each with a launcher, temporary files and a cache of its own.
 
     The model is sharded in each, and each has a copy.
@@ -35,6 +37,8 @@ def start(shards: Path, tmp_path: Path) -> Callable:
     if subprocess.run([*NODE, "true"], capture_output=True).returncode:
         pytest.skip("namespaces cannot be had here")
     script, version = SHARDED[1]
+    # Shorter than tmp_path's, for sockets; the same at every start, as it should be.
+    temporary = [tempfile.mkdtemp(prefix=f"node{node}-") for node in range(2)]
 
     @contextlib.contextmanager
     def start() -> Iterator[list[Run]]:
@@ -43,7 +47,7 @@ def start(shards: Path, tmp_path: Path) -> Callable:
             runs = []
             for node in range(2):
                 folder = tmp_path / f"node{node}"
-                (folder / "tmp").mkdir(parents=True, exist_ok=True)
+                folder.mkdir(exist_ok=True)
                 arguments = command(
                     shards,
                     *LENGTH,
@@ -51,12 +55,14 @@ def start(shards: Path, tmp_path: Path) -> Callable:
                     *(f"data.local={folder}/cache", f"save_folder={tmp_path}/checkpoints"),
                     script=script,
                 )
-                place = {**meeting, "NODE_RANK": str(node), "TMPDIR": str(folder / "tmp")}
+                place = {**meeting, "NODE_RANK": str(node), "TMPDIR": temporary[node]}
                 run = Run("--nproc", "2", *arguments, cwd=folder, inside=NODE, **place)
                 runs.append(stack.enter_context(run))
             yield runs
 
-    return start
+    yield start
+    for folder in temporary:
+        shutil.rmtree(folder)
 
 
 @pytest.mark.slow
