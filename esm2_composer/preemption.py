@@ -96,20 +96,32 @@ def _end_when_told_by(rank: int) -> None:
 
 def kill_workers_at_exit() -> None:
     """Those that hang, and do not notice their rank's SIGTERM: multiprocessing would wait for them."""
-    import multiprocessing.util  # it registers its own exit, which is to come after ours
+    import multiprocessing.util  # noqa: F401  it registers its own exit, which is to come after ours
 
-    atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
+    atexit.register(_kill_workers)
+
+
+def _kill_workers() -> None:
+    import multiprocessing
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch has a handler, for which this would be an error
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+        worker.join(1)
+        worker.kill()
 
 
 def _watch(reader: int) -> None:
     while True:
         numbers = os.read(reader, 64)
+        if any(number in SIGNALS for number in numbers):
+            _noticed.set()
+        if signal.SIGTERM in numbers and not in_training.is_set() and select.select([reader], [], [], 0.1)[0]:
+            numbers += os.read(reader, 64)  # Ctrl-C, of which the launcher has made this, can come after it
         if signal.SIGINT in numbers:
             _interrupted.set()
         if _interrupted.is_set() and signal.SIGTERM in numbers and not in_training.is_set():
             os._exit(EXIT_INTERRUPTED)  # Ctrl-C, of which the launcher makes a SIGTERM
-        if any(number in SIGNALS for number in numbers):
-            _noticed.set()
         told_or_interrupted = received.is_set() or _interrupted.is_set()
         if signal.SIGTERM in numbers and not told_or_interrupted and _a_rank_is_missing():
             # Had it left because it was told to, it would have sent us SIGUSR1 before. The launcher never does.
