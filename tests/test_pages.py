@@ -75,6 +75,7 @@ BENCHMARKS = {
 NOT_HERE = {
     "make clean setup LOCK=requirements-torch2.11.lock": "it exchanges the environment that tests run in",
     "make setup": "it makes the environment that tests run in",
+    "make setup LOCK=requirements-torch2.11.lock": "it makes another",
     "source .venv/bin/activate": "and this is to be in it",
     "make test": "runs all tests but the slow ones, and was called if these are run",
     "make test-slow": "runs this one",
