@@ -155,8 +155,7 @@ def test_readme(home: Path) -> None:
 
 @pytest.mark.slow
 def test_running(home: Path) -> None:
-    (home / "data/uniref50").symlink_to(home / "data/demo/shards")
-    for line in lines("docs/running.md"):
+    for line in sorted(lines("docs/running.md"), key=lambda line: "convert.py" not in line):
         follow(home, line)
     assert read_run(home / "runs/esm2_650m").curve.keys() == {0, 2, 4, 6}  # went on twice
     assert read_run(home / "runs/short").curve.keys() == {0, 2}
