@@ -50,7 +50,7 @@ WITHOUT_STREAMING = {
     *("test_loggers", "test_markers", "test_masking", "test_mds", "test_model", "test_optim", "test_parts"),
     *("test_pool", "test_precision", "test_progress", "test_proteins", "test_ranks", "test_records"),
     *("test_retry", "test_running", "test_sample_data", "test_schema", "test_sharded_checkpoint"),
-    *("test_spark", "test_splits", "test_strict", "test_task", "test_triton_attention"),
+    *("test_spark", "test_splits", "test_storage", "test_strict", "test_task", "test_triton_attention"),
     *("test_triton_elementwise", "test_triton_fp8", "test_triton_layer", "test_verification", "test_weights"),
     "test_workers",
 }
@@ -284,7 +284,7 @@ COPIES = ("fsdp.data_parallel_shard_degree=2", "fsdp.data_parallel_replicate_deg
 def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working folder of a run of `command` that nothing disturbed."""
     folder = tmp_path_factory.mktemp("finished")
-    result = composer(*command(shards), cwd=folder)
+    result = python(*command(shards), cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder
 

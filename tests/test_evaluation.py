@@ -332,6 +332,7 @@ def write_shards(folder: Path, *residues: bytes) -> None:
             writer.write({"cluster_id": f"{number}", "lengths": np.array([len(each)], np.int32), "residues": each})
 
 
+@pytest.mark.slow
 def test_a_mistake_that_one_of_two_ranks_meets_ends_with_its_code(checkpoints, tmp_path):
     write_shards(tmp_path, *[b"MKTAYIAKQ"] * 9, b"mktayiakq")
     result = composer("-n", "2", ROOT / "tools/evaluate.py", checkpoints["composer.pt"], "--data", tmp_path)

@@ -31,12 +31,17 @@ CONFIGS = {
     32: ESM2Config(2, 128, 4, 512),
     64: ESM2Config(2, 128, 2, 512),
     128: ESM2Config(2, 256, 2, 1024),
-    "8m": SIZES["8m"],
 }
 
 
 @pytest.mark.parametrize("make_reference", [hugging_face, fair_esm])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=map(str, CONFIGS))
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(pytest.param(config, id=str(head_size)) for head_size, config in CONFIGS.items()),
+        pytest.param(SIZES["8m"], id="8m", marks=pytest.mark.slow),
+    ],
+)
 def test_logits_and_gradients_equal_the_reference(config, make_reference):
     found = compare(random_model(config), make_reference)
     assert found["logits_std"] > 0.5

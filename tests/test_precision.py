@@ -121,6 +121,17 @@ def one_rank(tmp_path) -> Iterator[None]:
     end_process_group()
 
 
+@pytest.fixture(scope="module")
+def made() -> list[Microbatch]:
+    return batches(60, sequences=12)
+
+
+@pytest.fixture(scope="module")
+def exact(made: list[Microbatch]) -> np.ndarray:
+    """The losses of fp32."""
+    return train(SMALL, made, "cpu", bf16=False)
+
+
 def check(losses: np.ndarray, exact: np.ndarray, one: float, mean: float) -> None:
     """No loss is off by more than the share `one` of it, and those of the last half not by `mean` on average."""
     assert exact[-5:].mean() < 0.9 * exact[:5].mean(), "something is learnt"
@@ -131,16 +142,14 @@ def check(losses: np.ndarray, exact: np.ndarray, one: float, mean: float) -> Non
     assert abs(apart[half:].mean()) <= mean
 
 
-def test_the_loss_of_compiled_bf16_follows_fp32() -> None:
-    made = batches(60, sequences=12)
+def test_the_loss_of_compiled_bf16_follows_fp32(made: list[Microbatch], exact: np.ndarray) -> None:
     torch._dynamo.reset()
-    check(train(SMALL, made, "cpu", backend="aot_eager"), train(SMALL, made, "cpu", bf16=False), 2e-3, 5e-4)
+    check(train(SMALL, made, "cpu", backend="aot_eager"), exact, 2e-3, 5e-4)
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_the_loss_of_bf16_under_fsdp_follows_fp32(version: int, one_rank) -> None:
-    made = batches(60, sequences=12)
-    check(train(SMALL, made, "cpu", fsdp=version), train(SMALL, made, "cpu", bf16=False), 2e-3, 5e-4)
+def test_the_loss_of_bf16_under_fsdp_follows_fp32(version: int, made, exact, one_rank) -> None:
+    check(train(SMALL, made, "cpu", fsdp=version), exact, 2e-3, 5e-4)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -162,10 +171,9 @@ def test_the_residual_stream_is_bf16_only_where_fsdp_casts_the_embedding(
     assert seen == {stream}
 
 
-def test_the_loss_in_fp8_follows_fp32() -> None:
+def test_the_loss_in_fp8_follows_fp32(made: list[Microbatch], exact: np.ndarray) -> None:
     """Emulated: rounded as fp8 is, and multiplied in fp32."""
-    made = batches(60, sequences=12)
-    check(train(SMALL, made, "cpu", fp8=True), train(SMALL, made, "cpu", bf16=False), 2e-2, 2e-3)
+    check(train(SMALL, made, "cpu", fp8=True), exact, 2e-2, 2e-3)
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -379,7 +379,8 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_terminal_that_is_closed_makes_ranks_save_and_leave(shards, tmp_path, ranks):
     arguments = command(shards, "max_duration=5000ba", "eval_interval=5000ba", "save_interval=5000ba")
     launcher = [str(Path(sys.executable).with_name("composer")), "-n", str(ranks), *arguments]

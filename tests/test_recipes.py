@@ -238,7 +238,7 @@ def test_a_recipe_starts_on_a_cpu_and_says_what_it_leaves_out(size, shards, tmp_
     assert len(read_scalars(tmp_path / f"runs/esm2_{size}/tensorboard", LOSS)) == 4
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_3b_recipe_trains_sharded_resumes_on_one_rank_and_is_evaluated(version, shards, tmp_path, call):
     script, key = SHARDED[version]
     start("3b", shards, tmp_path, key, "precision=fp32", ranks=2, script=script)

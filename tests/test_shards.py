@@ -74,7 +74,7 @@ def bucket(many: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_shards_stream_from_s3_through_a_cache_too_small_for_them(
     bucket: str, many: Path, tmp_path: Path, workers: int
 ) -> None:

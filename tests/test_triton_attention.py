@@ -50,7 +50,7 @@ def largest_error(head_size: int, heads: int, dtype: torch.dtype, device: str) -
     return relative_error((out, *ours.grad.unbind(1)), (expected, *theirs.grad.unbind(1)))
 
 
-SIZES = [(8, 3), (16, 2), (24, 2), (64, 1)]
+SIZES = [(8, 3), (24, 2), (64, 1)]
 
 
 def test_interpreted_they_are_exact() -> None:
