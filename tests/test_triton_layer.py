@@ -57,15 +57,12 @@ def train(net: ESM2, case: str, device: str = "cpu") -> list[torch.Tensor]:
     return [logits.detach(), *(p.grad for p in net.parameters() if p.grad is not None)]
 
 
-@pytest.fixture(scope="module")
-def errors() -> dict[str, float]:
+def test_interpreted_a_model_on_it_trains_as_on_torchs() -> None:
     printed = interpreted("test_triton_layer.print_errors()")
-    return {case: float(error) for case, error in (line.split() for line in printed.splitlines())}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_interpreted_a_model_on_it_trains_as_on_torchs(case: str, errors: dict[str, float]) -> None:
-    assert errors[case] < (5e-3 if case in ("autocast", "half") else 1e-5)  # those are in fp16
+    errors = {case: float(error) for case, error in (line.split() for line in printed.splitlines())}
+    assert errors.keys() == {*CASES}
+    in_fp16 = {"autocast", "half"}
+    assert all(error < (5e-3 if case in in_fp16 else 1e-5) for case, error in errors.items()), errors
 
 
 def print_errors() -> None:
