@@ -5,20 +5,17 @@ from __future__ import annotations
 import contextlib
 import shutil
 import socket
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import COPIES, SHARDED, Run, command, python
+from nodes import ADDRESSES, two_nodes
 from outcomes import losses
 
 from esm2_composer.errors import EXIT_PREEMPTED
 
-# A process in its own namespaces, whose /dev/shm is its own too.
-NODE = ("unshare", "--user", "--map-root-user", "--mount", "bash", "-c")
-NODE += ('mount -t tmpfs tmpfs /dev/shm && exec "$@"', "node")
 LENGTH = ("max_duration=150ba", "eval_interval=150ba", "save_interval=10ba", "precision=fp32")
 
 
@@ -34,15 +31,13 @@ def start(shards: Path, tmp_path: Path) -> Iterator[Callable]:
 
     The model is sharded in each, and each has a copy.
     """
-    if subprocess.run([*NODE, "true"], capture_output=True).returncode:
-        pytest.skip("namespaces cannot be had here")
     script, version = SHARDED[1]
     # Shorter than tmp_path's, for sockets; the same at every start, as it should be.
     temporary = [tempfile.mkdtemp(prefix=f"node{node}-") for node in range(2)]
 
     @contextlib.contextmanager
     def start() -> Iterator[list[Run]]:
-        meeting = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        meeting = {"WORLD_SIZE": "4", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(free_port())}
         with contextlib.ExitStack() as stack:
             runs = []
             for node in range(2):
@@ -56,11 +51,12 @@ def start(shards: Path, tmp_path: Path) -> Iterator[Callable]:
                     script=script,
                 )
                 place = {**meeting, "NODE_RANK": str(node), "TMPDIR": temporary[node]}
-                run = Run("--nproc", "2", *arguments, cwd=folder, inside=NODE, **place)
+                run = Run("--nproc", "2", *arguments, cwd=folder, inside=inside(node), **place)
                 runs.append(stack.enter_context(run))
             yield runs
 
-    yield start
+    with two_nodes() as inside:
+        yield start
     for folder in temporary:
         shutil.rmtree(folder)
 
