@@ -176,6 +176,8 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         loggers=build_loggers(recipe),
         progress_bar=False,
     )
+    if parallelism is not None and recipe.fsdp.sync_module_states:
+        dist.broadcast(net.rotary_bits, src=0)  # of copies of shards, FSDP gives buffers to the first alone
     shown, validated = train.dataset.num_samples, valid.dataset.clusters.num_samples
     say(
         f"{recipe.run_name}: {parameters:,} parameters; ranks: {dist.get_world_size()}; "

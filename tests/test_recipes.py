@@ -284,26 +284,26 @@ def test_a_recipe_trains_and_resumes_as_on_gpus(size, ranks, others, overrides, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("version", "ranks", "copies"), [(1, 2, ()), (1, 4, COPIES), (2, 2, ())])
 @pytest.mark.parametrize("given", [False, True], ids=["made", "given"])
-def test_the_15b_recipe_has_its_weights_on_one_rank(version, shards, tmp_path, given):
-    """And so begins where one rank alone does. Given ones have rounded frequencies, as published ones have."""
+def test_the_15b_recipe_has_its_weights_on_one_rank(version, ranks, copies, shards, tmp_path, given):
+    """And so begins where one rank alone does. Given ones bring frequencies of rotation, as published ones do."""
     script, key = SHARDED[version]
     weights = ()
     if given:
         model = random_model(ESM2Config(num_layers=2, hidden_size=64, num_heads=4, ffn_hidden_size=128))
-        model.rotary_bits.copy_(rotary_frequencies(16).half().float().view(torch.int32))
+        model.rotary_bits.copy_((0.5 * rotary_frequencies(16)).view(torch.int32))
         state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
         dcp.save({"state": {"model": state}}, checkpoint_id=tmp_path / "ep0-ba1", no_dist=True)
         weights = (f"model.init_from={tmp_path}/ep0-ba1", *(f"model.{name}=null" for name in DIMENSIONS))
-    for ranks in (1, 2):
-        (tmp_path / str(ranks)).mkdir()
-        sharded = (key, "precision=fp32", *weights)
-        start("15b", shards, tmp_path / str(ranks), *sharded, ranks=ranks, script=script)
-    one, two = (
-        read_scalars(tmp_path / ranks / "runs/esm2_15b/tensorboard", "metrics/valid/perplexity") for ranks in "12"
-    )
-    assert two[0] == pytest.approx(one[0], rel=1e-5)
+    found = []
+    for name, number, layout in (("one", 1, ()), ("many", ranks, copies)):
+        (tmp_path / name).mkdir()
+        sharded = (key, "precision=fp32", *weights, *layout)
+        start("15b", shards, tmp_path / name, *sharded, ranks=number, script=script)
+        found.append(read_scalars(tmp_path / name / "runs/esm2_15b/tensorboard", "metrics/valid/perplexity"))
+    one, many = found
+    assert many[0] == pytest.approx(one[0], rel=1e-5)
 
 
 @pytest.mark.slow
