@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 from collections.abc import Callable
 from ipaddress import ip_address
@@ -32,6 +33,8 @@ def run_on_ranks(main: Callable[[], Result], joins: bool = True) -> Result:
     check_environment(joins)
     if joins:
         be_reachable()
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # gloo holds a socket for each rank and group
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         return main()
     except ReportedError:

@@ -169,10 +169,21 @@ def _a_rank_is_missing() -> bool:
 
 
 def _other_ranks() -> list[int]:
-    """This node's other ranks: the launcher's other children with the same command."""
+    """This node's other ranks: the launcher's other children with the same command, but no loader workers.
+
+    Those of a rank that has died become the children of a launcher that is a container's first process.
+    """
     if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
         return []
-    return [pid for pid in _same_command(os.getppid()) if pid != os.getpid()]
+    return [pid for pid in _same_command(os.getppid()) if pid != os.getpid() and not _is_worker(pid)]
+
+
+def _is_worker(pid: int) -> bool:
+    """Whether it leads a process group, as by `obey_rank_alone`, and no session, as ranks of torchrun's do."""
+    try:
+        return os.getpgid(pid) == pid != os.getsid(pid)
+    except ProcessLookupError:  # it has just gone
+        return True
 
 
 def _same_command(parent: int) -> list[int]:

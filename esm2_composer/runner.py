@@ -38,7 +38,7 @@ from esm2_composer.data import (
     train_loader,
 )
 from esm2_composer.divergence import Divergence
-from esm2_composer.errors import UserError, naming
+from esm2_composer.errors import TransientError, UserError, naming
 from esm2_composer.estimate import GPUS
 from esm2_composer.files import is_remote
 from esm2_composer.folders import open_folder, updates
@@ -96,7 +96,8 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     with naming("model.attention"):
         c, precision = net.config, _precision(recipe.precision, on_gpu)
         computed = {"amp_bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-        select_attention(c.attention, "cuda" if on_gpu else "cpu", computed, c.num_heads, c.head_size)
+        device_type = "cuda" if on_gpu else "cpu"
+        attention = select_attention(c.attention, device_type, computed, c.num_heads, c.head_size)
     parameters = count_parameters(net)
     if recipe.fp8 and on_gpu:
         use_fp8(net)
@@ -109,6 +110,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
 
     if not dist.is_initialized():
         dist.initialize_dist(device, timeout=1800)  # before any dataset: Streaming asks which rank it is
+    check_same_attention(attention.name)
     checkpoint = on_rank_zero(lambda: take_over(folder, recipe.autoresume, recipe, sharded))
     check_shared(folder)
     if checkpoint is not None:
@@ -191,6 +193,18 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     return trainer, saver
 
 
+def check_same_attention(name: str) -> None:
+    """Raise a TransientError, on every rank, unless all ranks compute it by the same kernel: one on which the best
+    could not be built, as a shared folder failed, would hold all others up, update by update."""
+    names = dist.all_gather_object(name)
+    other = next((rank for rank, each in enumerate(names) if each != names[0]), None)
+    if other is not None:
+        raise TransientError(
+            f"rank {other} can compute attention by '{names[other]}' alone (its log tells why), rank 0 by "
+            f"'{names[0]}'; start again, or set model.attention={names[other]} for all"
+        )
+
+
 def check_shards(recipe: Recipe) -> None:
     """Raise what `check_store` and `check_cache` do, before Streaming looks at them."""
     if is_remote(recipe.data.remote):
@@ -262,8 +276,8 @@ def compiles(setting: bool | str, on_gpu: bool) -> bool:
 
 
 def _show_log() -> None:
-    """What the package logs, such as the kernel that runs, on the first rank's terminal."""
+    """What the package logs, such as the kernel that runs, on the first rank's terminal; other ranks' warnings."""
     log = logging.getLogger("esm2_composer")
-    if not dist.get_global_rank() and not log.handlers:
-        log.setLevel(logging.INFO)
+    if not log.handlers:
+        log.setLevel(logging.WARNING if dist.get_global_rank() else logging.INFO)
         log.addHandler(logging.StreamHandler())

@@ -66,6 +66,17 @@ def test_a_process_that_joins_no_others_may_know_how_many_there_would_be(monkeyp
         check_environment(joins=False)
 
 
+def test_a_rank_may_open_as_many_files_as_it_can_be_given():
+    code = "import resource as r; from esm2_composer.launcher import run_on_ranks"
+    code += "; print(run_on_ranks(lambda: r.getrlimit(r.RLIMIT_NOFILE)))"
+    told = subprocess.run(
+        ["bash", "-c", f"ulimit -S -n 256 && ulimit -H -n 2000 && exec '{sys.executable}' -c '{code}'"],
+        capture_output=True,
+        text=True,
+    )
+    assert told.stdout == "(2000, 2000)\n", told.stderr
+
+
 TELL = f"""
 import os
 from esm2_composer.launcher import be_reachable

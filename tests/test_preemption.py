@@ -154,6 +154,31 @@ def test_a_worker_whose_rank_is_gone_ends_by_anybodys_sigterm():
         worker.wait(10)
 
 
+# A launcher that gets the children of its dead ones, as the first process of a container does: one rank dies and
+# leaves a loader worker behind, the other looks for it.
+ADOPTS = """
+import ctypes, os, signal, time
+from esm2_composer import preemption
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+if not os.fork():
+    if not os.fork():
+        preemption.obey_rank_alone(0)
+        time.sleep(20)
+    time.sleep(0.5)
+    os._exit(1)
+os.wait()
+if not os.fork():
+    import psutil
+    beside = psutil.Process(os.getppid()).children()
+    os._exit(0 if len(beside) == 2 and preemption._a_rank_is_missing() else 1)
+raise SystemExit(os.WEXITSTATUS(os.wait()[1]))
+"""
+
+
+def test_a_loader_worker_of_a_dead_rank_is_not_taken_for_it():
+    assert python("-c", ADOPTS, cwd=ROOT, LOCAL_WORLD_SIZE="2").returncode == 0
+
+
 HANGS = """
 import multiprocessing, signal, time
 from esm2_composer import preemption

@@ -6,6 +6,7 @@ import errno
 from http import HTTPStatus
 from types import SimpleNamespace
 
+import botocore.session
 import pytest
 from botocore.exceptions import (
     ClientError,
@@ -18,6 +19,12 @@ from botocore.exceptions import (
 
 from esm2_composer.errors import StoreUnavailable
 from esm2_composer.retry import retry
+
+
+def test_the_service_that_gives_a_machine_its_role_is_asked_more_than_once() -> None:
+    session = botocore.session.get_session()
+    assert session.get_config_variable("metadata_service_num_attempts") == 10
+    assert session.get_config_variable("metadata_service_timeout") == 5
 
 
 def answer(status: int) -> ClientError:

@@ -1,5 +1,6 @@
 """The whole path through the real commands: train, evaluate, export; kill and relaunch; ranks; mistakes."""
 
+import contextlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from transformers import AutoModelForMaskedLM
 from esm2_composer import runner
 from esm2_composer.config import load_recipe
 from esm2_composer.conversion.records import COLUMNS
-from esm2_composer.errors import UserError
+from esm2_composer.errors import TransientError, UserError
 from esm2_composer.estimate import GPUS, estimate_run
 from esm2_composer.fsdp import DivideByRanks
 from esm2_composer.loggers import PERPLEXITY
@@ -311,6 +312,18 @@ def test_ranks_that_the_degrees_do_not_make_are_told_before_they_meet(shards, tm
     with pytest.raises(UserError, match="data_parallel_shard_degree 8 does not make the 16 ranks"):
         build_trainer(load_recipe(recipe, overrides))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("others", ["triton", "torch"])
+def test_ranks_that_would_compute_attention_by_other_kernels_are_told(monkeypatch, others):
+    monkeypatch.setattr(runner.dist, "all_gather_object", lambda name: [name, name, others, name])
+    told = contextlib.nullcontext()
+    if others == "torch":
+        told = pytest.raises(
+            TransientError, match=r"^rank 2 can compute attention by 'torch' alone .* rank 0 by 'tr"
+        )
+    with told:
+        runner.check_same_attention("triton")
 
 
 def test_too_few_clusters_are_one_line_and_exit_code_2(shards, tmp_path, monkeypatch):
