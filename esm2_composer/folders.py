@@ -40,7 +40,7 @@ DIVERGED = "diverged-"  # how the names of states begin that are to be looked at
 Result = TypeVar("Result")
 _NAME = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # a file or, if sharded, a folder
 _STAGING, PROBE = ".saving", ".seen-"
-DELETIONS = 16  # of a store's objects, at a time
+DELETIONS = 10  # of a store's objects, at a time
 LOCK_SECONDS = 30  # in which a run that got SIGTERM leaves, see preemption.GRACE
 
 

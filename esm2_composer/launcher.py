@@ -18,6 +18,7 @@ from esm2_composer.errors import ReportedError, UserError
 Result = TypeVar("Result")
 
 LOOPBACK = "127.0.0.1"
+THIS_MACHINE = ("localhost", "localhost.localdomain", "ip6-localhost", "::1")  # and 127.*
 LEAST = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "NODE_RANK": 0}
 
 
@@ -34,7 +35,8 @@ def run_on_ranks(main: Callable[[], Result], joins: bool = True) -> Result:
     if joins:
         be_reachable()
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # gloo holds a socket for each rank and group
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        with contextlib.suppress(OSError, ValueError):  # the kernel may allow fewer by now
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         return main()
     except ReportedError:
@@ -75,7 +77,7 @@ def be_reachable() -> None:
     host = os.environ.get("MASTER_ADDR", "localhost")
     if os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):
         return
-    if host == "localhost" or host.startswith("127.") or "GLOO_SOCKET_IFNAME" in os.environ:
+    if host in THIS_MACHINE or host.startswith("127.") or "GLOO_SOCKET_IFNAME" in os.environ:
         return
     if not _is_loopback(_own_address()):
         return
@@ -92,20 +94,29 @@ def be_reachable() -> None:
 
 def _own_address() -> str:
     """Where gloo would listen: at the first address of this machine's name that it can."""
-    with contextlib.suppress(OSError):
-        for *kind, _, place in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM):
-            with contextlib.suppress(OSError), socket.socket(*kind) as probe:
-                probe.bind(place)
-                return place[0]
+    for *kind, place in _addresses(socket.gethostname(), 0, socket.SOCK_STREAM):
+        with contextlib.suppress(OSError), socket.socket(*kind) as probe:
+            probe.bind(place)
+            return place[0]
     return LOOPBACK
 
 
 def _address_towards(host: str) -> str:
     """This machine's address on the way to a host, to which nothing is sent; a loopback's if there is no way."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))
-        return probe.getsockname()[0]
+    for *kind, place in _addresses(host, 9, socket.SOCK_DGRAM):
+        with contextlib.suppress(OSError), socket.socket(*kind) as probe:
+            probe.connect(place)
+            return probe.getsockname()[0]
     return LOOPBACK
+
+
+def _addresses(host: str, port: int, kind: int) -> list[tuple]:
+    """(family, kind, protocol, address), none for a host that nobody knows."""
+    try:
+        found = socket.getaddrinfo(host, port, type=kind)
+    except (OSError, UnicodeError):  # the second for a name that can be none
+        return []
+    return [(family, kind, protocol, address) for family, kind, protocol, _, address in found]
 
 
 def _is_loopback(address: str) -> bool:

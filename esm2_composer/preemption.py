@@ -179,11 +179,13 @@ def _other_ranks() -> list[int]:
 
 
 def _is_worker(pid: int) -> bool:
-    """Whether it leads a process group, as by `obey_rank_alone`, and no session, as ranks of torchrun's do."""
+    """Whether it blocks SIGTERM, as `obey_rank_alone` has it do."""
     try:
-        return os.getpgid(pid) == pid != os.getsid(pid)
-    except ProcessLookupError:  # it has just gone
+        with open(f"/proc/{pid}/status") as status:
+            blocked = next(int(line.split()[1], 16) for line in status if line.startswith("SigBlk:"))
+    except OSError:  # it has just gone
         return True
+    return bool(blocked >> (signal.SIGTERM - 1) & 1)
 
 
 def _same_command(parent: int) -> list[int]:

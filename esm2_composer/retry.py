@@ -15,8 +15,8 @@ Result = TypeVar("Result")
 
 # A machine's role comes from a service of its own, which a node's hundred processes ask at once. boto would ask it
 # once, for a second, and take silence for no credentials.
-os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "10")
-os.environ.setdefault("AWS_METADATA_SERVICE_TIMEOUT", "5")
+os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "3")
+os.environ.setdefault("AWS_METADATA_SERVICE_TIMEOUT", "2")
 
 WAITS = (1, 2, 4, 8, 16)  # seconds before asking again
 # What boto raises of itself and not of the store's answer, where another time it may do.

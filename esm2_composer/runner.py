@@ -200,8 +200,8 @@ def check_same_attention(name: str) -> None:
     other = next((rank for rank, each in enumerate(names) if each != names[0]), None)
     if other is not None:
         raise TransientError(
-            f"rank {other} can compute attention by '{names[other]}' alone (its log tells why), rank 0 by "
-            f"'{names[0]}'; start again, or set model.attention={names[other]} for all"
+            f"rank 0 would compute attention by '{names[0]}', rank {other} by '{names[other]}'; the log of one "
+            "tells why it cannot do as the other. Start again, or set model.attention for all"
         )
 
 

@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import tempfile
 import time
 import traceback
 from bisect import bisect_right
@@ -21,10 +22,10 @@ import streaming.base.dataset
 import torch.distributed as dist
 import zstd
 from streaming import Stream, StreamingDataset
-from streaming.base.constant import EPOCH_DATA
+from streaming.base.constant import BARRIER_FILELOCK, EPOCH_DATA
 from streaming.base.dataset import _ShardState
 from streaming.base.format import Reader, get_index_basename
-from streaming.base.shared import _get_path
+from streaming.base.shared import SharedMemory, _get_path, get_shm_prefix
 from streaming.base.world import World
 
 from esm2_composer.epochs import lay_out_epoch, layout_shape
@@ -201,6 +202,20 @@ class ShardBounds:
 
 
 streaming.base.dataset.Spanner = ShardBounds  # its name in StreamingDataset's constructor
+
+
+def claim_name(*arguments: Any) -> tuple[int, SharedMemory]:
+    """Streaming's `get_shm_prefix`: a dataset's name in shared memory, marked at once by the lock's file.
+
+    Streaming makes that file when the dataset is first iterated. What a run leaves that is killed before that, as
+    of its validation split once it was resumed, would be taken for another run's that uses the same cache.
+    """
+    prefix, memory = get_shm_prefix(*arguments)
+    Path(tempfile.gettempdir(), _get_path(prefix, BARRIER_FILELOCK)).touch()
+    return prefix, memory
+
+
+streaming.base.dataset.get_shm_prefix = claim_name  # its name in StreamingDataset's constructor
 
 
 class CheckedStream(Stream):

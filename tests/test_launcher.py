@@ -86,7 +86,6 @@ print(os.environ["{INTERFACE}"])
 
 
 def test_nodes_whose_names_do_not_lead_to_them_meet_on_the_network_between_them():
-    """Here nobody knows a node's name, or it is a loopback's."""
     environment = {**os.environ, **WHOLE, "MASTER_ADDR": ADDRESSES[0]}
     with two_nodes() as inside:
         for node in range(2):
@@ -100,9 +99,10 @@ def a_name(monkeypatch):
     """Gives this machine's name an address, one that it has."""
 
     def give(address):
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, 1, 6, "", (address, 0))])
+        names = {"node1": [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]}
+        monkeypatch.setattr(socket, "getaddrinfo", lambda name, *_, **__: names.get(name, []))
 
-    for name, value in {**WHOLE, "MASTER_ADDR": "node0"}.items():
+    for name, value in {**WHOLE, "MASTER_ADDR": "node0.invalid"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(socket, "gethostname", lambda: "node1")
     return give
@@ -121,6 +121,7 @@ def test_a_node_that_finds_no_way_to_the_others_is_told_to_name_one(a_name):
         ("127.0.1.1", {INTERFACE: "eth7"}),
         ("127.0.1.1", {"MASTER_ADDR": "127.0.0.1"}),
         ("127.0.1.1", {"MASTER_ADDR": "localhost"}),
+        ("127.0.1.1", {"MASTER_ADDR": "::1"}),
         ("127.0.1.1", {"LOCAL_WORLD_SIZE": "4"}),
     ],
 )

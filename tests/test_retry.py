@@ -23,8 +23,8 @@ from esm2_composer.retry import retry
 
 def test_the_service_that_gives_a_machine_its_role_is_asked_more_than_once() -> None:
     session = botocore.session.get_session()
-    assert session.get_config_variable("metadata_service_num_attempts") == 10
-    assert session.get_config_variable("metadata_service_timeout") == 5
+    assert session.get_config_variable("metadata_service_num_attempts") == 3
+    assert session.get_config_variable("metadata_service_timeout") == 2
 
 
 def answer(status: int) -> ClientError:

@@ -7,6 +7,9 @@ import itertools
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -86,6 +89,24 @@ def test_shards_stream_from_s3_through_a_cache_too_small_for_them(
         kept = list(cache.glob("*.mds"))
         assert 0 < len(kept) < len(list(many.glob("*.mds.zstd")))
         assert sum(file.stat().st_size for file in kept) <= limit
+
+
+OPEN_AND_DIE = """
+import os, signal, sys
+from esm2_composer.data import train_loader
+from test_shards import DRAW
+loader = train_loader(DRAW, *sys.argv[1:], 32, num_workers=0)
+os.killpg(0, signal.SIGKILL)
+"""
+
+
+def test_a_run_killed_before_it_read_a_split_does_not_hold_its_cache(many: Path, tmp_path: Path) -> None:
+    place = str(many), str(tmp_path / "cache")
+    died = subprocess.run(
+        [sys.executable, "-c", OPEN_AND_DIE, *place], cwd=Path(__file__).parent, start_new_session=True
+    )
+    assert died.returncode == -signal.SIGKILL
+    assert len(contents(train_loader(DRAW, *place, 32, num_workers=0))) > 0
 
 
 @pytest.mark.parametrize("limit", ["1b", "2000b"])

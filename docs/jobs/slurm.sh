@@ -21,7 +21,7 @@ export GPUS=8 WORLD_SIZE=$((8 * SLURM_JOB_NUM_NODES)) MASTER_PORT=29500
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
 export TMPDIR="/local/$USER/tmp"  # on each node, the same at every start
-export TRITON_CACHE_DIR="$TMPDIR/triton"  # by itself in the home folder, where the ranks of many nodes would collide
+export TRITON_CACHE_DIR="$TMPDIR/triton"  # not in a home folder that many nodes share, and collide in
 
 # A rank that gets SIGUSR1 makes all finish their update, save and leave, however long that takes.
 trap "srun --overlap --nodes=1 --ntasks=1 pkill --oldest --signal USR1 --full 'python[^ ]* [^ ]*train.py'" USR1
