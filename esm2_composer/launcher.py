@@ -32,12 +32,10 @@ def run_on_ranks(main: Callable[[], Result], joins: bool = True) -> Result:
         UserError: see `check_environment` and `be_reachable`.
     """
     check_environment(joins)
-    if joins:
-        be_reachable()
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # gloo holds a socket for each rank and group
-        with contextlib.suppress(OSError, ValueError):  # the kernel may allow fewer by now
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
+        if joins:
+            be_reachable()
+            open_many_files()
         return main()
     except ReportedError:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -90,6 +88,13 @@ def be_reachable() -> None:
     for interface, addresses in psutil.net_if_addrs().items():
         if address in (each.address for each in addresses):
             os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def open_many_files() -> None:
+    """Raise the limit of open files as far as may be: gloo holds a socket for each rank in each of four groups."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # the kernel may allow fewer by now
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _own_address() -> str:
