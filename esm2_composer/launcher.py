@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
-import socket
 from collections.abc import Callable
-from ipaddress import ip_address
 from typing import TypeVar
-
-import psutil
 
 from esm2_composer import preemption
 from esm2_composer.errors import ReportedError, UserError
+from esm2_composer.sockets import be_reachable, open_many_files
 
 Result = TypeVar("Result")
 
-LOOPBACK = "127.0.0.1"
-THIS_MACHINE = ("localhost", "localhost.localdomain", "ip6-localhost", "::1")  # and 127.*
 LEAST = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "NODE_RANK": 0}
 
 
@@ -29,7 +22,7 @@ def run_on_ranks(main: Callable[[], Result], joins: bool = True) -> Result:
         joins: whether the processes meet; False for one that only asks how many there would be.
 
     Raises:
-        UserError: see `check_environment` and `be_reachable`.
+        UserError: see `check_environment` and `sockets.be_reachable`.
     """
     check_environment(joins)
     try:
@@ -61,68 +54,3 @@ def check_environment(joins: bool = True) -> None:
     needed = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if joins and place["WORLD_SIZE"] > 1 and (absent := [name for name in needed if name not in os.environ]):
         raise UserError(f"the environment variable WORLD_SIZE is set, but not {', '.join(absent)}; {remedy}")
-
-
-def be_reachable() -> None:
-    """Have gloo listen where other nodes' ranks can reach it, by the environment variable GLOO_SOCKET_IFNAME.
-
-    By itself it listens at the address that this machine's name has here. Where that is a loopback's, as in many
-    an /etc/hosts, the ranks of two nodes would try to meet for half an hour, and fail.
-
-    Raises:
-        UserError: the way to the other nodes cannot be found either.
-    """
-    host = os.environ.get("MASTER_ADDR", "localhost")
-    if os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):
-        return
-    if host in THIS_MACHINE or host.startswith("127.") or "GLOO_SOCKET_IFNAME" in os.environ:
-        return
-    if not _is_loopback(_own_address()):
-        return
-    address = _address_towards(host)
-    if _is_loopback(address):
-        raise UserError(
-            f"the name of this machine, {socket.gethostname()}, has a loopback address here, where other nodes do "
-            "not reach it; set GLOO_SOCKET_IFNAME to the network interface between nodes (`ip -brief address`)"
-        )
-    for interface, addresses in psutil.net_if_addrs().items():
-        if address in (each.address for each in addresses):
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
-
-
-def open_many_files() -> None:
-    """Raise the limit of open files as far as may be: gloo holds a socket for each rank in each of four groups."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # the kernel may allow fewer by now
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _own_address() -> str:
-    """Where gloo would listen: at the first address of this machine's name that it can."""
-    for *kind, place in _addresses(socket.gethostname(), 0, socket.SOCK_STREAM):
-        with contextlib.suppress(OSError), socket.socket(*kind) as probe:
-            probe.bind(place)
-            return place[0]
-    return LOOPBACK
-
-
-def _address_towards(host: str) -> str:
-    """This machine's address on the way to a host, to which nothing is sent; a loopback's if there is no way."""
-    for *kind, place in _addresses(host, 9, socket.SOCK_DGRAM):
-        with contextlib.suppress(OSError), socket.socket(*kind) as probe:
-            probe.connect(place)
-            return probe.getsockname()[0]
-    return LOOPBACK
-
-
-def _addresses(host: str, port: int, kind: int) -> list[tuple]:
-    """(family, kind, protocol, address), none for a host that nobody knows."""
-    try:
-        found = socket.getaddrinfo(host, port, type=kind)
-    except (OSError, UnicodeError):  # the second for a name that can be none
-        return []
-    return [(family, kind, protocol, address) for family, kind, protocol, _, address in found]
-
-
-def _is_loopback(address: str) -> bool:
-    return ip_address(address.partition("%")[0]).is_loopback  # IPv6's may name an interface, after "%"

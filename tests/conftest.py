@@ -50,9 +50,9 @@ WITHOUT_STREAMING = {
     *("test_loggers", "test_markers", "test_masking", "test_mds", "test_model", "test_optim", "test_parts"),
     *("test_pool", "test_precision", "test_progress", "test_proteins", "test_ranks", "test_records"),
     *("test_retry", "test_running", "test_sample_data", "test_schema", "test_sharded_checkpoint"),
-    *("test_spark", "test_splits", "test_storage", "test_strict", "test_task", "test_triton_attention"),
-    *("test_triton_elementwise", "test_triton_fp8", "test_triton_layer", "test_verification", "test_weights"),
-    "test_workers",
+    *("test_sockets", "test_spark", "test_splits", "test_storage", "test_strict", "test_task"),
+    *("test_triton_attention", "test_triton_elementwise", "test_triton_fp8", "test_triton_layer"),
+    *("test_verification", "test_weights", "test_workers"),
 }
 
 
