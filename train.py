@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 
+from esm2_composer.distributed.launcher import run_on_ranks
 from esm2_composer.errors import (
     EXIT_DIVERGED,
     EXIT_FAILURE,
@@ -24,7 +25,6 @@ from esm2_composer.errors import (
     tell,
 )
 from esm2_composer.files import is_remote
-from esm2_composer.launcher import run_on_ranks
 
 
 def train() -> int:
@@ -37,25 +37,25 @@ def train() -> int:
         raise UserError("give a recipe, such as yamls/8m.yaml")
 
     # What takes long to import comes last: signals and mistakes are answered at once.
-    from esm2_composer.config import load_recipe
+    from esm2_composer.recipe.config import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.dry_run:
-        from esm2_composer.estimate import describe
+        from esm2_composer.recipe.estimate import describe
 
         if is_remote(recipe.data.remote):
-            from esm2_composer.data import check_store
+            from esm2_composer.data.checks import check_store
 
             check_store(recipe.data, recipe.global_train_batch_size)
         print(describe(recipe, ranks=int(os.environ.get("WORLD_SIZE", 1))))
         return 0
 
     from esm2_composer.callbacks import Preempted
+    from esm2_composer.checkpoints.folders import DIVERGED
+    from esm2_composer.checkpoints.saving import WAITS_LEAVING
+    from esm2_composer.distributed.collectives import say
     from esm2_composer.divergence import Diverged, advice
-    from esm2_composer.folders import DIVERGED
-    from esm2_composer.ranks import say
     from esm2_composer.runner import Done, build_trainer
-    from esm2_composer.saving import WAITS_LEAVING
 
     preemption.watch_signals()  # again: Composer, imported since, has a handler that would leave at once
     try:

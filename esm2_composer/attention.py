@@ -4,7 +4,7 @@ A flat batch holds T tokens of B sequences; sequence b is the tokens cu_seqlens[
 kernel here computes padding, and no token sees another sequence.
 
     cpu     a loop over sequences around torch's CPU flash attention; any device, any dtype: the reference
-    triton  ours (see `triton_attention`), which rotates too, and with it the rest of a layer (`triton_layer`);
+    triton  ours (`kernels.attention`), which rotates too, and with it the rest of a layer (`kernels.layer`);
             CUDA, fp16 or bf16, and a C compiler
     torch   FlashAttention-2's variable-length kernel inside torch: its public function where there is one
             (from 2.11), the operator behind it before; CUDA, fp16 or bf16
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from esm2_composer.kernel_checks import as_in_training, failure_line, missing_for_triton, relative_error
+from esm2_composer.kernels.checks import as_in_training, failure_line, missing_for_triton, relative_error
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int],
 
 @dataclass(frozen=True)
 class Attention:
-    """A backend: a kernel or, of `triton`, what computes a whole layer (`triton_layer.compute`)."""
+    """A backend: a kernel or, of `triton`, what computes a whole layer (`kernels.layer.compute`)."""
 
     name: str
     kernel: Kernel | None = None
@@ -137,9 +137,9 @@ def _triton(dtype: torch.dtype, heads: int, head_size: int) -> Attention | None:
     if lack := missing_for_triton():
         log.warning("attention: Triton cannot be used: %s is missing", lack)
         return None
-    from esm2_composer import triton_layer
-    from esm2_composer.triton_attention import attend
-    from esm2_composer.triton_elementwise import elementwise_error
+    from esm2_composer.kernels import layer
+    from esm2_composer.kernels.attention import attend
+    from esm2_composer.kernels.elementwise import elementwise_error
 
     if torch.cuda.is_available():
         try:
@@ -154,7 +154,7 @@ def _triton(dtype: torch.dtype, heads: int, head_size: int) -> Attention | None:
             if not error < TOLERANCE:
                 log.warning("attention: Triton cannot be used: a kernel of it is off by %.1e on this GPU", error)
                 return None
-    return Attention("triton", layer=triton_layer.compute)
+    return Attention("triton", layer=layer.compute)
 
 
 TOLERANCE = 1.5e-2  # bf16's rounding makes some 5e-3
@@ -163,7 +163,7 @@ TOLERANCE = 1.5e-2  # bf16's rounding makes some 5e-3
 def rotated_error(
     attend: Callable[..., torch.Tensor], dtype: torch.dtype, heads: int, head_size: int, device: str
 ) -> float:
-    """The relative error of a kernel that rotates, as `triton_attention.attend` does: the largest of its output's
+    """The relative error of a kernel that rotates, as `kernels.attention.attend` does: the largest of its output's
     and of the gradients' of q, k and v; NaN if any is."""
     with as_in_training(device):
         draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))

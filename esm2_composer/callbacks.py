@@ -13,8 +13,8 @@ from composer.utils import dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from esm2_composer import preemption
+from esm2_composer.distributed.collectives import all_gather, cpu_group
 from esm2_composer.loggers import LOSS
-from esm2_composer.ranks import all_gather, cpu_group
 from esm2_composer.task import MaskedLanguageModel
 
 EVERY = 10  # updates between two readings of values that cost a synchronisation

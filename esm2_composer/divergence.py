@@ -9,7 +9,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 
 from esm2_composer.loggers import LOSS
-from esm2_composer.schema import Recipe
+from esm2_composer.recipe.schema import Recipe
 
 
 class Diverged(Exception):

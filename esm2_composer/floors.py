@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from esm2_composer import alphabet
-from esm2_composer.data import check_cache, open_clusters
-from esm2_composer.masking import MaskingRule
-from esm2_composer.schema import DataSection
+from esm2_composer.data.checks import check_cache
+from esm2_composer.data.loaders import open_clusters
+from esm2_composer.data.masking import MaskingRule
+from esm2_composer.recipe.schema import DataSection
 
 MAX_CLUSTERS = 2**20  # of a split with more, so many are read for the floors: their error is then below 0.01
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from esm2_composer.errors import UserError
-from esm2_composer.kernel_checks import as_in_training, failure_line, missing_for_triton, relative_error
+from esm2_composer.kernels.checks import as_in_training, failure_line, missing_for_triton, relative_error
 from esm2_composer.model import ESM2, Product
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -133,9 +133,9 @@ FP8 = Product(product, forward, backward)
 
 
 def _round(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `triton_fp8.round_both`."""
+    """See `kernels.fp8.round_both`."""
     if x.is_cuda:
-        from esm2_composer.triton_fp8 import round_both
+        from esm2_composer.kernels.fp8 import round_both
 
         # Of an fp32 matrix, Triton 3.6 wrote a quarter of the transpose into wrong places (on an H200).
         return round_both(x if x.dtype.itemsize == 2 else x.bfloat16(), dtype)

@@ -18,7 +18,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from esm2_composer.errors import UserError, tell
-from esm2_composer.schema import Recipe
+from esm2_composer.recipe.schema import Recipe
 
 LOSS = "loss/train/total"
 PERPLEXITY = "metrics/valid/perplexity"

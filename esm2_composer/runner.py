@@ -17,45 +17,37 @@ from composer.utils import dist, get_device
 
 from esm2_composer.attention import select_attention
 from esm2_composer.callbacks import GradientClipping, GradientRelease, Preemption, TokenMonitor
-from esm2_composer.checkpoints import (
-    Index,
+from esm2_composer.checkpoints.folders import open_folder, updates
+from esm2_composer.checkpoints.index import Index
+from esm2_composer.checkpoints.resume import (
     check_resumed,
     check_shared,
     check_undamaged,
     find_checkpoint,
     take_over,
 )
-from esm2_composer.config import flatten
-from esm2_composer.data import (
-    ClusterDraw,
-    canonical_nodes,
-    check_cache,
-    check_store,
-    check_tmpdir,
-    count_short_clusters,
-    evaluation_loader,
-    make_cache,
-    train_loader,
-)
+from esm2_composer.checkpoints.saving import CheckpointSaver
+from esm2_composer.data.checks import check_cache, check_store, check_tmpdir, count_short_clusters, make_cache
+from esm2_composer.data.draw import ClusterDraw
+from esm2_composer.data.loaders import canonical_nodes, evaluation_loader, train_loader
+from esm2_composer.data.masking import MaskingRule
+from esm2_composer.data.pool import data_spec
+from esm2_composer.data.splits import SPLITS
+from esm2_composer.distributed.collectives import on_rank_zero, say
+from esm2_composer.distributed.fsdp import DivideByRanks, means_are_sums, parallelism_of
 from esm2_composer.divergence import Divergence
 from esm2_composer.errors import TransientError, UserError, naming
-from esm2_composer.estimate import GPUS
 from esm2_composer.files import is_remote
-from esm2_composer.folders import open_folder, updates
 from esm2_composer.fp8 import use_fp8
-from esm2_composer.fsdp import DivideByRanks, means_are_sums, parallelism_of
-from esm2_composer.kernel_checks import missing_for_triton
+from esm2_composer.kernels.checks import missing_for_triton
 from esm2_composer.loggers import TrainingProgress, build_loggers, check_wandb
-from esm2_composer.masking import MaskingRule
 from esm2_composer.model import count_parameters
-from esm2_composer.network import build_model
 from esm2_composer.optim import build_adamw, build_schedule
-from esm2_composer.pool import data_spec
 from esm2_composer.preemption import kill_workers_at_exit, obey_rank_alone
-from esm2_composer.ranks import on_rank_zero, say
-from esm2_composer.saving import CheckpointSaver
-from esm2_composer.schema import DataSection, Recipe, batches
-from esm2_composer.splits import SPLITS
+from esm2_composer.recipe.architecture import build_model
+from esm2_composer.recipe.config import flatten
+from esm2_composer.recipe.estimate import GPUS
+from esm2_composer.recipe.schema import DataSection, Recipe, batches
 from esm2_composer.task import MaskedLanguageModel
 
 

@@ -10,8 +10,8 @@ from composer.metrics import LanguageCrossEntropy, LanguagePerplexity, MaskedAcc
 from composer.models import ComposerModel
 from torchmetrics import Metric
 
+from esm2_composer.data.pool import Microbatch
 from esm2_composer.model import ESM2
-from esm2_composer.pool import Microbatch
 
 
 class MaskedLanguageModel(ComposerModel):

@@ -1,7 +1,7 @@
 """Weights in and out: Hugging Face, fair-esm, and Composer checkpoints.
 
 One table holds the three namings. Files are read without running code from them: safetensors, or
-`torch.load(weights_only=True)`, or `sharded_checkpoint`.
+`torch.load(weights_only=True)`, or `checkpoints.sharded`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from esm2_composer import alphabet
-from esm2_composer.checksums import is_damaged
+from esm2_composer.checkpoints.checksums import is_damaged
+from esm2_composer.checkpoints.sharded import MODEL_PREFIX, read_sharded
 from esm2_composer.errors import UserError, system_error
 from esm2_composer.model import ESM2, LAYER_NORM_EPS, ESM2Config, rotary_frequencies
-from esm2_composer.sharded_checkpoint import MODEL_PREFIX, read_sharded
 
 State = Mapping[str, torch.Tensor]
 

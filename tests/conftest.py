@@ -24,9 +24,9 @@ from moto.server import ThreadedMotoServer
 from streaming import MDSWriter
 from streaming.base.shared import memory
 
+from esm2_composer.checkpoints.folders import Folder, open_folder
 from esm2_composer.conversion.records import COLUMNS
 from esm2_composer.errors import run_command
-from esm2_composer.folders import Folder, open_folder
 
 ROOT = Path(__file__).parent.parent
 REAL_DATA = Path(os.environ.get("ESM2_REAL_DATA") or ROOT.parent / "shared" / "data")
@@ -43,16 +43,16 @@ TERMINAL = pytest.StashKey[int]()
 # shared memory, so all others' tests run in one of pytest's workers, one after the other.
 WITHOUT_STREAMING = {
     *("test_alphabet", "test_attention", "test_benchmark", "test_benchmark_convert", "test_benchmark_profile"),
-    *("test_benchmark_step", "test_build_clusters", "test_callbacks", "test_checkpoints", "test_checksums"),
-    *("test_config", "test_conversion_plan", "test_convert", "test_divergence", "test_docs", "test_embed"),
-    *("test_epochs", "test_errors", "test_estimate", "test_export_hf", "test_fasta", "test_files"),
-    *("test_folders", "test_fp8", "test_fsdp", "test_journal", "test_launcher", "test_layouts"),
+    *("test_benchmark_step", "test_build_clusters", "test_callbacks", "test_checksums", "test_collectives"),
+    *("test_config", "test_conversion_plan", "test_convert", "test_divergence", "test_docs", "test_draw"),
+    *("test_embed", "test_epochs", "test_errors", "test_estimate", "test_export_hf", "test_fasta", "test_files"),
+    *("test_folders", "test_fp8", "test_fsdp", "test_index", "test_journal", "test_kernels_attention"),
+    *("test_kernels_elementwise", "test_kernels_fp8", "test_kernels_layer", "test_launcher", "test_layouts"),
     *("test_loggers", "test_markers", "test_masking", "test_mds", "test_model", "test_optim", "test_parts"),
-    *("test_pool", "test_precision", "test_progress", "test_proteins", "test_ranks", "test_records"),
-    *("test_retry", "test_running", "test_sample_data", "test_schema", "test_sharded_checkpoint"),
-    *("test_sockets", "test_spark", "test_splits", "test_storage", "test_strict", "test_task"),
-    *("test_triton_attention", "test_triton_elementwise", "test_triton_fp8", "test_triton_layer"),
-    *("test_verification", "test_weights", "test_workers"),
+    *("test_pool", "test_precision", "test_progress", "test_proteins", "test_records", "test_resume"),
+    *("test_retry", "test_running", "test_sample_data", "test_schema", "test_sharded", "test_sockets"),
+    *("test_spark", "test_splits", "test_storage", "test_strict", "test_task", "test_verification"),
+    *("test_weights", "test_workers"),
 }
 
 

@@ -18,9 +18,10 @@ import torch
 from composer.utils import dist
 
 from esm2_composer import alphabet
-from esm2_composer.data import ClusterDraw, evaluation_loader, train_loader
-from esm2_composer.masking import MaskingRule
-from esm2_composer.pool import data_spec
+from esm2_composer.data.draw import ClusterDraw
+from esm2_composer.data.loaders import evaluation_loader, train_loader
+from esm2_composer.data.masking import MaskingRule
+from esm2_composer.data.pool import data_spec
 
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # as in conftest.py
 

@@ -12,7 +12,7 @@ from gpu_train import allow
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from esm2_composer.config import load_recipe
+from esm2_composer.recipe.config import load_recipe
 from esm2_composer.runner import build_trainer
 
 

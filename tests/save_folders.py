@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from esm2_composer.folders import Folder, LocalFolder
+from esm2_composer.checkpoints.folders import Folder, LocalFolder
 
 
 def stage(tmp_path: Path, name: str) -> Path:

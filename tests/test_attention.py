@@ -49,7 +49,7 @@ def kernel(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32
     found = select(backend, device, dtype)
     if found.kernel is not None:
         return found.kernel
-    from esm2_composer.triton_attention import attend
+    from esm2_composer.kernels.attention import attend
 
     def without_rotation(q, k, v, cu_seqlens, max_seqlen):
         tables = torch.stack((torch.ones(*q.shape[::2]), torch.zeros(*q.shape[::2])))[:, :, None, ::2]
@@ -254,7 +254,7 @@ def pretend_a_gpu(monkeypatch, capability, rotated=0.0, elementwise=0.0):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(attention, "rotated_error", lambda *_: rotated)
-    monkeypatch.setattr("esm2_composer.triton_elementwise.elementwise_error", lambda *_: elementwise)
+    monkeypatch.setattr("esm2_composer.kernels.elementwise.elementwise_error", lambda *_: elementwise)
 
 
 def test_a_kernel_that_cannot_be_compiled_is_told_and_hinders_no_other(monkeypatch, caplog):

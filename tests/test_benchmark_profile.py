@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from esm2_composer.attention import Attention
 from esm2_composer.errors import UserError
 from esm2_composer.model import SIZES
-from esm2_composer.network import skeleton
+from esm2_composer.recipe.architecture import skeleton
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from esm2_composer import preemption
 from esm2_composer.callbacks import GradientRelease, Preempted, Preemption
-from esm2_composer.ranks import end_process_group
+from esm2_composer.distributed.collectives import end_process_group
 
 
 def leave_when_told(rank: int, folder: Path) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_sharded_checkpoint import model, sharded  # noqa: F401, fixtures
+from test_sharded import model, sharded  # noqa: F401, fixtures
 
-from esm2_composer import checksums
-from esm2_composer.checksums import is_damaged
+from esm2_composer.checkpoints import checksums
+from esm2_composer.checkpoints.checksums import is_damaged
+from esm2_composer.checkpoints.sharded import MODEL_PREFIX
 from esm2_composer.errors import UserError
 from esm2_composer.model import ESM2
-from esm2_composer.sharded_checkpoint import MODEL_PREFIX
 
 
 def flip(path: Path, at: int) -> None:

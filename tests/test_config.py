@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from esm2_composer.config import changes, load_recipe, to_yaml
 from esm2_composer.errors import UserError
-from esm2_composer.schema import Recipe
+from esm2_composer.recipe.config import changes, load_recipe, to_yaml
+from esm2_composer.recipe.schema import Recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "yamls").glob("*.yaml"))
 
@@ -403,7 +403,7 @@ def test_a_recipe_is_checked_without_importing_torch_or_composer(text: str) -> N
     Path("tiny.yaml").write_text(text)
     program = """
 import sys
-from esm2_composer.config import load_recipe
+from esm2_composer.recipe.config import load_recipe
 from esm2_composer.errors import UserError
 try:
     print(load_recipe("tiny.yaml").run_name)

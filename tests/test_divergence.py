@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from esm2_composer.config import load_recipe
 from esm2_composer.divergence import Diverged, Divergence, advice
 from esm2_composer.loggers import LOSS
-from esm2_composer.schema import Recipe
+from esm2_composer.recipe.config import load_recipe
+from esm2_composer.recipe.schema import Recipe
 
 
 def watch(losses: list[float], max_rise: float | None = 0.5, done: int = 0) -> tuple[int, int | None]:

@@ -19,8 +19,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from esm2_composer.config import load_recipe
 from esm2_composer.model import ESM2, ESM2Config
+from esm2_composer.recipe.config import load_recipe
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

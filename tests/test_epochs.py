@@ -14,8 +14,8 @@ from streaming.base.partition import get_partitions
 from streaming.base.shuffle import get_shuffle
 from streaming.base.world import World
 
-from esm2_composer import epochs
-from esm2_composer.epochs import lay_out_epoch, layout_shape, samples_left_out, shards_in_use
+from esm2_composer.data import epochs
+from esm2_composer.data.epochs import lay_out_epoch, layout_shape, samples_left_out, shards_in_use
 
 SHARDS = [9, 1, 30, 4, 2, 18]  # samples
 SAMPLES = sum(SHARDS)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import ROOT, python
 
-from esm2_composer.config import load_recipe
 from esm2_composer.errors import UserError
-from esm2_composer.estimate import (
+from esm2_composer.model import ESM2, ESM2Config, count_parameters
+from esm2_composer.recipe.config import load_recipe
+from esm2_composer.recipe.estimate import (
     GPUS,
     RESERVED,
     STEP_OVERHEAD,
@@ -21,7 +22,6 @@ from esm2_composer.estimate import (
     report,
     useful_gpus,
 )
-from esm2_composer.model import ESM2, ESM2Config, count_parameters
 
 
 def recipe(size: str, *overrides: str):

@@ -22,12 +22,13 @@ from transformers import EsmForMaskedLM
 
 from esm2_composer import alphabet
 from esm2_composer.conversion.records import COLUMNS
-from esm2_composer.data import ClusterDraw, evaluation_loader
+from esm2_composer.data.draw import ClusterDraw
+from esm2_composer.data.loaders import evaluation_loader
+from esm2_composer.data.masking import MaskingRule
+from esm2_composer.data.pool import pack
 from esm2_composer.errors import UserError
 from esm2_composer.evaluation import LENGTH_BINS, LENGTH_EDGES, evaluate
-from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, ESM2Config
-from esm2_composer.pool import pack
 
 
 def microbatch(lengths: list[int], seed: int) -> dict:

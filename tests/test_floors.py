@@ -10,10 +10,10 @@ from esm2_composer import alphabet
 from esm2_composer import floors as module
 from esm2_composer.conversion.convert import Options, convert
 from esm2_composer.conversion.layouts import BioNeMo
+from esm2_composer.data.masking import MaskingRule
 from esm2_composer.errors import UserError
 from esm2_composer.floors import data_floors, floors, residue_frequencies
-from esm2_composer.masking import MaskingRule
-from esm2_composer.schema import DataSection
+from esm2_composer.recipe.schema import DataSection
 
 
 def test_frequencies_weigh_every_cluster_once():
@@ -93,6 +93,6 @@ def test_a_name_taken_in_shared_memory_is_no_mistake(shards, monkeypatch):
     def taken(*_, **__):
         raise FileExistsError("/000000_locals")
 
-    monkeypatch.setattr("esm2_composer.data.ClusterDataset", taken)
+    monkeypatch.setattr("esm2_composer.data.loaders.ClusterDataset", taken)
     with pytest.raises(FileExistsError):
         data_floors(DataSection(str(shards)), [MaskingRule()])

@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT
 from save_folders import listing, save, stage
 
-from esm2_composer import folders
+from esm2_composer.checkpoints import folders
+from esm2_composer.checkpoints.folders import LocalFolder, ask, open_folder
 from esm2_composer.errors import TransientError, UserError
-from esm2_composer.folders import LocalFolder, ask, open_folder
 from esm2_composer.weights import LATEST
 
 
@@ -86,7 +86,7 @@ def test_a_place_for_uploads_that_others_can_write_to_is_refused(store, tmp_path
 
 HOLDER = """
 import os, sys, time
-from esm2_composer.folders import LocalFolder
+from esm2_composer.checkpoints.folders import LocalFolder
 LocalFolder(sys.argv[1]).lock()
 if os.fork():
     print(flush=True)

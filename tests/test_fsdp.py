@@ -13,10 +13,10 @@ from composer.devices import DeviceCPU
 from composer.loggers import Logger
 from torch.distributed.fsdp import fully_shard
 
-from esm2_composer import fsdp
 from esm2_composer.callbacks import GradientClipping
-from esm2_composer.fsdp import DivideByRanks, means_are_sums
-from esm2_composer.ranks import end_process_group
+from esm2_composer.distributed import fsdp
+from esm2_composer.distributed.collectives import end_process_group
+from esm2_composer.distributed.fsdp import DivideByRanks, means_are_sums
 
 
 def be_rank(rank: int, ranks: int, folder: Path) -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 
+from esm2_composer.distributed.launcher import LEAST, check_environment
 from esm2_composer.errors import UserError
-from esm2_composer.launcher import LEAST, check_environment
 
 WHOLE = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1", "NODE_RANK": "1"}
 WHOLE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

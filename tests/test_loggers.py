@@ -14,9 +14,9 @@ from conftest import ROOT, python
 from outcomes import read_scalars
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from esm2_composer.distributed.collectives import say
 from esm2_composer.errors import UserError
 from esm2_composer.loggers import LOSS, Deferred, TensorBoard, TrainingProgress, check_wandb, hand_on_all
-from esm2_composer.ranks import say
 
 
 class Told(LoggerDestination):

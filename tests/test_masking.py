@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from esm2_composer import alphabet
-from esm2_composer.masking import MaskingRule, choose, keyed_words, token_uniforms
+from esm2_composer.data.masking import MaskingRule, choose, keyed_words, token_uniforms
 
 MILLION = 1_000_000
 X = alphabet.TOKENS.index("X")  # maskable, and not among the replacements

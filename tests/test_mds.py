@@ -14,10 +14,10 @@ import pytest
 import zstd
 from streaming import MDSWriter
 
-from esm2_composer import mds
 from esm2_composer.conversion.records import COLUMNS
+from esm2_composer.data import mds
+from esm2_composer.data.mds import Shard, ShardWriter, check_index, encode_sample
 from esm2_composer.errors import UserError
-from esm2_composer.mds import Shard, ShardWriter, check_index, encode_sample
 
 
 def sample(members: int, name: str = "UniRef50_Grün") -> dict[str, Any]:

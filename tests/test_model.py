@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from esm2_composer import alphabet
 from esm2_composer.attention import Attention, _torch_varlen_operator
+from esm2_composer.distributed.collectives import end_process_group
 from esm2_composer.model import (
     ESM2,
     SIZES,
@@ -22,7 +23,6 @@ from esm2_composer.model import (
     rotate,
 )
 from esm2_composer.optim import build_adamw
-from esm2_composer.ranks import end_process_group
 
 # the head sizes of all six models
 CONFIGS = {

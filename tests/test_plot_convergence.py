@@ -23,9 +23,9 @@ from plot_convergence import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from esm2_composer.data.masking import MaskingRule
 from esm2_composer.floors import data_floors
-from esm2_composer.masking import MaskingRule
-from esm2_composer.schema import DataSection
+from esm2_composer.recipe.schema import DataSection
 
 CURVE = {0: 34.0, 50: 19.5, 100: 17.25}
 CONDITIONS = {**PUBLISHED_CONDITIONS, "global_train_batch_size": 2048, "data.remote": "data/uniref50"}

@@ -14,10 +14,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from esm2_composer import alphabet
-from esm2_composer.data import Share
+from esm2_composer.data.draw import Share
+from esm2_composer.data.pool import Microbatch, Pool, PooledLoader, balance, data_spec, pack
+from esm2_composer.distributed.collectives import end_process_group
 from esm2_composer.errors import UserError
-from esm2_composer.pool import Microbatch, Pool, PooledLoader, balance, data_spec, pack
-from esm2_composer.ranks import end_process_group
 
 
 def uniref_lengths(count: int, seed: int) -> np.ndarray:

@@ -20,12 +20,12 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 
 from esm2_composer.alphabet import AMINO_ACIDS, CLS, EOS
 from esm2_composer.callbacks import GradientRelease
+from esm2_composer.data.masking import MaskingRule
+from esm2_composer.data.pool import Microbatch, pack
+from esm2_composer.distributed.collectives import end_process_group
 from esm2_composer.fp8 import use_fp8
-from esm2_composer.masking import MaskingRule
 from esm2_composer.model import ESM2, ESM2Config
 from esm2_composer.optim import build_adamw, build_schedule
-from esm2_composer.pool import Microbatch, pack
-from esm2_composer.ranks import end_process_group
 
 SMALL = ESM2Config(2, 64, 4, 256)
 

@@ -24,10 +24,11 @@ import pytest
 from conftest import ROOT, Run, command, python
 from outcomes import losses
 
-from esm2_composer import data, preemption
+from esm2_composer import preemption
 from esm2_composer.callbacks import Preemption
-from esm2_composer.data import ClusterDraw
-from esm2_composer.masking import MaskingRule
+from esm2_composer.data import loaders
+from esm2_composer.data.draw import ClusterDraw
+from esm2_composer.data.masking import MaskingRule
 
 
 @pytest.fixture(scope="module")
@@ -445,9 +446,9 @@ def test_a_rank_lost_while_shards_are_opened_is_no_mistake_of_the_user(monkeypat
     def lost(*_, **__):
         raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
 
-    monkeypatch.setattr(data, "ClusterDataset", lost)
+    monkeypatch.setattr(loaders, "ClusterDataset", lost)
     with pytest.raises(RuntimeError, match="closed by peer"):
-        data.train_loader(ClusterDraw(17, 128, 1, MaskingRule()), None, "shards", 16, 0)
+        loaders.train_loader(ClusterDraw(17, 128, 1, MaskingRule()), None, "shards", 16, 0)
 
 
 @pytest.mark.slow

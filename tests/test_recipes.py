@@ -19,16 +19,17 @@ from conftest import COPIES, ROOT, SHARDED, Run, composer, python
 from outcomes import assert_user_error, read_scalars
 from plot_convergence import PUBLISHED
 
-from esm2_composer.config import load_recipe
-from esm2_composer.data import ClusterDraw, canonical_nodes
+from esm2_composer.data.draw import ClusterDraw
+from esm2_composer.data.loaders import canonical_nodes
+from esm2_composer.data.masking import MaskingRule
+from esm2_composer.data.splits import SPLITS
+from esm2_composer.distributed.fsdp import fsdp_options
 from esm2_composer.errors import UserError
-from esm2_composer.fsdp import fsdp_options
 from esm2_composer.loggers import LOSS
-from esm2_composer.masking import MaskingRule
 from esm2_composer.model import SIZES, ESM2Config, rotary_frequencies
-from esm2_composer.network import build_model
+from esm2_composer.recipe.architecture import build_model
+from esm2_composer.recipe.config import load_recipe
 from esm2_composer.runner import cluster_draw, compiles
-from esm2_composer.splits import SPLITS
 
 RECIPES = sorted(path.stem for path in (ROOT / "yamls").glob("*.yaml"))
 

@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import EsmConfig, EsmForMaskedLM
 
 from esm2_composer import alphabet
-from esm2_composer.data import ClusterDraw, train_loader
-from esm2_composer.masking import MaskingRule
+from esm2_composer.data.draw import ClusterDraw
+from esm2_composer.data.loaders import train_loader
+from esm2_composer.data.masking import MaskingRule
 from esm2_composer.model import ESM2Config
 from esm2_composer.weights import hugging_face_config
 

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from esm2_composer.config import load_recipe
 from esm2_composer.errors import EXIT_DIVERGED, EXIT_PREEMPTED
-from esm2_composer.estimate import report
 from esm2_composer.preemption import GRACE
+from esm2_composer.recipe.config import load_recipe
+from esm2_composer.recipe.estimate import report
 
 TEXT = (ROOT / "docs/running.md").read_text()
 SLURM = (ROOT / "docs/jobs/slurm.sh").read_text()
@@ -186,7 +186,7 @@ def test_what_fits_one_gpu_is_what_the_plan_finds():
 
 
 def test_the_keys_that_may_change_are_told():
-    from esm2_composer.config import MAY_CHANGE
+    from esm2_composer.recipe.config import MAY_CHANGE
 
     row = next(line for line in TEXT.splitlines() if line.startswith("| the number of ranks"))
     told = row.split("|")[1]

@@ -17,10 +17,10 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from outcomes import assert_same_weights, assert_user_error, final_weights, losses
 from werkzeug.serving import make_server
 
+from esm2_composer.checkpoints.saving import WAITS_LEAVING
 from esm2_composer.errors import EXIT_FAILURE
 from esm2_composer.model import ESM2
 from esm2_composer.preemption import GRACE
-from esm2_composer.saving import WAITS_LEAVING
 
 
 class Store:

@@ -1,4 +1,4 @@
-"""schema.py: every key has its range, and is never empty text."""
+"""recipe/schema.py: every key has its range, and is never empty text."""
 
 from __future__ import annotations
 

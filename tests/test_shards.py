@@ -29,12 +29,14 @@ from streaming.base.spanner import Spanner
 from streaming.base.storage.download import S3Downloader
 from torch.utils.data import DataLoader
 
-from esm2_composer import retry, shards
+from esm2_composer import retry
 from esm2_composer.conversion.records import COLUMNS
-from esm2_composer.data import ClusterDraw, cache_needed, evaluation_loader, train_loader
+from esm2_composer.data import shards
+from esm2_composer.data.draw import ClusterDraw
+from esm2_composer.data.loaders import cache_needed, evaluation_loader, train_loader
+from esm2_composer.data.masking import MaskingRule
+from esm2_composer.data.shards import SHARED_MEMORY, ShardBounds
 from esm2_composer.errors import StoreUnavailable, TransientError, UserError
-from esm2_composer.masking import MaskingRule
-from esm2_composer.shards import SHARED_MEMORY, ShardBounds
 
 BATCH = 8
 DRAW = ClusterDraw(seed=5, max_length=24, min_length=8, masking=MaskingRule())
@@ -93,7 +95,7 @@ def test_shards_stream_from_s3_through_a_cache_too_small_for_them(
 
 OPEN_AND_DIE = """
 import os, signal, sys
-from esm2_composer.data import train_loader
+from esm2_composer.data.loaders import train_loader
 from test_shards import DRAW
 loader = train_loader(DRAW, *sys.argv[1:], 32, num_workers=0)
 os.killpg(0, signal.SIGKILL)

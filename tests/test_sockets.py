@@ -9,8 +9,8 @@ import pytest
 from nodes import ADDRESSES, INTERFACES, two_nodes
 from test_launcher import WHOLE
 
+from esm2_composer.distributed.sockets import be_reachable
 from esm2_composer.errors import UserError
-from esm2_composer.sockets import be_reachable
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 
@@ -34,7 +34,7 @@ def test_a_rank_may_open_as_many_files_as_it_can_be_given():
 
 TELL = f"""
 import os
-from esm2_composer.sockets import be_reachable
+from esm2_composer.distributed.sockets import be_reachable
 be_reachable()
 print(os.environ["{INTERFACE}"])
 """

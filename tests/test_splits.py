@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from esm2_composer.data.splits import cannot_be_unpacked, check_data, count_clusters, lacking
 from esm2_composer.errors import UserError
-from esm2_composer.splits import cannot_be_unpacked, check_data, count_clusters, lacking
 
 
 @pytest.fixture

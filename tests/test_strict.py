@@ -1,4 +1,4 @@
-"""strict.py: an unknown key, one left out, and a value of another type are each one line with the key."""
+"""recipe/strict.py: an unknown key, one left out, and a value of another type are each one line with the key."""
 
 from __future__ import annotations
 

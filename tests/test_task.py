@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from esm2_composer import alphabet
+from esm2_composer.data.pool import pack
 from esm2_composer.model import ESM2, ESM2Config
-from esm2_composer.pool import pack
 from esm2_composer.task import MaskedLanguageModel
 
 

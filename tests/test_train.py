@@ -24,15 +24,15 @@ from streaming import MDSWriter
 from transformers import AutoModelForMaskedLM
 
 from esm2_composer import runner
-from esm2_composer.config import load_recipe
 from esm2_composer.conversion.records import COLUMNS
+from esm2_composer.distributed.collectives import end_process_group
+from esm2_composer.distributed.fsdp import DivideByRanks
 from esm2_composer.errors import TransientError, UserError
-from esm2_composer.estimate import GPUS, estimate_run
-from esm2_composer.fsdp import DivideByRanks
 from esm2_composer.loggers import PERPLEXITY
-from esm2_composer.ranks import end_process_group
+from esm2_composer.recipe.config import load_recipe
+from esm2_composer.recipe.estimate import GPUS, estimate_run
+from esm2_composer.recipe.schema import DataSection
 from esm2_composer.runner import Done, build_trainer, digests_of_all_nodes
-from esm2_composer.schema import DataSection
 
 DIMENSIONS = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")
 

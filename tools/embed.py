@@ -16,7 +16,7 @@ from pathlib import Path
 from esm2_composer.errors import ArgumentParser, UserError, in_range, run_command
 from esm2_composer.files import refuse_existing
 from esm2_composer.progress import Progress
-from esm2_composer.schema import MAX_INT
+from esm2_composer.recipe.schema import MAX_INT
 
 
 def main() -> None:

@@ -14,11 +14,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from esm2_composer.data.splits import SPLITS, check_data
+from esm2_composer.distributed.launcher import run_on_ranks
 from esm2_composer.errors import ArgumentParser, UserError, in_range, run_command
-from esm2_composer.launcher import run_on_ranks
 from esm2_composer.progress import Progress
-from esm2_composer.schema import MAX_INT, DataSection
-from esm2_composer.splits import SPLITS, check_data
+from esm2_composer.recipe.schema import MAX_INT, DataSection
 
 SEQUENCES_A_RANK = 64  # taken up at a time
 SHOWN = {"at_mask": "  that show <mask>", "at_residue": "  that show a residue"}
@@ -62,13 +62,15 @@ def main() -> None:
     import torch
     from composer.utils import dist
 
-    from esm2_composer.data import ClusterDraw, check_cache, evaluation_loader
+    from esm2_composer.data.checks import check_cache
+    from esm2_composer.data.draw import ClusterDraw
+    from esm2_composer.data.loaders import evaluation_loader
+    from esm2_composer.data.masking import MaskingRule
+    from esm2_composer.data.pool import Pool
+    from esm2_composer.distributed.collectives import end_process_group
     from esm2_composer.evaluation import evaluate
     from esm2_composer.floors import data_floors
-    from esm2_composer.masking import MaskingRule
     from esm2_composer.model import ESM2
-    from esm2_composer.pool import Pool
-    from esm2_composer.ranks import end_process_group
 
     net = ESM2.from_pretrained(args.checkpoint)  # each rank for itself, before they meet
     on_gpu = torch.cuda.is_available()

@@ -1,7 +1,7 @@
 """Memory, time, GPU-hours and disk of a run, before paying: python tools/plan.py RECIPE --gpus N [--gpu h100]
 
-By arithmetic on stated assumptions (see esm2_composer/estimate.py); measure MFU on one node and give it as --mfu.
-Needs neither GPUs nor the recipe's data. Any key can be overridden as key.subkey=value.
+By arithmetic on stated assumptions (see esm2_composer/recipe/estimate.py); measure MFU on one node and give it
+as --mfu. Needs neither GPUs nor the recipe's data. Any key can be overridden as key.subkey=value.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_intermixed_args()
 
-    from esm2_composer.config import load_recipe
+    from esm2_composer.recipe.config import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides, data_is_here=False)
 
-    from esm2_composer.estimate import report
+    from esm2_composer.recipe.estimate import report
 
     text, data = report(recipe, args.gpus, args.gpu, args.mfu)
     print(json.dumps(data) if args.json else text)

@@ -22,10 +22,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from esm2_composer.data.splits import SPLITS, check_data, count_clusters
 from esm2_composer.errors import ArgumentParser, UserError, run_command
 from esm2_composer.files import appearing_whole, is_remote, refuse_existing, refuse_irregular
-from esm2_composer.schema import DataSection
-from esm2_composer.splits import SPLITS, check_data, count_clusters
+from esm2_composer.recipe.schema import DataSection
 
 PERPLEXITY = "metrics/valid/perplexity"
 
@@ -191,8 +191,8 @@ def same_place(a: str, b: str) -> bool:
 
 def read_data(data: str, local: str | None, runs: list[Run]) -> tuple[dict[str, float], int]:
     """The floors of the shards at `data` under the runs' masking rules, and the number of validation clusters."""
+    from esm2_composer.data.masking import MaskingRule
     from esm2_composer.floors import data_floors
-    from esm2_composer.masking import MaskingRule
 
     section = DataSection(remote=data, local=local)
     rules = [  # how many are selected does not matter

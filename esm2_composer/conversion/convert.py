@@ -42,10 +42,10 @@ from esm2_composer.conversion.parts import EngineError, Options, Part, PartBuild
 from esm2_composer.conversion.plan import Plan, make_plan
 from esm2_composer.conversion.proteins import Counted
 from esm2_composer.conversion.records import TOO_MANY_REJECTED, Report
+from esm2_composer.data.splits import SPLITS
 from esm2_composer.errors import ReadError, StoreUnavailable, TransientError, UserError, system_error
 from esm2_composer.files import is_remote, sync, write_durably, xxh64
 from esm2_composer.progress import OnProgress
-from esm2_composer.splits import SPLITS
 from esm2_composer.storage import StoreError
 
 FORMAT = 1  # to be raised when the same input and options would give other shards

@@ -22,9 +22,9 @@ from esm2_composer.conversion.layouts import Layout, stage
 from esm2_composer.conversion.plan import read_part
 from esm2_composer.conversion.proteins import Counted, Sequences
 from esm2_composer.conversion.records import Member, Report, build_record, choose_members
+from esm2_composer.data.mds import ShardWriter
 from esm2_composer.errors import UserError
 from esm2_composer.files import write_durably
-from esm2_composer.mds import ShardWriter
 from esm2_composer.workers import Workers
 
 MEMBERS_AT_ONCE = 1_000  # how long they are is not known before; 5,000 are no faster

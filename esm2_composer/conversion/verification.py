@@ -16,11 +16,11 @@ import xxhash
 
 from esm2_composer.conversion.layouts import open_parquet, reading
 from esm2_composer.conversion.records import RESIDUES
+from esm2_composer.data.mds import Shard, check_index
+from esm2_composer.data.splits import SPLITS, swapped
 from esm2_composer.errors import UserError
 from esm2_composer.files import is_remote, refuse_irregular, xxh64
-from esm2_composer.mds import Shard, check_index
 from esm2_composer.progress import OnProgress
-from esm2_composer.splits import SPLITS, swapped
 from esm2_composer.storage import Store
 from esm2_composer.workers import Workers
 

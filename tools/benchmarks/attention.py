@@ -97,7 +97,7 @@ def once(
         torch.cuda._sleep(10_000_000)  # cycles, in which all that follows is queued
     moments = [moment(device)]
     if attention.kernel is None:
-        from esm2_composer.triton_attention import attend
+        from esm2_composer.kernels.attention import attend
 
         out = attend(given, tables, cu_seqlens, longest)
     else:

@@ -32,11 +32,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from esm2_composer.alphabet import AMINO_ACIDS, CLS, EOS, PAD
 from esm2_composer.attention import select_attention
-from esm2_composer.config import load_recipe
-from esm2_composer.kernel_checks import failure_line
-from esm2_composer.masking import MaskingRule
+from esm2_composer.data.masking import MaskingRule
+from esm2_composer.kernels.checks import failure_line
 from esm2_composer.model import ESM2, SIZES
-from esm2_composer.schema import Recipe
+from esm2_composer.recipe.config import load_recipe
+from esm2_composer.recipe.schema import Recipe
 from esm2_composer.weights import hugging_face_config
 
 LONGEST = 1024  # tokens of a sequence
@@ -144,11 +144,11 @@ def make_trainer(
     """Composer's Trainer, with all that runs do in a step, TensorBoard included, unless others are given."""
     from composer import Trainer
 
+    from esm2_composer.data.pool import data_spec
+    from esm2_composer.distributed.fsdp import parallelism_of
     from esm2_composer.fp8 import use_fp8
-    from esm2_composer.fsdp import parallelism_of
     from esm2_composer.loggers import build_loggers
     from esm2_composer.optim import build_adamw, build_schedule
-    from esm2_composer.pool import data_spec
     from esm2_composer.runner import build_callbacks
     from esm2_composer.task import MaskedLanguageModel
 

@@ -123,9 +123,9 @@ def time_draws(shards: list[Path]) -> dict[str, float]:
     """CPU milliseconds to find, read and draw from a cluster: those of the median and of the largest one."""
     import zstd
 
-    from esm2_composer.data import ClusterDraw
-    from esm2_composer.masking import MaskingRule
-    from esm2_composer.mds import Shard
+    from esm2_composer.data.draw import ClusterDraw
+    from esm2_composer.data.masking import MaskingRule
+    from esm2_composer.data.mds import Shard
 
     draw = ClusterDraw(seed=0, max_length=1024, min_length=1, masking=MaskingRule())
     taken: list[tuple[int, float]] = []  # members, milliseconds

@@ -82,8 +82,9 @@ def write_shards(folder: Path, clusters: int) -> None:
 
 def open_loader(shards: Path, workers: int):
     """A loader on links to the shards: Streaming opens a folder only once in a process."""
-    from esm2_composer.data import ClusterDraw, train_loader
-    from esm2_composer.masking import MaskingRule
+    from esm2_composer.data.draw import ClusterDraw
+    from esm2_composer.data.loaders import train_loader
+    from esm2_composer.data.masking import MaskingRule
 
     links = Path(tempfile.mkdtemp(dir=shards.parent))
     for file in shards.iterdir():
@@ -171,7 +172,7 @@ def parts_of_time(dataset, batches: Iterator[Any]) -> dict[str, float]:
 
 def measure_workers(shards: Path, workers: int, rounds: int, microbatch_tokens: int) -> dict[str, Any]:
     """What a model that does nothing is fed with by so many loader processes, cut into microbatches."""
-    from esm2_composer.pool import PooledLoader
+    from esm2_composer.data.pool import PooledLoader
 
     print(f"{workers} loader processes", file=sys.stderr)
     batches = endless(PooledLoader(open_loader(shards, workers), microbatch_tokens))
@@ -183,7 +184,7 @@ def measure_workers(shards: Path, workers: int, rounds: int, microbatch_tokens: 
 
 def measure_ranks(ranks: int, global_batch: int, microbatch_tokens: int, batches: int = 20) -> dict[str, Any]:
     """The slowest rank's tokens over the mean: as sequences come, and balanced."""
-    from esm2_composer.pool import balance
+    from esm2_composer.data.pool import balance
 
     before, after, seconds = [], [], []
     for seed in range(batches):

@@ -23,7 +23,7 @@ from benchmarks.step import add_work_arguments, check_size_and_device, in_own_pr
 
 from esm2_composer.errors import UserError
 from esm2_composer.model import SIZES
-from esm2_composer.network import skeleton
+from esm2_composer.recipe.architecture import skeleton
 
 # The first that fits names the part of a kernel or an operator. FlashAttention's kernels name CUTLASS too.
 PARTS = {

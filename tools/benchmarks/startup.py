@@ -77,7 +77,7 @@ def write_split(folder: Path, clusters: int) -> None:
     import numpy as np
     import zstd
 
-    from esm2_composer.mds import ShardWriter
+    from esm2_composer.data.mds import ShardWriter
 
     folder.mkdir()
     entries = []
@@ -114,8 +114,9 @@ def first_batch(
     start = time.perf_counter()
     import torch.distributed as dist
 
-    from esm2_composer.data import ClusterDraw, train_loader
-    from esm2_composer.masking import MaskingRule
+    from esm2_composer.data.draw import ClusterDraw
+    from esm2_composer.data.loaders import train_loader
+    from esm2_composer.data.masking import MaskingRule
 
     dist.init_process_group("gloo", init_method=f"file://{split}.ranks", rank=rank, world_size=ranks)
     pids = [os.getpid()] * ranks

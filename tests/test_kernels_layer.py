@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from esm2_composer import model as module
 from esm2_composer.attention import Attention, select_attention
 from esm2_composer.fp8 import use_fp8
-from esm2_composer.kernel_checks import relative_error
+from esm2_composer.kernels.checks import relative_error
 from esm2_composer.model import ESM2, ESM2Config
 
 BATCHES = [5, 40], [33]  # lengths
@@ -58,7 +58,7 @@ def train(net: ESM2, case: str, device: str = "cpu") -> list[torch.Tensor]:
 
 
 def test_interpreted_a_model_on_it_trains_as_on_torchs() -> None:
-    printed = interpreted("test_triton_layer.print_errors()")
+    printed = interpreted("test_kernels_layer.print_errors()")
     errors = {case: float(error) for case, error in (line.split() for line in printed.splitlines())}
     assert errors.keys() == {*CASES}
     in_fp16 = {"autocast", "half"}
@@ -77,13 +77,13 @@ def print_errors() -> None:
 
 
 def triton(*_: object) -> Attention:
-    from esm2_composer.triton_layer import compute
+    from esm2_composer.kernels.layer import compute
 
     return Attention("triton", layer=compute)
 
 
 def test_interpreted_it_infers_and_takes_gradients_that_are_one_number_in_all_places() -> None:
-    assert float(interpreted("test_triton_layer.print_other_errors()")) < 1e-5
+    assert float(interpreted("test_kernels_layer.print_other_errors()")) < 1e-5
 
 
 def print_other_errors() -> None:
@@ -114,7 +114,7 @@ def print_other_errors() -> None:
 
 def test_interpreted_it_can_be_sharded_over_two_ranks() -> None:
     """Where a layer's weights are freed between its forward and its backward pass."""
-    assert float(interpreted("test_triton_layer.print_sharded_error()")) < 1e-5
+    assert float(interpreted("test_kernels_layer.print_sharded_error()")) < 1e-5
 
 
 def print_sharded_error() -> None:

@@ -1,4 +1,4 @@
-"""ranks.py: what rank zero does, and fails of, is the same on every rank; ranks part without waiting."""
+"""distributed/collectives.py: what rank zero does, or fails at, is the same on every rank; ranks part at once."""
 
 import pickle
 import time
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from esm2_composer.conversion.convert import Interrupted
+from esm2_composer.distributed.collectives import end_process_group, on_every_rank, on_rank_zero
 from esm2_composer.errors import StoreUnavailable, UserError
-from esm2_composer.ranks import end_process_group, on_every_rank, on_rank_zero
 
 
 @pytest.mark.parametrize("error", [UserError("mine"), StoreUnavailable("theirs"), Interrupted("full; kept")])

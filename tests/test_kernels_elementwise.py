@@ -17,7 +17,7 @@ SHAPES = [(1, 48), (33, 1280), (129, 320)]  # around the 32, 128 and, eight time
 
 def largest_errors(tokens: int, columns: int, stream: torch.dtype, dtype: torch.dtype, device: str) -> list[float]:
     """Relative: of the sum, its norm, and their gradients; of GELU and its gradients; of a sum of rows."""
-    from esm2_composer.triton_elementwise import add_norm, add_norm_backward, gelu, gelu_backward, sum_rows
+    from esm2_composer.kernels.elementwise import add_norm, add_norm_backward, gelu, gelu_backward, sum_rows
 
     generator = torch.Generator().manual_seed(tokens)
 
@@ -46,7 +46,7 @@ def largest_errors(tokens: int, columns: int, stream: torch.dtype, dtype: torch.
 
 
 def test_interpreted_they_are_exact() -> None:
-    printed = interpreted("test_triton_elementwise.print_errors()")
+    printed = interpreted("test_kernels_elementwise.print_errors()")
     rows = [[float(error) for error in line.split()] for line in printed.splitlines()]
     assert len(rows) == 3 * len(SHAPES)
     for first, bound in ((0, 1e-6), (1, 2e-3), (2, 2e-3)):  # fp32; fp16 on an fp32 stream; fp16: there is no bf16
@@ -72,7 +72,7 @@ def print_errors() -> None:
 )
 def test_their_check_sees_rounding_only_where_they_are_right(which, place, change, monkeypatch) -> None:
     """torch's own in their place, and wrong ones."""
-    from esm2_composer import triton_elementwise as module
+    from esm2_composer.kernels import elementwise as module
 
     def add_norm(x, update, weight, bias, eps):
         total = x + update
@@ -115,7 +115,7 @@ def test_their_check_sees_rounding_only_where_they_are_right(which, place, chang
 @pytest.mark.parametrize("kernel", ["_add_norm", "_add_norm_backward", "_gelu", "_gelu_backward", "_sum_rows"])
 def test_they_compile_for_gpus_to_wide_loads(kernel: str, columns: int, stream: str) -> None:
     """For an A100 and an H100, neither of which this takes."""
-    from esm2_composer import triton_elementwise as module
+    from esm2_composer.kernels import elementwise as module
 
     function, width = getattr(module, kernel), module._width(columns)
     types = dict.fromkeys(("x", "total", "grad_total", "grad_x", "weight", "bias"), stream)

@@ -6,25 +6,20 @@ validation losses, and which checkpoints are kept for theirs.
 
 from __future__ import annotations
 
-import json
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import yaml
 from composer.core import State
 from composer.utils import dist
 from omegaconf.errors import OmegaConfBaseException
 
-from esm2_composer.config import changes, to_yaml
+from esm2_composer.checkpoints.folders import DIVERGED, PROBE, Folder, ask, damaged, is_sharded, updates
+from esm2_composer.distributed.collectives import on_every_rank, on_rank_zero
 from esm2_composer.errors import UserError
-from esm2_composer.folders import DIVERGED, PROBE, Folder, ask, is_sharded, updates
-from esm2_composer.ranks import on_every_rank, on_rank_zero
-from esm2_composer.schema import Recipe
-from esm2_composer.splits import SPLITS
+from esm2_composer.recipe.config import changes, to_yaml
+from esm2_composer.recipe.schema import Recipe
 
 RECIPE = "recipe.yaml"
-INDEX = "checkpoints.json"
 
 
 def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool) -> str | None:
@@ -44,7 +39,7 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
     try:
         names, diverged, before = ask(folder, look)
     except UnicodeDecodeError as error:
-        raise _damaged(folder, RECIPE, "put back the recipe of this run") from error
+        raise damaged(folder, RECIPE, "put back the recipe of this run") from error
     newest = updates(names[-1]) if names else 0
     for name in diverged:
         if (update := updates(name.removeprefix(DIVERGED))) >= newest:
@@ -70,7 +65,7 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
     except (yaml.YAMLError, OmegaConfBaseException, AttributeError):
         changed = None
     if not before.strip() or changed is None:
-        raise _damaged(folder, RECIPE, "put back the recipe of this run")
+        raise damaged(folder, RECIPE, "put back the recipe of this run")
     if changed:
         null = any(change.startswith("schedule.updates ") for change in changed)
         hint = " (null makes schedule.updates max_duration: give it the number it was)" if null else ""
@@ -124,16 +119,12 @@ def check_shared(folder: Folder) -> None:
         )
 
 
-def _damaged(folder: Folder, name: str, remedy: str) -> UserError:
-    return UserError(f"save_folder {folder}: {name} is damaged; {remedy}")
-
-
 def check_undamaged(folder: Folder, checkpoint: str) -> None:
     """Raise a UserError on every rank, if a checkpoint is not what was written: torch would load other numbers.
     Each rank reads its share of a sharded one."""
     ranks = dist.get_world_size()
     if any(on_every_rank(lambda: folder.is_damaged(checkpoint, dist.get_global_rank(), ranks))):
-        raise _damaged(folder, checkpoint, "remove it, to go on from the one before")
+        raise damaged(folder, checkpoint, "remove it, to go on from the one before")
 
 
 def check_resumed(state: State, folder: Folder, checkpoint: str) -> None:
@@ -146,41 +137,4 @@ def check_resumed(state: State, folder: Folder, checkpoint: str) -> None:
         )
     (optimizer,), (schedule,) = state.optimizers, state.schedulers
     if not optimizer.state or schedule.last_epoch != loaded:
-        raise _damaged(folder, checkpoint, "remove it, to go on from the one before")
-
-
-@dataclass
-class Index:
-    """`checkpoints.json`: digests of the splits a run is on, and every validation loss by update."""
-
-    shards: dict[str, str] = field(default_factory=dict)
-    losses: dict[int, float] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, folder: Folder) -> Index:
-        """Raises UserError if it is damaged, StoreUnavailable if the store does not answer."""
-        try:
-            content = json.loads(ask(folder, lambda: folder.read(INDEX)) or "{}")
-            losses = {int(update): float(loss) for update, loss in content.get("validation_loss", {}).items()}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise _damaged(folder, INDEX, "remove it, to go on without the validation losses so far") from error
-        shards = {split: digest for split in SPLITS if (digest := content.get(f"{split}_shards"))}
-        return cls(shards, losses)
-
-    def write(self, folder: Folder, best: Sequence[str]) -> None:
-        losses = {str(update): self.losses[update] for update in sorted(self.losses)}
-        shards = {f"{split}_shards": digest for split, digest in self.shards.items()}
-        content = {**shards, "validation_loss": losses, "best": list(best)}
-        folder.write(INDEX, json.dumps(content, indent=1) + "\n")
-
-
-def best(names: Sequence[str], losses: Mapping[int, float], keep: int) -> list[str]:
-    """The up to `keep` checkpoints with the lowest validation losses, the lowest first."""
-    scored = [name for name in names if updates(name) in losses]
-    return sorted(scored, key=lambda name: (losses[updates(name)], updates(name)))[:keep]
-
-
-def superseded(names: Sequence[str], losses: Mapping[int, float], keep_newest: int, keep_best: int) -> list[str]:
-    """The checkpoints, of `names` oldest first, that are neither among the newest nor among the best."""
-    kept = {*names[-keep_newest:], *best(names, losses, keep_best)}
-    return [name for name in names if name not in kept]
+        raise damaged(folder, checkpoint, "remove it, to go on from the one before")

@@ -18,12 +18,12 @@ from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 from torch.distributed.checkpoint import CheckpointException
 
-from esm2_composer.checkpoints import Index, best, superseded
+from esm2_composer.checkpoints.folders import Folder, ask, updates
+from esm2_composer.checkpoints.index import Index, best, superseded
+from esm2_composer.distributed.collectives import on_rank_zero, say
 from esm2_composer.errors import ReportedError, TransientError, UserError
-from esm2_composer.folders import Folder, ask, updates
 from esm2_composer.loggers import hand_on_all
-from esm2_composer.ranks import on_rank_zero, say
-from esm2_composer.schema import Recipe, batches
+from esm2_composer.recipe.schema import Recipe, batches
 
 WAITS = (2, 4, 8, 16)  # seconds before trying to save again
 WAITS_LEAVING = (2, 4, 8)  # within preemption.GRACE

@@ -28,10 +28,10 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from esm2_composer import checksums
+from esm2_composer.checkpoints import checksums
+from esm2_composer.distributed.collectives import say
 from esm2_composer.errors import StoreUnavailable, TransientError, UserError, system_error
 from esm2_composer.files import sync, write_durably
-from esm2_composer.ranks import say
 from esm2_composer.retry import retry
 from esm2_composer.weights import LATEST
 
@@ -315,6 +315,11 @@ def open_folder(uri: str) -> Folder:
         return S3Folder(uri) if uri.startswith("s3://") else LocalFolder(uri)
     except (BotoCoreError, ValueError) as error:
         raise UserError(f"save_folder {uri}: {error}") from error
+
+
+def damaged(folder: Folder, name: str, remedy: str) -> UserError:
+    """For a file of a folder whose content is not what was written."""
+    return UserError(f"save_folder {folder}: {name} is damaged; {remedy}")
 
 
 def ask(folder: Folder, action: Callable[[], Result]) -> Result:

@@ -28,9 +28,9 @@ from streaming.base.format import Reader, get_index_basename
 from streaming.base.shared import SharedMemory, _get_path, get_shm_prefix
 from streaming.base.world import World
 
-from esm2_composer.epochs import lay_out_epoch, layout_shape
+from esm2_composer.data.epochs import lay_out_epoch, layout_shape
+from esm2_composer.data.mds import Shard, check_index
 from esm2_composer.errors import FULL, ReportedError, TransientError, UserError
-from esm2_composer.mds import Shard, check_index
 from esm2_composer.retry import retry
 
 HASH = "xxh64"

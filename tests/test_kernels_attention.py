@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernels import interpreted
 
-from esm2_composer.kernel_checks import relative_error
+from esm2_composer.kernels.checks import relative_error
 from esm2_composer.model import rotary_frequencies, rotary_tables
 
 LENGTHS = [1, 5, 31, 32, 33, 64, 70, 130]  # around the tiles' 32 and 64
@@ -34,7 +34,7 @@ def exact(qkv: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
 
 def largest_error(head_size: int, heads: int, dtype: torch.dtype, device: str) -> float:
     """Relative, of the output and the gradients of q, k and v."""
-    from esm2_composer.triton_attention import attend
+    from esm2_composer.kernels.attention import attend
 
     generator = torch.Generator().manual_seed(head_size)
     qkv = torch.randn(sum(LENGTHS), 3, heads, head_size, generator=generator).to(dtype)
@@ -54,7 +54,7 @@ SIZES = [(8, 3), (24, 2), (64, 1)]
 
 
 def test_interpreted_they_are_exact() -> None:
-    errors = [float(line) for line in interpreted(f"test_triton_attention.print_errors({SIZES})").split()]
+    errors = [float(line) for line in interpreted(f"test_kernels_attention.print_errors({SIZES})").split()]
     assert len(errors) == 2 * len(SIZES)
     assert all(error < 1e-6 for error in errors[::2])  # fp32
     assert all(error < 2e-3 for error in errors[1::2])  # fp16; the interpreter has no bf16
@@ -72,16 +72,16 @@ def test_they_compile_for_gpus_to_their_matrix_instructions(kernel: str, head_si
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from esm2_composer import triton_attention
+    from esm2_composer.kernels import attention
 
-    function = getattr(triton_attention, kernel)
+    function = getattr(attention, kernel)
     types = {"lse": "*fp32", "delta": "*fp32", "tables": "*fp32", "cu_seqlens": "*i32", "scale": "fp32"}
     types |= {"tokens": "i32", "tiles": "i32"}
     signature = {name: "constexpr" if name.isupper() else types.get(name, "*bf16") for name in function.arg_names}
-    values = [20, head_size, 32 if head_size == 24 else 64, triton_attention.OWN, triton_attention.OTHER]
+    values = [20, head_size, 32 if head_size == 24 else 64, attention.OWN, attention.OTHER]
     places = [(i,) for i, name in enumerate(function.arg_names) if name.isupper()]
     source = ASTSource(function, signature, dict(zip(places, values, strict=False)))
-    options = {"num_warps": triton_attention.WARPS, "num_stages": triton_attention.STAGES}
+    options = {"num_warps": attention.WARPS, "num_stages": attention.STAGES}
     for capability, instruction in ((80, "mma.sync"), (90, "wgmma")):
         made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert len(made.asm["cubin"]) > 1000

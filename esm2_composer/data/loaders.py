@@ -7,81 +7,24 @@ Ranks and workers only decide where a sequence is computed.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import tempfile
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from streaming.base.storage.download import CloudDownloader
 from torch.utils.data import DataLoader, IterableDataset
 
-from esm2_composer import alphabet
-from esm2_composer.conversion.records import LONGEST_COUNTED
-from esm2_composer.epochs import shards_in_use
-from esm2_composer.errors import ReportedError, StoreUnavailable, UserError, system_error, tell
-from esm2_composer.masking import MaskingRule, choose, keyed_words, token_uniforms
-from esm2_composer.retry import retry
-from esm2_composer.schema import DataSection
-from esm2_composer.shards import CheckedStream, MappedDataset, opening_alone
-from esm2_composer.splits import SPLITS, count_clusters, swapped
+from esm2_composer.data.checks import too_few
+from esm2_composer.data.draw import ClusterDraw, Share, Window
+from esm2_composer.data.epochs import shards_in_use
+from esm2_composer.data.shards import CheckedStream, MappedDataset, opening_alone
+from esm2_composer.errors import ReportedError, UserError, tell
 
 # Streaming lays an epoch out for this many nodes, or for those of its factors that the batch has too: so a run
 # goes on upon any number of nodes with no other prime factors. Fewer would make a large epoch slow to shuffle.
 CANONICAL_NODES = 2**6 * 3 * 5
-# Bytes: Linux lets a socket's path have 107, and Python adds these.
-LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
-
-# A part of a global batch: tokens uint8 (T,), labels uint8 (T,), lengths int32 (B,).
-Share = dict[str, torch.Tensor]
-
-
-Sample = tuple[np.ndarray, int]  # tokens uint8 (T,) of a window, and the word that keys its mask
-
-
-@dataclass(frozen=True)
-class ClusterDraw:
-    """What a cluster shows in an epoch: one member, one window of it, one mask.
-
-    The member is uniform among those of at least `min_length` residues (among all, if none is so long). The
-    window of at most `max_length` tokens is uniform over every window of `<cls> residues <eos>`, the last
-    included, so `<cls>` and `<eos>` show at true ends only.
-    """
-
-    seed: int
-    max_length: int
-    min_length: int
-    masking: MaskingRule
-
-    def window(self, cluster: dict[str, Any], epoch: int) -> Sample:
-        """The window of a cluster, before its mask."""
-        member_word, window_word, mask_word = keyed_words(self.seed, epoch, cluster["cluster_id"])
-        lengths = cluster["lengths"].tolist()  # most are of a few members, for which numpy takes longer
-        members = [i for i, length in enumerate(lengths) if length >= self.min_length] or range(len(lengths))
-        member = members[choose(member_word, len(members))]
-        start = sum(lengths[:member])
-        tokens = alphabet.encode(cluster["residues"][start : start + lengths[member]])
-        first = choose(window_word, max(len(tokens) - self.max_length, 0) + 1)
-        return tokens[first : first + self.max_length], mask_word
-
-    def collate(self, samples: Sequence[Sample]) -> Share:
-        """Lay windows end to end, and mask them all at once."""
-        tokens = np.concatenate([*(tokens for tokens, _ in samples), np.empty(0, np.uint8)])
-        lengths = np.array([len(tokens) for tokens, _ in samples], np.int32)
-        uniforms = token_uniforms(np.array([word for _, word in samples], np.uint64), lengths)
-        inputs, labels = self.masking.apply(tokens, uniforms)
-        return {
-            "tokens": torch.from_numpy(inputs),
-            "labels": torch.from_numpy(labels),
-            "lengths": torch.from_numpy(lengths),
-        }
 
 
 class ClusterDataset(MappedDataset):
@@ -100,7 +43,7 @@ class ClusterDataset(MappedDataset):
         self.epoch_size = samples
         self.length = samples // _world_size()
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Window]:
         try:
             yield from super().__iter__()
         except RuntimeError:  # "Background thread failed"
@@ -114,7 +57,7 @@ class ClusterDataset(MappedDataset):
         if self.failure is not None:
             raise self.failure
 
-    def __getitem__(self, sample_id: int) -> Sample:
+    def __getitem__(self, sample_id: int) -> Window:
         # Streaming counts an epoch on before it yields the epoch's first sample.
         epoch = self.next_epoch - 1 if self._pinned_epoch is None else self._pinned_epoch
         return self.draw.window(self.get_item(sample_id), epoch)
@@ -144,21 +87,6 @@ class EvaluationBatches(IterableDataset):
             yield self.clusters.draw.collate(
                 [self.clusters[i] for i in range(start + self._rank, stop, self._ranks)]
             )
-
-
-def count_short_clusters(place: str, min_length: int) -> int | None:
-    """How many clusters of a split have no member of `min_length` residues; None if its conversion does not say.
-
-    Args:
-        place: folder or URI of the split.
-    """
-    if min_length > LONGEST_COUNTED:  # longer ones are counted as so long
-        return None
-    try:
-        longest = _fetch_conversion(place)["longest_members"]
-        return sum(count for length, count in longest.items() if int(length) < min_length)
-    except (LookupError, TypeError, ValueError, AttributeError):
-        return None
 
 
 def canonical_nodes(global_batch_size: int, ranks: int) -> int:
@@ -226,7 +154,7 @@ def train_loader(
         )
     batches = clusters.num_samples // global_batch_size
     if not batches:
-        raise UserError(_too_few(remote or local, clusters.num_samples, global_batch_size))
+        raise UserError(too_few(remote or local, clusters.num_samples, global_batch_size))
     clusters.end_epochs_after(batches * global_batch_size)
     return DataLoader(
         clusters,
@@ -248,93 +176,6 @@ def evaluation_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
     )
-
-
-def check_tmpdir(data: DataSection) -> None:
-    """Raise a UserError if loader processes could not hand over batches: their rank would wait for ever."""
-    folder = tempfile.gettempdir()
-    if data.num_workers and len(os.fsencode(folder)) > LONGEST_TMPDIR:
-        raise UserError(
-            f"TMPDIR {folder} is too long for the sockets of loader processes; "
-            f"set one of at most {LONGEST_TMPDIR} bytes, or data.num_workers=0"
-        )
-
-
-def make_cache(data: DataSection) -> None:
-    """Raise a UserError, or TransientError, if `data.local` cannot be made: Streaming would blame the shards."""
-    if data.local is not None:
-        try:
-            Path(data.local).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise system_error(f"data.local {data.local} cannot be made ({error.strerror})", error) from error
-
-
-def check_cache(data: DataSection, splits: Collection[str] = SPLITS) -> None:
-    """See that `data.local` holds no other shards than `data.remote`: Streaming takes an index that it finds.
-
-    Raises:
-        UserError: it does, or the remote has none.
-        StoreUnavailable: the store does not answer.
-    """
-    for name in splits:
-        remote, local = data.split(name)
-        cached = Path(local, "index.json")
-        if remote is None or not cached.exists():
-            continue
-        if _fetch_index(remote) != cached.read_bytes():
-            raise UserError(
-                f"data.local {data.local} holds other {name} shards than data.remote {data.remote}; "
-                "take another data.local"
-            )
-
-
-def check_store(data: DataSection, global_batch_size: int) -> None:
-    """Look at the splits in a store, as `config` does at those in a folder.
-
-    Raises:
-        UserError: a split is absent, lies in the other's place, or has too few clusters for a global batch.
-        StoreUnavailable: the store does not answer.
-    """
-    for name in SPLITS:
-        remote, _ = data.split(name)
-        assert remote is not None, data
-        clusters = count_clusters(_fetch_index(remote))
-        if not clusters:
-            raise UserError(f"{remote}/index.json is no index of MDS shards")
-        if name == "train" and clusters < global_batch_size:
-            raise UserError(_too_few(remote, clusters, global_batch_size))
-        if mistake := swapped(remote, name, _fetch_conversion(remote)):
-            raise UserError(mistake)
-
-
-def _too_few(place: str, clusters: int, global_batch_size: int) -> str:
-    return f"{place} holds {clusters} clusters, fewer than one global_train_batch_size of {global_batch_size}"
-
-
-def _fetch_index(remote: str) -> bytes:
-    """Raises UserError if there is none, StoreUnavailable if the store does not answer for half a minute."""
-    try:
-        return retry(partial(_fetch, remote, "index.json"), f"{remote}/index.json")
-    except StoreUnavailable:
-        raise
-    except Exception as error:  # each store raises its own types
-        raise UserError(f"{remote}: cannot be opened as MDS shards ({error})") from error
-
-
-def _fetch_conversion(place: str) -> object:
-    """The conversion.json of a split, at a folder or URI; None if it cannot be had."""
-    try:
-        return json.loads(_fetch(place, "conversion.json"))
-    except Exception:  # no such file, or other content; each store raises its own types
-        return None
-
-
-def _fetch(place: str, name: str) -> bytes:
-    """A small file of a split, from its folder or URI."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, name)
-        CloudDownloader.get(place).download(f"{place}/{name}", str(path), 60)
-        return path.read_bytes()
 
 
 def open_clusters(remote: str | None, local: str, **arguments: Any) -> ClusterDataset:

@@ -1,4 +1,4 @@
-"""A layer as one node of autograd, on the kernels of `triton_attention` and `triton_elementwise`.
+"""A layer as one node of autograd, on the kernels of `attention` and `elementwise`.
 
 A host needs longer to launch a layer's kernels through autograd and torch.compile than a GPU to run them on a few
 thousand tokens, which is what each of many GPUs has of a global batch (docs/performance.md). Here it does nothing
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from esm2_composer.attention import compute_dtype
-from esm2_composer.triton_attention import attend_backward, attend_forward
-from esm2_composer.triton_elementwise import add_norm, add_norm_backward, gelu, gelu_backward, sum_rows
+from esm2_composer.kernels.attention import attend_backward, attend_forward
+from esm2_composer.kernels.elementwise import add_norm, add_norm_backward, gelu, gelu_backward, sum_rows
 
 
 def compute(

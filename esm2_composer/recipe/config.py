@@ -19,11 +19,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.omegaconf import get_yaml_loader
 
+from esm2_composer.data.splits import (
+    SPLITS,
+    cache_problem,
+    can_be_folder,
+    cannot_be_unpacked,
+    count_clusters,
+    lacking,
+)
 from esm2_composer.errors import UserError
 from esm2_composer.files import is_remote, lies_in, names_bucket, refuse_irregular
-from esm2_composer.schema import DataSection, FSDPSection, ModelSection, Recipe, batches
-from esm2_composer.splits import SPLITS, cache_problem, can_be_folder, cannot_be_unpacked, count_clusters, lacking
-from esm2_composer.strict import build
+from esm2_composer.recipe.schema import DataSection, FSDPSection, ModelSection, Recipe, batches
+from esm2_composer.recipe.strict import build
 
 T = TypeVar("T")
 

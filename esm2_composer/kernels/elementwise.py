@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from esm2_composer.kernel_checks import as_in_training, relative_error
+from esm2_composer.kernels.checks import as_in_training, relative_error
 
 # The best of a few dozen on an H200, for D of 320, 1,280 and 2,560, and four times these.
 NORM_ROWS = 32  # a program adds up

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from esm2_composer import preemption
+from esm2_composer.distributed.sockets import be_reachable, open_many_files
 from esm2_composer.errors import ReportedError, UserError
-from esm2_composer.sockets import be_reachable, open_many_files
 
 Result = TypeVar("Result")
 

@@ -25,9 +25,9 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from esm2_composer import alphabet
-from esm2_composer.data import Share
+from esm2_composer.data.draw import Share
+from esm2_composer.distributed.collectives import all_gather, cpu_group
 from esm2_composer.errors import ReportedError
-from esm2_composer.ranks import all_gather, cpu_group
 
 Microbatch = dict[str, Any]  # see `pack`
 

@@ -2,7 +2,7 @@
 
 Compilers and GPUs change, and a wrong gradient would show nowhere else than in the loss, weeks later. So kernels
 are compared with a reference on the GPU at hand, outputs and gradients (`attention.rotated_error`,
-`triton_elementwise.elementwise_error`, `fp8.product_error`).
+`elementwise.elementwise_error`, `fp8.product_error`).
 """
 
 from __future__ import annotations

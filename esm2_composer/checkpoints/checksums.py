@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from esm2_composer.sharded_checkpoint import Refused, SafeReader
+from esm2_composer.checkpoints.sharded import Refused, SafeReader
 
 
 def is_damaged(checkpoint: Path, rank: int = 0, ranks: int = 1, prefix: str = "") -> bool:

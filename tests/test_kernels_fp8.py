@@ -11,12 +11,12 @@ from kernels import compile_for, interpreted
 
 
 def test_interpreted_they_are_exact() -> None:
-    assert interpreted("test_triton_fp8.check_rounding()") == "8 sizes and types\n"
+    assert interpreted("test_kernels_fp8.check_rounding()") == "8 sizes and types\n"
 
 
 def check_rounding() -> None:
     """On numbers that fp8 has, since the interpreter rounds others wrongly (it loses carries)."""
-    from esm2_composer.triton_fp8 import BLOCK, round_both
+    from esm2_composer.kernels.fp8 import BLOCK, round_both
 
     generator, checked = torch.Generator().manual_seed(0), 0
     for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
@@ -48,7 +48,7 @@ def check_rounding() -> None:
 def test_they_compile_for_a_gpu(kernel: str, kind: str) -> None:
     """For an H100, which this does not take: to loads and stores of 16 bytes, and the instruction that rounds. And
     threads exchange numbers before they round them: Triton 3.6 puts some that were rounded into wrong places."""
-    from esm2_composer import triton_fp8 as module
+    from esm2_composer.kernels import fp8 as module
 
     function = getattr(module, kernel)
     types = dict.fromkeys(("largest", "scale"), "*fp32") | dict.fromkeys(("rounded", "transposed"), f"*{kind}")
@@ -73,7 +73,7 @@ def test_they_compile_for_a_gpu(kernel: str, kind: str) -> None:
 def test_on_a_gpu_they_are_exact(rows: int, kind: torch.dtype) -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no fp8 here")
-    from esm2_composer.triton_fp8 import round_both
+    from esm2_composer.kernels.fp8 import round_both
 
     x = torch.randn(rows, 1280, device="cuda").bfloat16()
     rounded, transposed, scale = round_both(x, kind)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from esm2_composer.config import to_yaml
 from esm2_composer.errors import UserError
 from esm2_composer.model import count_parameters
-from esm2_composer.network import architecture, skeleton
-from esm2_composer.schema import FSDPSection, Recipe, batches
+from esm2_composer.recipe.architecture import architecture, skeleton
+from esm2_composer.recipe.config import to_yaml
+from esm2_composer.recipe.schema import FSDPSection, Recipe, batches
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 from esm2_composer.errors import naming
 from esm2_composer.model import ESM2, SIZES, ESM2Config
-from esm2_composer.schema import ModelSection
+from esm2_composer.recipe.schema import ModelSection
 from esm2_composer.weights import read_config
 
 

@@ -1,6 +1,5 @@
 """A run goes on from its newest checkpoint; the newest and the best are kept; another run is refused."""
 
-import json
 import os
 import socket
 from pathlib import Path
@@ -12,22 +11,20 @@ import torch.distributed.checkpoint as dcp
 from save_folders import listing, save, stage
 
 from esm2_composer import retry
-from esm2_composer.checkpoints import (
+from esm2_composer.checkpoints.folders import DIVERGED, LocalFolder, open_folder
+from esm2_composer.checkpoints.index import Index
+from esm2_composer.checkpoints.resume import (
     RECIPE,
-    Index,
-    best,
     check_resumed,
     check_shared,
     check_undamaged,
     find_checkpoint,
-    superseded,
     take_over,
 )
-from esm2_composer.config import load_recipe, to_yaml
+from esm2_composer.checkpoints.saving import CheckpointSaver
 from esm2_composer.errors import StoreUnavailable, UserError
-from esm2_composer.folders import DIVERGED, LocalFolder, open_folder
-from esm2_composer.saving import CheckpointSaver
-from esm2_composer.schema import Recipe
+from esm2_composer.recipe.config import load_recipe, to_yaml
+from esm2_composer.recipe.schema import Recipe
 
 
 @pytest.mark.filterwarnings("ignore")  # torch: it says that there is a single process
@@ -72,7 +69,7 @@ def test_metrics_are_handed_on_before_an_evaluation_or_a_checkpoint_counts(tmp_p
     """What a killed run saved, the next start does not make again."""
     folder, order = LocalFolder(str(tmp_path)), []
     saver = CheckpointSaver(folder, interval=10, keep_newest=1, keep_best=0, resumes=False)
-    monkeypatch.setattr("esm2_composer.saving.hand_on_all", lambda _: order.append("metrics"))
+    monkeypatch.setattr("esm2_composer.checkpoints.saving.hand_on_all", lambda _: order.append("metrics"))
     monkeypatch.setattr(saver, "_tidy", lambda: order.append("index"))
     monkeypatch.setattr(saver, "_try_to_save", lambda *_: order.append("checkpoint"))
     clock = SimpleNamespace(batch=SimpleNamespace(value=10), epoch=SimpleNamespace(value=0))
@@ -117,31 +114,6 @@ def test_what_a_run_saved_while_it_ended_is_gone_on_from(folder, recipe, tmp_pat
     monkeypatch.setattr(folder, "lock", lambda: save(folder, tmp_path, "ep0-ba10-rank0.pt"))
     folder.write(RECIPE, to_yaml(recipe))
     assert take_over(folder, True, recipe, False) == "ep0-ba10-rank0.pt"
-
-
-@pytest.mark.parametrize("shards", [{}, {"train": "one"}, {"train": "one", "valid": "another"}])
-def test_the_index_is_read_back(folder, shards):
-    """Of earlier versions, it knows the training shards only."""
-    Index(shards, {7: 2.5, 14: 2.25}).write(folder, ["ep0-ba14"])
-    assert Index.read(folder) == Index(shards, {7: 2.5, 14: 2.25})
-    assert json.loads(folder.read("checkpoints.json")).get("train_shards") == shards.get("train")
-
-
-NAMES = [f"ep0-ba{update}-rank0.pt" for update in (10, 20, 30, 40, 50)]
-LOSSES = {10: 2.0, 20: 3.0, 30: 1.0, 40: 4.0}
-
-
-def test_the_best_are_those_of_lowest_loss():
-    assert best(NAMES, LOSSES, 2) == [NAMES[2], NAMES[0]]
-    assert best(NAMES, LOSSES, 0) == []
-
-
-@pytest.mark.parametrize(
-    ("newest", "best_kept", "gone"),
-    [(1, 0, (10, 20, 30, 40)), (2, 1, (10, 20)), (1, 2, (20, 40)), (5, 0, ()), (1, 10, ())],
-)
-def test_the_newest_is_never_superseded(newest, best_kept, gone):
-    assert superseded(NAMES, LOSSES, newest, best_kept) == [f"ep0-ba{update}-rank0.pt" for update in gone]
 
 
 # Whether to resume
@@ -224,21 +196,6 @@ def test_a_recipe_that_is_no_text_is_damaged(recipe, tmp_path):
     (tmp_path / RECIPE).write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"recipe\.yaml is damaged"):
         find_checkpoint(folder, True, recipe, False)
-
-
-@pytest.mark.parametrize(
-    "content", ["{", "[1]", '{"validation_loss": {"x": 1}}', '{"validation_loss": {"1": null}}']
-)
-def test_an_index_that_is_damaged_is_named(folder, content):
-    folder.write("checkpoints.json", content)
-    with pytest.raises(UserError, match=r"checkpoints\.json is damaged; remove it"):
-        Index.read(folder)
-
-
-def test_an_index_that_is_no_text_is_named(tmp_path):
-    (tmp_path / "checkpoints.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"checkpoints\.json is damaged; remove it"):
-        Index.read(LocalFolder(str(tmp_path)))
 
 
 def test_a_checkpoint_that_is_damaged_inside_is_named(tmp_path):

@@ -11,8 +11,8 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from esm2_composer.ranks import say
-from esm2_composer.schema import FSDPSection
+from esm2_composer.distributed.collectives import say
+from esm2_composer.recipe.schema import FSDPSection
 
 
 def parallelism_of(fsdp: FSDPSection | None, on_gpu: bool) -> dict[str, Any] | None:

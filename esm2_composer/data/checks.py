@@ -1,0 +1,123 @@
+"""What is checked before shards are opened: mistakes that Streaming would miss, or blame on something else."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+
+from streaming.base.storage.download import CloudDownloader
+
+from esm2_composer.conversion.records import LONGEST_COUNTED
+from esm2_composer.data.splits import SPLITS, count_clusters, swapped
+from esm2_composer.errors import StoreUnavailable, UserError, system_error
+from esm2_composer.recipe.schema import DataSection
+from esm2_composer.retry import retry
+
+# Bytes: Linux lets a socket's path have 107, and Python adds these.
+LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
+
+
+def check_tmpdir(data: DataSection) -> None:
+    """Raise a UserError if loader processes could not hand over batches: their rank would wait for ever."""
+    folder = tempfile.gettempdir()
+    if data.num_workers and len(os.fsencode(folder)) > LONGEST_TMPDIR:
+        raise UserError(
+            f"TMPDIR {folder} is too long for the sockets of loader processes; "
+            f"set one of at most {LONGEST_TMPDIR} bytes, or data.num_workers=0"
+        )
+
+
+def make_cache(data: DataSection) -> None:
+    """Raise a UserError, or TransientError, if `data.local` cannot be made: Streaming would blame the shards."""
+    if data.local is not None:
+        try:
+            Path(data.local).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise system_error(f"data.local {data.local} cannot be made ({error.strerror})", error) from error
+
+
+def check_cache(data: DataSection, splits: Collection[str] = SPLITS) -> None:
+    """See that `data.local` holds no other shards than `data.remote`: Streaming takes an index that it finds.
+
+    Raises:
+        UserError: it does, or the remote has none.
+        StoreUnavailable: the store does not answer.
+    """
+    for name in splits:
+        remote, local = data.split(name)
+        cached = Path(local, "index.json")
+        if remote is None or not cached.exists():
+            continue
+        if _fetch_index(remote) != cached.read_bytes():
+            raise UserError(
+                f"data.local {data.local} holds other {name} shards than data.remote {data.remote}; "
+                "take another data.local"
+            )
+
+
+def check_store(data: DataSection, global_batch_size: int) -> None:
+    """Look at the splits in a store, as `config` does at those in a folder.
+
+    Raises:
+        UserError: a split is absent, lies in the other's place, or has too few clusters for a global batch.
+        StoreUnavailable: the store does not answer.
+    """
+    for name in SPLITS:
+        remote, _ = data.split(name)
+        assert remote is not None, data
+        clusters = count_clusters(_fetch_index(remote))
+        if not clusters:
+            raise UserError(f"{remote}/index.json is no index of MDS shards")
+        if name == "train" and clusters < global_batch_size:
+            raise UserError(too_few(remote, clusters, global_batch_size))
+        if mistake := swapped(remote, name, _fetch_conversion(remote)):
+            raise UserError(mistake)
+
+
+def too_few(place: str, clusters: int, global_batch_size: int) -> str:
+    return f"{place} holds {clusters} clusters, fewer than one global_train_batch_size of {global_batch_size}"
+
+
+def _fetch_index(remote: str) -> bytes:
+    """Raises UserError if there is none, StoreUnavailable if the store does not answer for half a minute."""
+    try:
+        return retry(partial(_fetch, remote, "index.json"), f"{remote}/index.json")
+    except StoreUnavailable:
+        raise
+    except Exception as error:  # each store raises its own types
+        raise UserError(f"{remote}: cannot be opened as MDS shards ({error})") from error
+
+
+def _fetch_conversion(place: str) -> object:
+    """The conversion.json of a split, at a folder or URI; None if it cannot be had."""
+    try:
+        return json.loads(_fetch(place, "conversion.json"))
+    except Exception:  # no such file, or other content; each store raises its own types
+        return None
+
+
+def _fetch(place: str, name: str) -> bytes:
+    """A small file of a split, from its folder or URI."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, name)
+        CloudDownloader.get(place).download(f"{place}/{name}", str(path), 60)
+        return path.read_bytes()
+
+
+def count_short_clusters(place: str, min_length: int) -> int | None:
+    """How many clusters of a split have no member of `min_length` residues; None if its conversion does not say.
+
+    Args:
+        place: folder or URI of the split.
+    """
+    if min_length > LONGEST_COUNTED:  # longer ones are counted as so long
+        return None
+    try:
+        longest = _fetch_conversion(place)["longest_members"]
+        return sum(count for length, count in longest.items() if int(length) < min_length)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return None
