@@ -54,8 +54,10 @@ class Divergence(Callback):
 
 
 def advice(recipe: Recipe, checkpoint: str | None, kept: bool = True) -> str:
-    """How to go on after a divergence, from the last checkpoint before it, if there is one; `kept` tells whether
-    the state then was saved."""
+    """How to go on after a divergence: from the last checkpoint before it, if there is one, at half the rate.
+
+    `kept` tells whether the state after it was saved.
+    """
     folder, name = recipe.save_folder.rstrip("/"), f"{recipe.run_name}_2"
     before, named, after = f"{folder}/".rpartition(f"/{recipe.run_name}/")
     new_folder = f"{before}/{name}/{after}".rstrip("/") if named and not before.endswith("/") else f"{folder}_2"
@@ -63,9 +65,4 @@ def advice(recipe: Recipe, checkpoint: str | None, kept: bool = True) -> str:
     message = f"The state is kept in {folder} as diverged-*, not to be resumed from. " if kept else ""
     if checkpoint is None:
         return f"{message}Start again with a lower rate or a longer warmup, such as: {new_run}"
-    if checkpoint.startswith("s3://"):
-        message += f"Download {checkpoint}. "
-        checkpoint = checkpoint.rpartition("/")[2]
-    architecture = {"size": recipe.model.size, **recipe.model.dimensions}
-    unset = "".join(f"model.{key}=null " for key, value in architecture.items() if value is not None)
-    return f"{message}Go on from the last good weights as a new run: {new_run} {unset}model.init_from={checkpoint}"
+    return f"{message}Go on from before as a new run: {new_run} load_path={checkpoint}"

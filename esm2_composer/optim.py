@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -43,3 +46,20 @@ def build_schedule(
     its first two updates share a rate.
     """
     return LambdaLR(optimizer, lambda done: rate_factor(done + 1, warmup, updates, decay_fraction, floor))
+
+
+def settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Rates, decays and the like of each parameter group."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def restore_settings(
+    optimizer: torch.optim.Optimizer, schedule: LambdaLR, groups: Sequence[dict[str, Any]]
+) -> None:
+    """Replace the settings that a checkpoint brought by `groups`, those from before it was loaded.
+
+    The moments, and how far the schedule is, stay.
+    """
+    schedule.base_lrs = [group["initial_lr"] for group in groups]
+    for group, given, factor in zip(optimizer.param_groups, groups, schedule.lr_lambdas, strict=True):
+        group.update(given, lr=given["initial_lr"] * factor(schedule.last_epoch))

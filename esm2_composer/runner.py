@@ -20,9 +20,11 @@ from esm2_composer.callbacks import GradientClipping, GradientRelease, Preemptio
 from esm2_composer.checkpoints.folders import open_folder, updates
 from esm2_composer.checkpoints.index import Index
 from esm2_composer.checkpoints.resume import (
+    Origin,
     check_resumed,
     check_shared,
     check_undamaged,
+    find_branch_point,
     find_checkpoint,
     take_over,
 )
@@ -42,7 +44,7 @@ from esm2_composer.fp8 import use_fp8
 from esm2_composer.kernels.checks import missing_for_triton
 from esm2_composer.loggers import TrainingProgress, build_loggers, check_wandb
 from esm2_composer.model import count_parameters
-from esm2_composer.optim import build_adamw, build_schedule
+from esm2_composer.optim import build_adamw, build_schedule, restore_settings, settings
 from esm2_composer.preemption import kill_workers_at_exit, obey_rank_alone
 from esm2_composer.recipe.architecture import build_model
 from esm2_composer.recipe.config import flatten
@@ -82,6 +84,8 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     done = updates(checkpoint) if checkpoint else 0
     if done >= recipe.updates and done in Index.read(folder).losses:
         raise Done(recipe, done)
+    branches = recipe.load_path is not None and checkpoint is None
+    branch_point = find_branch_point(recipe, sharded) if branches else None
     torch.manual_seed(recipe.seed)  # the same on every rank: sharded ranks must agree on the weights
     receives_weights = parallelism is not None and recipe.fsdp.sync_module_states and dist.get_global_rank() > 0
     net = build_model(recipe.model, weights=not receives_weights)
@@ -105,14 +109,16 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     check_same_attention(attention.name)
     checkpoint = on_rank_zero(lambda: take_over(folder, recipe.autoresume, recipe, sharded))
     check_shared(folder)
-    if checkpoint is not None:
-        check_undamaged(folder, checkpoint)
+    origin = Origin(folder, checkpoint) if checkpoint else branch_point
+    if origin is not None:
+        check_undamaged(origin)
     saver = CheckpointSaver(
         folder,
         interval=batches(recipe.save_interval),
         keep_newest=recipe.save_num_checkpoints_to_keep,
         keep_best=recipe.callbacks.best_checkpoints,
-        resumes=checkpoint is not None,
+        # Without a checkpoint, an index there belongs to another run, of perhaps other data and rates.
+        index=origin and on_rank_zero(lambda: Index.of(origin)),
     )
     if compiles(recipe.compile, on_gpu):
         net.compile_layers()
@@ -120,6 +126,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     o = recipe.optimizer
     optimizer = build_adamw(net, o.lr, o.betas, o.eps, o.weight_decay)
     schedule = build_schedule(optimizer, **dataclasses.asdict(recipe.schedule))
+    of_recipe = settings(optimizer)
 
     on_rank_zero(lambda: check_shards(recipe))
     draw = cluster_draw(recipe)
@@ -159,7 +166,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         parallelism_config=parallelism,
         seed=recipe.seed,
         run_name=recipe.run_name,
-        load_path=checkpoint and folder.location(checkpoint),
+        load_path=origin and str(origin),
         load_strict_model_weights=True,
         load_progress_bar=False,
         callbacks=[
@@ -177,9 +184,11 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         f"{recipe.run_name}: {parameters:,} parameters; ranks: {dist.get_world_size()}; "
         f"training clusters: {shown:,}, {shown // batch:,} updates an epoch; validation clusters: {validated:,}"
     )
-    if checkpoint is not None:
-        check_resumed(trainer.state, folder, checkpoint)
-        say(f"going on from {folder.location(checkpoint)}, update {updates(checkpoint)} of {recipe.updates:,}")
+    if origin is not None:
+        check_resumed(trainer.state, origin)
+        restore_settings(*trainer.state.optimizers, *trainer.state.schedulers, of_recipe)
+        how = "branching off" if origin.is_branch_point else "going on from"
+        say(f"{how} {origin}, update {origin.update} of {recipe.updates:,}")
     # Who reads the logs sees the conditions.
     trainer.logger.log_hyperparameters(flatten(dataclasses.asdict(recipe)))
     return trainer, saver

@@ -282,9 +282,9 @@ COPIES = ("fsdp.data_parallel_shard_degree=2", "fsdp.data_parallel_replicate_deg
 
 @pytest.fixture(scope="session")
 def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working folder of a run of `command` that nothing disturbed."""
+    """The working folder of a run of `command` that nothing disturbed, with all of its checkpoints."""
     folder = tmp_path_factory.mktemp("finished")
-    result = python(*command(shards), cwd=folder)
+    result = python(*command(shards, "save_num_checkpoints_to_keep=7"), cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder
 

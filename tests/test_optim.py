@@ -10,7 +10,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from esm2_composer.model import ESM2, ESM2Config
-from esm2_composer.optim import build_adamw, build_schedule, rate_factor
+from esm2_composer.optim import build_adamw, build_schedule, rate_factor, restore_settings, settings
 
 PEAK = 4e-4
 SHORT = dict(warmup=2_000, updates=500_000, decay_fraction=0.9, floor=0.1)
@@ -133,3 +133,50 @@ def test_biases_and_layer_norms_are_not_decayed_and_all_else_is(model: ESM2) -> 
 def test_the_settings_reach_every_group(model: ESM2) -> None:
     optimizer = build_adamw(model, lr=1e-3, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.3)
     assert {(g["lr"], g["betas"], g["eps"]) for g in optimizer.param_groups} == {(1e-3, (0.8, 0.95), 1e-7)}
+
+
+# Going on with other settings
+
+
+def test_settings_of_the_recipe_replace_those_of_a_checkpoint_and_moments_stay() -> None:
+    def built(lr: float, betas: tuple[float, float], weight_decay: float, **schedule: Any) -> Any:
+        torch.manual_seed(0)
+        model = ESM2(ESM2Config(1, 32, 2, 64))
+        optimizer = build_adamw(model, lr, betas, 1e-8, weight_decay)
+        return model, optimizer, build_schedule(optimizer, **{**TINY, **schedule})
+
+    model, saved, clock = built(1e-3, (0.9, 0.98), 0.0)
+    for _ in range(5):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        saved.step()
+        clock.step()
+    _, optimizer, schedule = built(4e-3, (0.8, 0.95), 0.2, floor=0.5)
+    groups = settings(optimizer)
+    optimizer.load_state_dict(saved.state_dict())
+    schedule.load_state_dict(clock.state_dict())
+    restore_settings(optimizer, schedule, groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.8, 0.95)] * 2
+    for done in range(5, 13):
+        rate = 4e-3 * rate_factor(done + 1, **{**TINY, "floor": 0.5})
+        assert [group["lr"] for group in optimizer.param_groups] == [rate] * 2
+        assert schedule.get_last_lr() == [rate] * 2 or done == 5
+        optimizer.step()
+        schedule.step()
+    moments = [state["exp_avg"] for state in saved.state_dict()["state"].values()]
+    assert moments
+    assert all(state["step"] == 5 for state in saved.state.values())
+
+
+def test_settings_of_the_same_recipe_change_nothing() -> None:
+    model = ESM2(ESM2Config(1, 32, 2, 64))
+    optimizer = build_adamw(model, 1e-3, (0.9, 0.98), 1e-8, 0.01)
+    schedule = build_schedule(optimizer, **TINY)
+    groups = settings(optimizer)
+    for _ in range(7):
+        optimizer.step()
+        schedule.step()
+    before = settings(optimizer), copy.deepcopy(schedule.state_dict())
+    restore_settings(optimizer, schedule, groups)
+    assert (settings(optimizer), schedule.state_dict()) == before

@@ -1,6 +1,7 @@
 """A run goes on from its newest checkpoint; the newest and the best are kept; another run is refused."""
 
 import os
+import re
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,11 @@ from esm2_composer.checkpoints.folders import DIVERGED, LocalFolder, open_folder
 from esm2_composer.checkpoints.index import Index
 from esm2_composer.checkpoints.resume import (
     RECIPE,
+    Origin,
     check_resumed,
     check_shared,
     check_undamaged,
+    find_branch_point,
     find_checkpoint,
     take_over,
 )
@@ -61,14 +64,14 @@ def test_what_a_killed_run_staged_is_cleared_at_the_next_start(folder):
     again = open_folder(str(folder))
     assert again.staging() == folder.staging()
     assert open_folder(f"{folder}2").staging() != folder.staging()
-    CheckpointSaver(again, interval=10, keep_newest=1, keep_best=0, resumes=False)
+    CheckpointSaver(again, interval=10, keep_newest=1, keep_best=0)
     assert not left.parent.exists()
 
 
 def test_metrics_are_handed_on_before_an_evaluation_or_a_checkpoint_counts(tmp_path, monkeypatch):
     """What a killed run saved, the next start does not make again."""
     folder, order = LocalFolder(str(tmp_path)), []
-    saver = CheckpointSaver(folder, interval=10, keep_newest=1, keep_best=0, resumes=False)
+    saver = CheckpointSaver(folder, interval=10, keep_newest=1, keep_best=0)
     monkeypatch.setattr("esm2_composer.checkpoints.saving.hand_on_all", lambda _: order.append("metrics"))
     monkeypatch.setattr(saver, "_tidy", lambda: order.append("index"))
     monkeypatch.setattr(saver, "_try_to_save", lambda *_: order.append("checkpoint"))
@@ -85,7 +88,7 @@ def test_metrics_are_handed_on_before_an_evaluation_or_a_checkpoint_counts(tmp_p
 def test_the_newest_before_an_update_is_told_or_none_if_the_store_is_away(folder, tmp_path, monkeypatch):
     for update in (10, 20, 30):
         save(folder, tmp_path, f"ep0-ba{update}-rank0.pt")
-    saver = CheckpointSaver(folder, interval=10, keep_newest=1, keep_best=0, resumes=False)
+    saver = CheckpointSaver(folder, interval=10, keep_newest=1, keep_best=0)
     assert saver.newest_before(29) == folder.location("ep0-ba20-rank0.pt")
     assert saver.newest_before(9) is None
 
@@ -201,14 +204,16 @@ def test_a_recipe_that_is_no_text_is_damaged(recipe, tmp_path):
 def test_a_checkpoint_that_is_damaged_inside_is_named(tmp_path):
     folder = LocalFolder(str(tmp_path))
     save(folder, tmp_path, "ep0-ba10-rank0.pt")
-    check_undamaged(folder, "ep0-ba10-rank0.pt")
+    check_undamaged(Origin(folder, "ep0-ba10-rank0.pt"))
     path = tmp_path / "ep0-ba10-rank0.pt"
     content = bytearray(path.read_bytes())
     content[content.index(torch.ones(4).numpy().tobytes())] ^= 1
     path.write_bytes(content)
     assert folder.names() == [path.name]  # to list them does not read them
     with pytest.raises(UserError, match=r"ba10-rank0\.pt is damaged; remove it, to go on from the one before"):
-        check_undamaged(folder, path.name)
+        check_undamaged(Origin(folder, path.name))
+    with pytest.raises(UserError, match=r"ba10-rank0\.pt is damaged; set load_path to another"):
+        check_undamaged(Origin(folder, path.name, is_branch_point=True))
 
 
 @pytest.mark.parametrize(
@@ -227,9 +232,9 @@ def test_what_lacks_a_part_of_a_run_is_not_gone_on_from(tmp_path, update, moment
         return SimpleNamespace(timestamp=clock, optimizers=(optimizer,), schedulers=[schedule])
 
     folder = LocalFolder(str(tmp_path))
-    check_resumed(loaded(10, 1, 10), folder, "ep0-ba10")
+    check_resumed(loaded(10, 1, 10), Origin(folder, "ep0-ba10"))
     with pytest.raises(UserError, match=complaint):
-        check_resumed(loaded(update, moments, scheduled), folder, "ep0-ba10")
+        check_resumed(loaded(update, moments, scheduled), Origin(folder, "ep0-ba10"))
 
 
 def test_another_duration_with_a_schedule_of_its_own_is_told_how_to_go_on(recipe, tmp_path):
@@ -258,6 +263,89 @@ def test_full_and_sharded_checkpoints_are_told_apart(folder, recipe, tmp_path):
     without_gpu = load("fsdp.state_dict_type=sharded", folder=tmp_path)
     with pytest.raises(UserError, match="holds sharded checkpoints, to be resumed on GPUs: none is seen here"):
         find_checkpoint(folder, True, without_gpu, False)
+
+
+# Branching off
+
+
+def branching(tmp_path: Path, name: str, *overrides: str, of: str = "run") -> Recipe:
+    other = (f"save_folder={tmp_path}/branch", f"load_path={tmp_path}/{of}/{name}")
+    return load(*other, *overrides, folder=tmp_path)
+
+
+@pytest.fixture
+def run(recipe, tmp_path) -> LocalFolder:
+    """The save folder of a run of 20 updates."""
+    folder = LocalFolder(recipe.save_folder)
+    folder.make()
+    take_over(folder, True, recipe, False)
+    for update in (10, 20):
+        save(folder, tmp_path, f"ep0-ba{update}-rank0.pt")
+    return folder
+
+
+def test_a_run_branches_off_any_checkpoint_with_other_rates_or_windows(run, tmp_path):
+    others = (
+        "optimizer.lr=1e-4",
+        "schedule.warmup=5",
+        "data.max_length=2048",
+        "data.mask_fraction=0.2",
+        "compile=true",
+    )
+    for name, update in (("ep0-ba10-rank0.pt", 10), ("ep0-ba20-rank0.pt", 20), ("latest-rank0.pt", 20)):
+        origin = find_branch_point(branching(tmp_path, name, *others), False)
+        assert origin.update == update
+        assert str(origin) == f"{run}/ep0-ba{update}-rank0.pt"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "complaint"),
+    [
+        ("ep0-ba30-rank0.pt", (), "ep0-ba30-rank0.pt is no whole checkpoint"),
+        ("recipe.yaml", (), "recipe.yaml is no whole checkpoint"),
+        ("", (), "run/ is no whole checkpoint"),
+        (
+            "ep0-ba10-rank0.pt",
+            ("model.size=35m",),
+            "model.size was 8m, is 35m; set that back, or take its weights",
+        ),
+        ("ep0-ba10-rank0.pt", ("seed=3",), "seed was 17, is 3"),
+        ("ep0-ba10-rank0.pt", ("global_train_batch_size=1024",), "global_train_batch_size was 2048, is 1024"),
+        ("ep0-ba20-rank0.pt", ("max_duration=20ba",), "has all updates that max_duration=20ba asks for"),
+        ("ep0-ba10-rank0.pt", ("fsdp.state_dict_type=sharded", "fsdp.version=2"), "holds full checkpoints"),
+    ],
+)
+def test_where_no_run_of_this_recipe_can_branch_off_is_refused(run, tmp_path, name, overrides, complaint):
+    recipe = branching(tmp_path, name, *overrides)
+    with pytest.raises(UserError, match=re.escape(complaint)) as caught:
+        find_branch_point(recipe, recipe.fsdp is not None)
+    assert str(caught.value).startswith("load_path: ")
+
+
+def test_a_run_branches_off_its_own_recipe_only(run, recipe, tmp_path):
+    (tmp_path / "copy").mkdir()
+    save(LocalFolder(str(tmp_path / "copy")), tmp_path, "ep0-ba10-rank0.pt")
+    with pytest.raises(UserError, match=r"but not the recipe\.yaml they were trained with; put it back"):
+        find_branch_point(branching(tmp_path, "ep0-ba10-rank0.pt", of="copy"), False)
+
+
+def test_a_branch_that_has_begun_keeps_to_where_it_branched_off(run, tmp_path):
+    """To change `load_path` then would do nothing."""
+    branch, recipe = LocalFolder(str(tmp_path / "branch")), branching(tmp_path, "ep0-ba20-rank0.pt")
+    branch.make()
+    take_over(branch, True, recipe, False)
+    save(branch, tmp_path, "ep0-ba30-rank0.pt")
+    assert find_checkpoint(branch, True, recipe, False) == "ep0-ba30-rank0.pt"
+    for other in (branching(tmp_path, "ep0-ba10-rank0.pt"), branching(tmp_path, "", "load_path=null")):
+        with pytest.raises(UserError, match=r"another recipe: load_path was .*ep0-ba20-rank0\.pt, is "):
+            find_checkpoint(branch, True, other, False)
+
+
+def test_a_recipe_of_an_earlier_version_is_not_another_for_its_lack_of_a_key(run, recipe):
+    before = run.read(RECIPE)
+    run.write(RECIPE, before.replace("load_path: null\n", ""))
+    assert run.read(RECIPE) != before
+    assert find_checkpoint(run, True, recipe, False) == "ep0-ba20-rank0.pt"
 
 
 def test_checkpoints_of_nobody_knows_what_are_refused(folder, recipe, tmp_path):

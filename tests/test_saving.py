@@ -304,13 +304,16 @@ def test_a_run_that_diverges_is_stopped_and_told_how_to_go_on(shards, tmp_path):
     assert "optimizer.lr=1.5" in line
     folder = tmp_path / "runs/demo/checkpoints"
     (diverged,) = folder.glob("diverged-*")
-    checkpoint = line.rpartition("model.init_from=")[2]
+    checkpoint = line.rpartition("load_path=")[2]
     assert (tmp_path / checkpoint).is_file()
-    assert int(checkpoint.split("-ba")[1].split("-")[0]) < int(diverged.name.split("-ba")[1].split("-")[0]) - 19
+    before, stopped = (int(name.split("-ba")[1].split("-")[0]) for name in (checkpoint, diverged.name))
+    assert before < stopped - 19
     same = python(*arguments, "max_duration=400ba", "schedule.warmup=200", cwd=tmp_path)
     assert_user_error(same, "holds a run that diverged at update")
-    again = [*arguments, "max_duration=4ba", "schedule.warmup=2", *line.rpartition(": ")[2].split()]
-    assert python(*again, cwd=tmp_path).returncode == 0
+    short = ("schedule.updates=400", f"max_duration={before + 4}ba", "schedule.warmup=200")
+    again = python(*arguments, *short, *line.rpartition(": ")[2].split(), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"branching off {checkpoint}, update {before} of {before + 4}" in again.stderr
 
 
 @pytest.mark.slow

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from esm2_composer.checkpoints.folders import Folder, ask, damaged, updates
+from esm2_composer.checkpoints.resume import Origin
 from esm2_composer.data.splits import SPLITS
+from esm2_composer.distributed.collectives import say
 
 INDEX = "checkpoints.json"
 
@@ -29,6 +31,17 @@ class Index:
             raise damaged(folder, INDEX, "remove it, to go on without the validation losses so far") from error
         shards = {split: digest for split in SPLITS if (digest := content.get(f"{split}_shards"))}
         return cls(shards, losses)
+
+    @classmethod
+    def of(cls, origin: Origin) -> Index:
+        """What is known of the run so far; where it branches off another run, its shards alone."""
+        index = cls.read(origin.folder)
+        if index == cls():
+            say(
+                f"{origin.folder} has lost its checkpoints.json: earlier validation losses, and which shards the "
+                "run was trained on, are not known"
+            )
+        return replace(index, losses={}) if origin.is_branch_point else index
 
     def write(self, folder: Folder, best: Sequence[str]) -> None:
         losses = {str(update): self.losses[update] for update in sorted(self.losses)}

@@ -1,25 +1,58 @@
-"""Which checkpoint a run goes on from, and which are kept.
+"""Which checkpoint a run goes on from: the newest of its own, or one of another run, from which it branches off.
 
-Beside the checkpoints (see `folders`) lie `recipe.yaml`, what they were trained with, and `checkpoints.json`: the
-validation losses, and which checkpoints are kept for theirs.
+Beside the checkpoints lies `recipe.yaml`, what they were trained with.
 """
 
 from __future__ import annotations
 
+import os
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import yaml
 from composer.core import State
 from composer.utils import dist
 from omegaconf.errors import OmegaConfBaseException
 
-from esm2_composer.checkpoints.folders import DIVERGED, PROBE, Folder, ask, damaged, is_sharded, updates
+from esm2_composer.checkpoints.folders import (
+    DIVERGED,
+    PROBE,
+    Folder,
+    ask,
+    damaged,
+    is_sharded,
+    open_folder,
+    updates,
+)
 from esm2_composer.distributed.collectives import on_every_rank, on_rank_zero
-from esm2_composer.errors import UserError
-from esm2_composer.recipe.config import changes, to_yaml
+from esm2_composer.errors import UserError, naming
+from esm2_composer.files import is_remote
+from esm2_composer.recipe.config import BRANCH_MAY_CHANGE, MAY_CHANGE, changes, to_yaml
 from esm2_composer.recipe.schema import Recipe
 
 RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a start goes on from: its own run's newest, or another run's, to branch off."""
+
+    folder: Folder
+    name: str
+    is_branch_point: bool = False
+
+    def __str__(self) -> str:
+        return self.folder.location(self.name)
+
+    @property
+    def update(self) -> int:
+        return updates(self.name)
+
+    @property
+    def remedy(self) -> str:
+        """What to do if it is damaged."""
+        return "set load_path to another" if self.is_branch_point else "remove it, to go on from the one before"
 
 
 def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool) -> str | None:
@@ -55,13 +88,50 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
             f"save_folder {folder} holds a run of {updates(last)} updates; "
             "set autoresume=true to go on with it, or take another save_folder"
         )
+    _check_fits(folder, last, before, recipe, sharded, MAY_CHANGE, "take another save_folder")
+    return last
+
+
+def find_branch_point(recipe: Recipe, sharded: bool) -> Origin:
+    """The checkpoint of another run, which `load_path` names. Each rank may look for itself.
+
+    Raises:
+        UserError: there is none, or a run of this recipe cannot branch off there.
+        StoreUnavailable: the store does not answer.
+    """
+    assert recipe.load_path is not None
+    path = recipe.load_path if is_remote(recipe.load_path) else os.path.realpath(recipe.load_path)  # of latest-*
+    place, _, name = path.rstrip("/").rpartition("/")
+    with naming("load_path"):
+        folder = open_folder(place)
+        names, before = ask(folder, lambda: (folder.names(), folder.read(RECIPE)))
+        if name not in names:
+            raise UserError(f"{recipe.load_path} is no whole checkpoint, such as ep0-ba1000-rank0.pt, of a run")
+        _check_fits(
+            folder, name, before, recipe, sharded, BRANCH_MAY_CHANGE, "take its weights alone, by model.init_from"
+        )
+        if updates(name) >= recipe.updates:
+            raise UserError(f"{recipe.load_path} has all updates that max_duration={recipe.max_duration} asks for")
+    return Origin(folder, name, is_branch_point=True)
+
+
+def _check_fits(
+    folder: Folder,
+    name: str,
+    before: str | None,
+    recipe: Recipe,
+    sharded: bool,
+    may_change: Sequence[str],
+    otherwise: str,
+) -> None:
+    """Raise a UserError unless `recipe` can go on from that checkpoint, whose run had the recipe `before`."""
     if before is None:
         raise UserError(
-            f"save_folder {folder} holds checkpoints, but not the {RECIPE} they were trained with; "
-            "take another save_folder, and their weights by model.init_from"
+            f"save_folder {folder} holds checkpoints, but not the {RECIPE} they were trained with; put it "
+            f"back, or {otherwise}"
         )
     try:
-        changed = changes(before, recipe)
+        changed = changes(before, recipe, may_change)
     except (yaml.YAMLError, OmegaConfBaseException, AttributeError):
         changed = None
     if not before.strip() or changed is None:
@@ -71,18 +141,17 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
         hint = " (null makes schedule.updates max_duration: give it the number it was)" if null else ""
         raise UserError(
             f"save_folder {folder} holds a run of another recipe: {'; '.join(changed)}; "
-            f"set that back{hint}, or take another save_folder"
+            f"set that back{hint}, or {otherwise}"
         )
-    if is_sharded(last) and not sharded and recipe.fsdp and recipe.fsdp.state_dict_type == "sharded":
+    if is_sharded(name) and not sharded and recipe.fsdp and recipe.fsdp.state_dict_type == "sharded":
         raise UserError(
             f"save_folder {folder} holds sharded checkpoints, to be resumed on GPUs: none is seen here, "
             "and FSDP version 1 needs them"
         )
-    if is_sharded(last) != sharded:
-        kind = "sharded" if is_sharded(last) else "full"
+    if is_sharded(name) != sharded:
+        kind = "sharded" if is_sharded(name) else "full"
         remedy = f"fsdp.state_dict_type={kind}" if recipe.fsdp else "the fsdp section they were saved with"
         raise UserError(f"save_folder {folder} holds {kind} checkpoints; resume them with {remedy}")
-    return last
 
 
 def take_over(folder: Folder, resume: bool, recipe: Recipe, sharded: bool) -> str | None:
@@ -119,22 +188,23 @@ def check_shared(folder: Folder) -> None:
         )
 
 
-def check_undamaged(folder: Folder, checkpoint: str) -> None:
+def check_undamaged(origin: Origin) -> None:
     """Raise a UserError on every rank, if a checkpoint is not what was written: torch would load other numbers.
     Each rank reads its share of a sharded one."""
     ranks = dist.get_world_size()
-    if any(on_every_rank(lambda: folder.is_damaged(checkpoint, dist.get_global_rank(), ranks))):
-        raise damaged(folder, checkpoint, "remove it, to go on from the one before")
+    if any(on_every_rank(lambda: origin.folder.is_damaged(origin.name, dist.get_global_rank(), ranks))):
+        raise damaged(origin.folder, origin.name, origin.remedy)
 
 
-def check_resumed(state: State, folder: Folder, checkpoint: str) -> None:
+def check_resumed(state: State, origin: Origin) -> None:
     """Raise a UserError, if what has been loaded is of another update than its name says, or not a whole run's:
     Composer goes on without what it does not find."""
     loaded = state.timestamp.batch.value
-    if loaded != updates(checkpoint):
+    if loaded != origin.update:
         raise UserError(
-            f"save_folder {folder}: {checkpoint} is of update {loaded}; remove it, or give it the name it had"
+            f"save_folder {origin.folder}: {origin.name} is of update {loaded}; remove it, or give it the name it "
+            "had"
         )
     (optimizer,), (schedule,) = state.optimizers, state.schedulers
     if not optimizer.state or schedule.last_epoch != loaded:
-        raise damaged(folder, checkpoint, "remove it, to go on from the one before")
+        raise damaged(origin.folder, origin.name, origin.remedy)

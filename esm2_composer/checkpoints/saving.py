@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from esm2_composer.checkpoints.folders import Folder, ask, updates
 from esm2_composer.checkpoints.index import Index, best, superseded
-from esm2_composer.distributed.collectives import on_rank_zero, say
+from esm2_composer.distributed.collectives import say
 from esm2_composer.errors import ReportedError, TransientError, UserError
 from esm2_composer.loggers import hand_on_all
 from esm2_composer.recipe.schema import Recipe, batches
@@ -36,16 +36,12 @@ class CheckpointSaver(Callback):
     stays, and training goes on.
     """
 
-    def __init__(self, folder: Folder, interval: int, keep_newest: int, keep_best: int, resumes: bool) -> None:
+    def __init__(
+        self, folder: Folder, interval: int, keep_newest: int, keep_best: int, index: Index | None = None
+    ) -> None:
         self._folder = folder
         self._interval, self._keep_newest, self._keep_best = interval, keep_newest, keep_best
-        # Without a checkpoint, an index there belongs to another run, of perhaps other data and rates.
-        self._index = on_rank_zero(lambda: Index.read(folder)) if resumes else Index()
-        if resumes and self._index == Index():
-            say(
-                f"{folder} has lost its checkpoints.json: earlier validation losses, and which shards the run was "
-                "trained on, are not known"
-            )
+        self._index = index or Index()
         self._saved: int | None = None
         self._staging = folder.staging()
         self._clear_staging()  # of what a killed run left
@@ -63,8 +59,8 @@ class CheckpointSaver(Callback):
         for split, digest in shards.items():
             if self._index.shards.get(split, digest) != digest:
                 raise UserError(
-                    f"save_folder {self._folder} holds a run on other {split} shards than data.remote now has; "
-                    "restore those, or take another save_folder"
+                    f"data.remote has other {split} shards than this run was trained on so far; restore those, or "
+                    "start a new run in another save_folder"
                 )
         self._index.shards = shards
 

@@ -35,7 +35,7 @@ from esm2_composer.recipe.strict import build
 T = TypeVar("T")
 
 
-# What may differ between a checkpoint and the run that resumes it; all else decides what is trained.
+# What may differ between a checkpoint and the run that resumes it; every other key decides what is trained.
 MAY_CHANGE = (
     "run_name",
     "max_duration",
@@ -58,6 +58,8 @@ MAY_CHANGE = (
     "loggers",
     "callbacks",
 )
+# What may differ in a run that branches off: the model and the order of clusters are the checkpoint's.
+BRANCH_MAY_CHANGE = (*MAY_CHANGE, "load_path", "optimizer", "schedule", "data")
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -65,13 +67,16 @@ def to_yaml(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))
 
 
-def changes(before: str, recipe: Recipe) -> list[str]:
-    """What the recipe would train otherwise than the one told by `to_yaml` before, as "key was 1, is 2"."""
+def changes(before: str, recipe: Recipe, may_change: Sequence[str] = MAY_CHANGE) -> list[str]:
+    """What the recipe would train otherwise than `before`, the text of another's `to_yaml`, as "key was 1, is 2".
+
+    A key that `before` does not have, as of an earlier version, counts as null.
+    """
     old, new = (flatten(OmegaConf.to_container(OmegaConf.create(text))) for text in (before, to_yaml(recipe)))
     return [
         f"{key} was {old.get(key, 'not set')}, is {new[key]}"
         for key in new
-        if old.get(key, "not set") != new[key] and not any(key == f or key.startswith(f"{f}.") for f in MAY_CHANGE)
+        if old.get(key) != new[key] and not any(key == f or key.startswith(f"{f}.") for f in may_change)
     ]
 
 
@@ -138,7 +143,7 @@ def _with_home(recipe: Recipe) -> Recipe:
         return replace(section, **{key: value and os.path.expanduser(value) for key, value in given.items()})
 
     return replace(
-        expand(recipe, "save_folder", "tensorboard_folder"),
+        expand(recipe, "save_folder", "tensorboard_folder", "load_path"),
         data=expand(recipe.data, "remote", "local"),
         model=expand(recipe.model, "init_from"),
     )
@@ -204,8 +209,11 @@ def _problems(r: Recipe, data_is_here: bool) -> Iterator[str]:
         yield f"'save_folder' is {r.save_folder}; write a folder or s3://bucket/prefix"
     if r.tensorboard_folder is not None and is_remote(r.tensorboard_folder):
         yield f"'tensorboard_folder' is {r.tensorboard_folder}; it must be a folder, not in a store"
-    if re.search("[{}]", r.save_folder):  # Composer would fill them in
-        yield f"'save_folder' is {r.save_folder}, with braces; write ${{run_name}} for the name of the run"
+    if r.load_path is not None and is_remote(r.load_path) and not re.match(r"s3://[^/]+/", r.load_path):
+        yield f"'load_path' is {r.load_path}; write a path or s3://bucket/prefix/checkpoint"
+    for key, path in (("save_folder", r.save_folder), ("load_path", r.load_path or "")):
+        if re.search("[{}]", path):  # Composer would fill them in
+            yield f"'{key}' is {path}, with braces; write ${{run_name}} for the name of the run"
     if r.fp8 and r.precision != "amp_bf16":
         yield f"'fp8' is true and 'precision' {r.precision}; it needs amp_bf16"
     if r.model.attention in ("triton", "torch", "flash") and r.precision == "fp32":

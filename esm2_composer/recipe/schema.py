@@ -158,6 +158,7 @@ class Recipe:
     save_interval: str = "1000ba"
     save_num_checkpoints_to_keep: PositiveInt = 3
     autoresume: bool = True
+    load_path: str | None = None
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
     compile: Literal[True, False, "auto"] = False
     fp8: bool = False
