@@ -24,7 +24,6 @@ from esm2_composer.errors import (
     run_command,
     tell,
 )
-from esm2_composer.files import is_remote
 
 
 def train() -> int:
@@ -43,10 +42,10 @@ def train() -> int:
     if args.dry_run:
         from esm2_composer.recipe.estimate import describe
 
-        if is_remote(recipe.data.remote):
-            from esm2_composer.data.checks import check_store
+        if recipe.data.local is not None:  # takes seconds to import
+            from esm2_composer.data.checks import check_shards
 
-            check_store(recipe.data, recipe.global_train_batch_size)
+            check_shards(recipe.data, recipe.global_train_batch_size)
         print(describe(recipe, ranks=int(os.environ.get("WORLD_SIZE", 1))))
         return 0
 

@@ -29,7 +29,7 @@ from esm2_composer.checkpoints.resume import (
     take_over,
 )
 from esm2_composer.checkpoints.saving import CheckpointSaver
-from esm2_composer.data.checks import check_cache, check_store, check_tmpdir, count_short_clusters, make_cache
+from esm2_composer.data.checks import check_shards, check_tmpdir, count_short_clusters, make_cache
 from esm2_composer.data.draw import ClusterDraw
 from esm2_composer.data.loaders import canonical_nodes, evaluation_loader, train_loader
 from esm2_composer.data.masking import MaskingRule
@@ -39,7 +39,6 @@ from esm2_composer.distributed.collectives import on_rank_zero, say
 from esm2_composer.distributed.fsdp import DivideByRanks, means_are_sums, parallelism_of
 from esm2_composer.divergence import Divergence
 from esm2_composer.errors import TransientError, UserError, naming
-from esm2_composer.files import is_remote
 from esm2_composer.fp8 import use_fp8
 from esm2_composer.kernels.checks import missing_for_triton
 from esm2_composer.loggers import TrainingProgress, build_loggers, check_wandb
@@ -128,7 +127,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     schedule = build_schedule(optimizer, **dataclasses.asdict(recipe.schedule))
     of_recipe = settings(optimizer)
 
-    on_rank_zero(lambda: check_shards(recipe))
+    on_rank_zero(lambda: check_shards(recipe.data, recipe.global_train_batch_size))
     draw = cluster_draw(recipe)
     batch, workers = recipe.global_train_batch_size, recipe.data.num_workers
     train = train_loader(draw, *recipe.data.split("train"), batch, workers, recipe.data.cache_limit)
@@ -204,13 +203,6 @@ def check_same_attention(name: str) -> None:
             f"rank 0 would compute attention by '{names[0]}', rank {other} by '{names[other]}'; the log of one "
             "tells why it cannot do as the other. Start again, or set model.attention for all"
         )
-
-
-def check_shards(recipe: Recipe) -> None:
-    """Raise what `check_store` and `check_cache` do, before Streaming looks at them."""
-    if is_remote(recipe.data.remote):
-        check_store(recipe.data, recipe.global_train_batch_size)
-    check_cache(recipe.data)
 
 
 def build_callbacks(recipe: Recipe, model: MaskedLanguageModel, on_gpu: bool) -> list[Callback]:

@@ -41,9 +41,7 @@ def test_a_branch_has_the_rates_of_its_recipe_and_goes_on_from_its_own_checkpoin
     assert branch[BRANCH_POINT] == whole[BRANCH_POINT], "the same weights, clusters and masks"
     assert all(branch[step] != whole[step] for step in whole if step > BRANCH_POINT)
     rates = scalars(tmp_path, "lr-AdamW/group0")
-    progress = {
-        done: (done + 1 - 3) / (0.9 * (14 - 3)) for done in range(9, 14)
-    }  # of its decay
+    progress = {done: (done + 1 - 3) / (0.9 * (14 - 3)) for done in range(9, 14)}  # of its decay
     assert {done: rates[done] for done in progress} == pytest.approx(
         {done: 1.5e-3 * max(0.5, 1 - 0.5 * share) for done, share in progress.items()}
     )

@@ -26,7 +26,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 IN_BLOCKS = "python|composer"  # within text they are mentioned rather than told
-ANYWHERE = "make|pytest|tensorboard|pkill|sbatch|kubectl|sed|cut|apt|pip|source|download_bionemo_data"
+ANYWHERE = "make|pytest|tensorboard|pkill|sbatch|kubectl|sed|cut|awk|zcat|apt|pip|source|hf|download_bionemo_data"
 COMMAND = re.compile(rf"(\S+=\S+ )*({IN_BLOCKS}|{ANYWHERE}) ")
 CODE = re.compile(r"```(?P<language>\w*)\n(?P<block>[^`]*)```|^ {4}(?P<line>.*)$|`(?P<text>[^`]+)`", re.MULTILINE)
 

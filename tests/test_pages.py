@@ -26,6 +26,7 @@ from test_storage import Bucket, bucket  # noqa: F401
 from transformers import AutoModelForMaskedLM
 
 from esm2_composer.conversion.fasta import read_fasta
+from esm2_composer.data.splits import SPLITS
 from esm2_composer.errors import EXIT_PREEMPTED
 
 SMALL = {
@@ -81,11 +82,13 @@ NOT_HERE = {
     "make test-slow": "runs this one",
     "apt install mmseqs2": "changes the machine",
     "apt install openjdk-17-jre-headless": "changes the machine",
+    'hf download nvidia/esm2_uniref_pretraining_data --repo-type dataset --include "[tv]*/*.parquet" '
+    "--local-dir uniref": "35 GB",
     "download_bionemo_data esm2/fulldata_esm2_pretrain:2.0 --source ngc": "80 GB, and a program of NVIDIA's",
     "sbatch docs/jobs/slurm.sh yamls/NAME.yaml key=value …": "no cluster here, see test_running.py",
     "kubectl apply -f docs/jobs/kubernetes.yaml": "no cluster here, see test_running.py",
 }
-APART = ("make demo", "sed ", "cut ", "pkill ")  # by tests of their own, below
+APART = ("make demo", "sed ", "cut ", "awk ", "zcat ", "pkill ")  # by tests of their own, below
 
 
 def lines(page: str) -> list[str]:
@@ -134,6 +137,7 @@ def home(checkout: Path, raw: Path, shards: Path, finished: Path) -> Path:
         (checkout / name).symlink_to(ROOT / name)
     for source in raw.iterdir():
         (checkout / source.name).symlink_to(source)
+    write_layouts(checkout)
     (checkout / "data/demo").mkdir(parents=True)
     (checkout / "data/demo/shards").symlink_to(shards)
     (checkout / "proteins.fasta").write_text(">a\nMKTAYIAKQR\n>b\nMSDKPDLSE\n")
@@ -186,7 +190,6 @@ def test_performance(home: Path) -> None:
 @pytest.mark.slow
 def test_data(home: Path, bucket: Bucket) -> None:  # noqa: F811
     """Those of the table of layouts too, which leave out how they begin and where they go to."""
-    write_layouts(home)
     (home / "data/uniref50").symlink_to(home / "data/demo/shards")
     layouts = re.findall(r"^\|.*\| `(--[^`]*)` \|$", (ROOT / "docs/data.md").read_text(), re.MULTILINE)
     assert len(layouts) == 4
@@ -201,16 +204,24 @@ def test_data(home: Path, bucket: Bucket) -> None:  # noqa: F811
 
 
 def write_layouts(home: Path) -> None:
-    """What is in train_clusters.parquet and train.db, as flat parquet twice, and as FASTA with a TSV."""
+    """What is in the raw files, as flat parquet; and training as FASTA with a TSV."""
     clusters = pq.read_table(home / "train_clusters.parquet").to_pylist()
     with contextlib.closing(sqlite3.connect(home / "train.db")) as database:
         proteins = dict(database.execute("SELECT id, sequence FROM protein"))
     rows = [(cluster["ur50_id"], member) for cluster in clusters for member in cluster["ur90_id"]]
     columns = [*zip(*rows, strict=True), [proteins[member] for _, member in rows]]
     table = pa.table(dict(zip(("ur50_id", "ur90_id", "sequence"), columns, strict=True)))
-    for folder in ("uniref", "shared/uniref"):
+    (held_out,) = pq.read_table(home / "valid_clusters.parquet").columns
+    with contextlib.closing(sqlite3.connect(home / "validation.db")) as database:
+        residues = dict(database.execute("SELECT id, sequence FROM protein"))
+    valid = {"ur50_id": held_out, "ur90_id": held_out, "sequence": [residues[i] for i in held_out.to_pylist()]}
+    for folder, rows_of in (
+        ("uniref/train", table),
+        ("shared/uniref", table),
+        ("uniref/validation", pa.table(valid)),
+    ):
         (home / folder).mkdir(parents=True)
-        pq.write_table(table, home / folder / "part.parquet")
+        pq.write_table(rows_of, home / folder / "000.parquet")
     records = [f">{name} x\n{sequence}\n" for name, sequence in proteins.items()]
     (home / "a.fasta.gz").write_bytes(gzip.compress("".join(records[::2]).encode()))
     (home / "b.fasta").write_text("".join(records[1::2]))
@@ -243,6 +254,29 @@ def test_the_early_warning_makes_a_run_save_and_leave(shards: Path, tmp_path: Pa
         code, _ = run.end()
     assert code == EXIT_PREEMPTED
     assert (tmp_path / "runs/demo/checkpoints/latest-rank0.pt").exists()
+
+
+def test_uniprots_releases_become_a_training_and_a_validation_split(tmp_path: Path) -> None:
+    """2,000 clusters of two members each, and entries without a cluster; one in 200 is set aside."""
+    entries = [(f"P{i}", f"UniRef90_P{i}", f"UniRef50_P{i - i % 2}") for i in range(4000)]
+    rows = ["\t".join([name, *6 * ["x"], "UniRef100_x", *clusters, "UPI"]) for name, *clusters in entries]
+    table = "\n".join([*rows, *rows[:9], "\t".join(["Q1", *6 * ["x"], "", "", "", "UPI"])])
+    (tmp_path / "idmapping_selected.tab.gz").write_bytes(gzip.compress(table.encode() + b"\n"))
+    fasta = {"uniref90": {ur90 for _, ur90, _ in entries}, "uniref50": {ur50 for _, _, ur50 in entries}}
+    for name, ids in fasta.items():
+        records = "".join(f">{each} Protein n=2 Tax=x\nMKTAYIAKQRVVLSLKE\n" for each in sorted(ids))
+        (tmp_path / f"{name}.fasta.gz").write_bytes(gzip.compress(records.encode()))
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    section = (ROOT / "docs/data.md").read_text().partition("## Layouts")[0]
+    for line in re.findall(r"^    ((?:zcat|awk|python).*)$", section.partition("As UniProt releases it")[2], re.M):
+        follow(tmp_path, line)
+    train, valid = (
+        json.loads((tmp_path / f"data/uniprot/{split}/conversion.json").read_text()) for split in SPLITS
+    )
+    assert 2 <= valid["clusters_written"] <= 20
+    assert valid["members_written"] == valid["clusters_written"] == 2000 - train["clusters_written"]
+    assert train["members_written"] == 2 * train["clusters_written"]
+    assert not train["rejected"]
 
 
 def test_prefixes_of_ncbi_are_taken_off_and_leave_the_id(tmp_path: Path) -> None:

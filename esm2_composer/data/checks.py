@@ -14,6 +14,7 @@ from streaming.base.storage.download import CloudDownloader
 from esm2_composer.conversion.records import LONGEST_COUNTED
 from esm2_composer.data.splits import SPLITS, count_clusters, swapped
 from esm2_composer.errors import StoreUnavailable, UserError, system_error
+from esm2_composer.files import is_remote
 from esm2_composer.recipe.schema import DataSection
 from esm2_composer.retry import retry
 
@@ -38,6 +39,13 @@ def make_cache(data: DataSection) -> None:
             Path(data.local).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise system_error(f"data.local {data.local} cannot be made ({error.strerror})", error) from error
+
+
+def check_shards(data: DataSection, global_batch_size: int) -> None:
+    """Raise what `check_store` and `check_cache` do."""
+    if is_remote(data.remote):
+        check_store(data, global_batch_size)
+    check_cache(data)
 
 
 def check_cache(data: DataSection, splits: Collection[str] = SPLITS) -> None:
