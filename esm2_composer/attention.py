@@ -64,7 +64,7 @@ def select_attention(backend: str, device_type: str, dtype: torch.dtype, heads: 
         if backend == "flash" and (function := _flash_package()) is not None:
             found.append(Attention("flash", function))
         found.append(Attention("torch", _torch_varlen_function() or _torch_varlen_operator))
-        spills = capability < (9, 0) and head_size > 64  # Triton's; it would have too few registers
+        spills = capability[0] not in (9, 10) and head_size > 64  # too few registers, but on Hopper and B200
         wanted = backend == "triton" or (backend == "auto" and not spills)
         if wanted and (attention := _triton(dtype, heads, head_size)) is not None:
             found.append(attention)

@@ -127,17 +127,23 @@ class Layer(nn.Module):
         self.fc1 = Linear(d, config.ffn_hidden_size)
         self.fc2 = Linear(config.ffn_hidden_size, d)
 
-    def forward(self, x, update, tables, attention, cu_seqlens, max_seqlen) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x, update, tables, attention, cu_seqlens, max_seqlen, positions=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream x (T, D) and what is to be added to it, update (T, D) or None, the bits of
-        `rotary_tables`, and an `Attention` -> x and update for the next layer.
+        `rotary_tables` int32 (2, T, 1, K/2), an `Attention`, and those tokens whose results are wanted, positions
+        int64 (M,) or None for all -> x and update for the next layer, (T, D) or (M, D).
 
         The next layer adds them up, since it norms the sum: that takes one pass over memory, where a sum here and
         a norm there would take two, and their gradients three.
         """
         if attention.layer is not None:
-            return attention.layer(self, x, update, tables, cu_seqlens, max_seqlen)
+            return attention.layer(self, x, update, tables, cu_seqlens, max_seqlen, positions)
         x, qkv = self.project(x, update)
-        return self.after_attention(x, attention.kernel(*self.rotate_qkv(qkv, tables), cu_seqlens, max_seqlen))
+        mixed = attention.kernel(*self.rotate_qkv(qkv, tables), cu_seqlens, max_seqlen)
+        if positions is not None:  # what follows computes each token by itself
+            x, mixed = x.index_select(0, positions), mixed.index_select(0, positions)
+        return self.after_attention(x, mixed)
 
     def project(self, x: torch.Tensor, update: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """x and update (T, D) -> their sum (T, D), and its q, k and v, (T, 3, H, K)."""
@@ -208,9 +214,7 @@ class ESM2(nn.Module):
         Raises:
             ValueError: tokens and cu_seqlens do not make a flat batch. Values are checked on a CPU only.
         """
-        x, update = self._hidden(tokens, cu_seqlens, max_seqlen, len(self.layers))
-        if positions is not None:
-            x, update = x[positions], update[positions]
+        x, update = self._hidden(tokens, cu_seqlens, max_seqlen, len(self.layers), positions)
         return self.head(self.norm(add(x, update)), self.embed.weight)
 
     def represent(
@@ -232,9 +236,15 @@ class ESM2(nn.Module):
         return self.norm(x) if layer == len(self.layers) else x
 
     def _hidden(
-        self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int | None, layer: int
+        self,
+        tokens: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int | None,
+        layer: int,
+        positions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The residual stream (T, D) after `layer` layers, and what is to be added to it (see `Layer`)."""
+        """The residual stream after `layer` layers, and what is to be added to it (see `Layer`): (T, D), or of
+        the tokens at `positions` (M, D), for which alone the last of these layers is computed after attention."""
         _check_batch(tokens, cu_seqlens)
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max())
@@ -250,9 +260,10 @@ class ESM2(nn.Module):
         c = self.config
         attention = select_attention(c.attention, x.device.type, compute_dtype(x), c.num_heads, c.head_size)
         update = None
-        for block in self.layers[:layer]:
-            x, update = block(x, update, tables, attention, cu_seqlens, max_seqlen)
-        return x, update
+        wanted = positions if positions is not None and len(positions) else None  # kernels take no empty batch
+        for i, block in enumerate(self.layers[:layer], start=1):
+            x, update = block(x, update, tables, attention, cu_seqlens, max_seqlen, wanted if i == layer else None)
+        return (x, update) if wanted is positions else (x[positions], update[positions])
 
     def _embed(self, tokens: torch.Tensor, sequence: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Embeddings (T, D) with token dropout: `<mask>` embeds to zero, and the rest of its sequence is
@@ -306,11 +317,12 @@ class ESM2(nn.Module):
 
         Args:
             lengths: tokens of each sequence.
-            predicted: tokens the head is computed for.
+            predicted: tokens to predict, for which alone the head is computed, and the last layer after attention.
         """
         c = self.config
         d, tokens = c.hidden_size, sum(lengths)
-        products = c.num_layers * (4 * d * d + 2 * d * c.ffn_hidden_size) * tokens
+        before, after = 3 * d * d, d * d + 2 * d * c.ffn_hidden_size  # attention, a layer's products
+        products = c.num_layers * before * tokens + after * ((c.num_layers - 1) * tokens + predicted)
         attention = c.num_layers * 2 * d * sum(n * n for n in lengths)
         head = (d * d + d * VOCAB_SIZE) * predicted
         return 6 * (products + attention + head)  # 2 a multiply-add, once forward and twice backward

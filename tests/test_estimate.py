@@ -242,3 +242,25 @@ def test_a_share_of_the_peak_that_is_none_is_refused(mfu):
     result = python(ROOT / "tools/plan.py", ROOT / "yamls/8m.yaml", "--gpus", "8", "--mfu", mfu)
     assert result.returncode == 2
     assert result.stderr == f"error: argument --mfu: {mfu}; it must be at least 0.001 and at most 1; see --help\n"
+
+
+@pytest.mark.parametrize(
+    ("size", "gpus", "change"),
+    [
+        ("15b", 256, "fsdp.activation_checkpointing=false"),
+        ("15b", 16, None),  # does not fit without
+        ("650m", 64, "fsdp=null"),  # launching its kernels under FSDP takes longer than computing
+        ("650m", 8, None),
+        ("3b", 128, None),
+        ("8m", 32, None),
+    ],
+)
+def test_a_faster_way_to_spread_the_model_is_told_where_it_fits(size, gpus, change):
+    text, data = report(recipe(size), gpus, "h100")
+    assert data["faster"] == change
+    assert ("  faster " in text) == (change is not None)
+    if change is not None:
+        _, changed = report(recipe(size, change), gpus, "h100")
+        assert changed["step_seconds"] < 0.95 * data["step_seconds"]
+        assert changed["memory_bytes"] < 0.9 * GPUS["h100"].memory
+        assert f"{change}: {changed['step_seconds']:.3f} s a step" in text

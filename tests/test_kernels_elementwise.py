@@ -30,7 +30,7 @@ def largest_errors(tokens: int, columns: int, stream: torch.dtype, dtype: torch.
     tall = draw(dtype, 8 * tokens, columns)
     total, normed, mean, rstd = add_norm(*given, 1e-5)
     grad_x, grad_update, *others = add_norm_backward(*grads, total, given[2], mean, rstd)
-    activated, (grad_hidden, grad_bias) = gelu(hidden), gelu_backward(hidden, grads[1])
+    activated, (grad_hidden, grad_bias) = gelu(hidden), gelu_backward(hidden, grads[1].clone())
     assert (total.dtype, normed.dtype, activated.dtype) == (stream, dtype, dtype)
     assert (grad_x.dtype, grad_update.dtype, grad_hidden.dtype) == (stream, dtype, dtype)
     ours = total, normed, grad_x, grad_update, *others, activated, grad_hidden, grad_bias, sum_rows(tall)

@@ -46,14 +46,15 @@ def make(config: ESM2Config, case: str, device: str = "cpu") -> ESM2:
 
 
 def train(net: ESM2, case: str, device: str = "cpu") -> list[torch.Tensor]:
-    """Logits of the last of two batches, and gradients, added up."""
+    """Logits of the last of two batches, and gradients, added up; of the last, every third token is predicted."""
     kind = torch.bfloat16 if device == "cuda" else torch.float16
     for lengths in BATCHES:
         tokens = torch.arange(sum(lengths), device=device) % 20 + 4
         cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(device)
+        positions = None if lengths == BATCHES[0] else torch.arange(0, len(tokens), 3, device=device)
         with torch.autocast(device, kind) if case == "autocast" else contextlib.nullcontext():
-            logits = net(tokens, cu_seqlens, max(lengths))
-        F.cross_entropy(logits.float(), tokens).backward()
+            logits = net(tokens, cu_seqlens, max(lengths), positions)
+        F.cross_entropy(logits.float(), tokens if positions is None else tokens[positions]).backward()
     return [logits.detach(), *(p.grad for p in net.parameters() if p.grad is not None)]
 
 
@@ -61,8 +62,8 @@ def test_interpreted_a_model_on_it_trains_as_on_torchs() -> None:
     printed = interpreted("test_kernels_layer.print_errors()")
     errors = {case: float(error) for case, error in (line.split() for line in printed.splitlines())}
     assert errors.keys() == {*CASES}
-    in_fp16 = {"autocast", "half"}
-    assert all(error < (5e-3 if case in in_fp16 else 1e-5) for case, error in errors.items()), errors
+    limits = {"autocast": 5e-3, "half": 5e-3, "fp8": 1e-3}  # in fp8, single numbers are rounded the other way
+    assert all(error < limits.get(case, 1e-5) for case, error in errors.items()), errors
 
 
 def print_errors() -> None:

@@ -96,6 +96,31 @@ def test_positions_select_rows_of_the_full_logits():
         )
 
 
+def test_to_compute_positions_alone_has_the_gradients_of_computing_all():
+    tokens, cu_seqlens = random_batch([20, 30])
+    positions = torch.tensor([0, 7, 8, 49])
+
+    def gradients(predict) -> list[torch.Tensor]:
+        model = random_model(CONFIGS[16]).double()
+        F.cross_entropy(predict(model), tokens[positions].clamp(max=31)).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    alone = gradients(lambda model: model(tokens, cu_seqlens, positions=positions))
+    of_all = gradients(lambda model: model(tokens, cu_seqlens)[positions])
+    assert len(alone) == len(of_all) > 20
+    for one, other in zip(alone, of_all, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_nothing_to_predict_gives_no_logits_and_gradients_of_zero():
+    model = random_model(CONFIGS[16])
+    tokens, cu_seqlens = random_batch([20, 30])
+    logits = model(tokens, cu_seqlens, positions=torch.empty(0, dtype=torch.int64))
+    assert logits.shape == (0, 33)
+    logits.sum().backward()
+    assert all(not p.grad.any() for p in model.layers.parameters())
+
+
 def test_tokens_may_be_uint8():
     model = random_model(CONFIGS[16]).eval()
     tokens, cu_seqlens = random_batch([20, 30])
@@ -348,7 +373,7 @@ def test_flops_follow_the_formula():
         model = ESM2(c)
     lengths, predicted = [1024, 100], 150
     d, tokens = c.hidden_size, 1124
-    products = 72 * c.num_layers * d**2 * tokens
+    products = 72 * (c.num_layers - 1) * d**2 * tokens + 18 * d**2 * tokens + 54 * d**2 * predicted
     attention = 12 * c.num_layers * d * (1024**2 + 100**2)
     assert model.flops(lengths, predicted) == products + attention + 6 * (d**2 + 33 * d) * predicted
-    assert model.flops([1024], 1024) / 1024 == pytest.approx(4.42e9, rel=1e-3)  # 650M, full length
+    assert model.flops([1024], 1024) / 1024 == pytest.approx(4.42e9, rel=1e-3)  # 650M, full length, all predicted

@@ -102,7 +102,7 @@ def _gelu(hidden, out, size, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens"])
 def _gelu_backward(
-    hidden, grad, grad_hidden, sums, tokens,
+    hidden, grad, sums, tokens,
     F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     columns, program = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1)
@@ -115,7 +115,7 @@ def _gelu_backward(
         density, share = _normal(x)
         slope = share + x * density * 0.3989422804014327  # 1 / sqrt(2 pi)
         grads = tl.load(grad + offsets, mask, 0.0).to(tl.float32) * slope
-        tl.store(grad_hidden + offsets, grads.to(grad_hidden.dtype.element_ty), mask)
+        tl.store(grad + offsets, grads.to(grad.dtype.element_ty), mask)
         total += grads
     tl.store(sums + program * F + columns, tl.sum(total, 0), columns < F)
 
@@ -194,15 +194,16 @@ def gelu(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def gelu_backward(hidden: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient, (T, F), and its sum over tokens, fp32 (F,): that of a bias that was added before."""
+    """The gradient of hidden (T, F), written over that of the output, `grad` (T, F); and its sum over tokens, fp32
+    (F,): that of a bias that was added before."""
     tokens, f = hidden.shape
-    grad_hidden, programs = torch.empty_like(hidden), triton.cdiv(tokens, GELU_SUMMED)
+    programs = triton.cdiv(tokens, GELU_SUMMED)
     sums = hidden.new_empty(programs, f, dtype=torch.float32)
     _gelu_backward[(triton.cdiv(f, GELU_COLUMNS), programs)](
-        hidden, grad, grad_hidden, sums, tokens,
+        hidden, grad, sums, tokens,
         F=f, ROWS=GELU_ROWS, COLUMNS=GELU_COLUMNS, SUMMED=GELU_SUMMED, num_warps=WARPS,
     )  # fmt: skip
-    return grad_hidden, sums.sum(0)
+    return grad, sums.sum(0)
 
 
 def sum_rows(grad: torch.Tensor) -> torch.Tensor:
@@ -239,6 +240,6 @@ def elementwise_error(dtype: torch.dtype, columns: int, device: str) -> float:
         exact = hidden.float().requires_grad_()
         want = F.gelu(exact)
         (wanted,) = torch.autograd.grad(want, exact, grad.float())
-        ours += gelu(hidden), *gelu_backward(hidden, grad), sum_rows(grad)
         theirs += want, wanted, wanted.sum(0), grad.float().sum(0)
+        ours += gelu(hidden), *gelu_backward(hidden, grad.clone()), sum_rows(grad)
         return relative_error(ours, theirs)

@@ -8,7 +8,7 @@ the GPUs reach (MFU), link speeds, what a host takes to launch a layer, and what
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from esm2_composer.errors import UserError
 from esm2_composer.model import count_parameters
@@ -227,6 +227,22 @@ def remedy(recipe: Recipe, estimate: Estimate, gpu: GPU) -> str | None:
     return f"{smaller}more GPUs, or ones with more memory"
 
 
+def faster(recipe: Recipe, estimate: Estimate, gpu: GPU, mfu: float) -> tuple[str, Estimate] | None:
+    """A simpler way to spread the model that leaves a tenth of the memory free and makes a step at least 5 %
+    shorter: the change, and its estimate; None if there is none."""
+    if recipe.fsdp is None:
+        return None
+    found = []
+    for change, fsdp in (
+        ("fsdp.activation_checkpointing=false", replace(recipe.fsdp, activation_checkpointing=False)),
+        ("fsdp=null", None),
+    ):
+        other = estimate_run(replace(recipe, fsdp=fsdp), estimate.gpus, gpu, mfu)
+        if other.memory < 0.9 * gpu.memory and other.step_seconds < 0.95 * estimate.step_seconds:
+            found.append((change, other))
+    return min(found, key=lambda each: each[1].step_seconds, default=None)
+
+
 def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -> tuple[str, dict]:
     """An estimate for people, and the same as plain data."""
     gpu = GPUS[gpu_name]
@@ -234,6 +250,7 @@ def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -
     mfu = mfu or usual_mfu(recipe)
     estimate = estimate_run(recipe, gpus, gpu, mfu)
     change, useful = remedy(recipe, estimate, gpu), useful_gpus(recipe, gpu, mfu)
+    quicker = faster(recipe, estimate, gpu, mfu)
     fitting = fitting_microbatch(recipe, estimate, gpu)
     hours = estimate.days * 24 * gpus
     kept = recipe.save_num_checkpoints_to_keep + recipe.callbacks.best_checkpoints
@@ -262,9 +279,12 @@ def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -
         if _takes_more(recipe)
         else f"are not taken: the recipe's fsdp.data_parallel degrees make {gpus}",
     }
+    if quicker:
+        rows["faster"] = f"{quicker[0]}: {quicker[1].step_seconds:.3f} s a step, {_memory_text(quicker[1])}"
     text = "\n".join([f"{recipe.run_name} on {gpus} x {gpu_name}", *(f"  {k:<15}{v}" for k, v in rows.items())])
     data = {**asdict(estimate), "gpu": gpu_name, "mfu": mfu}
     data |= {"memory_bytes": estimate.memory, "fits": change is None, "change": change}
+    data |= {"faster": quicker and quicker[0]}
     data |= {"days": estimate.days, "gpu_hours": hours, "useful_gpus": useful, "fitting_microbatch": fitting}
     data |= {"checkpoint_bytes": estimate.checkpoint_bytes, "checkpoints_kept": kept}
     return text, data

@@ -144,8 +144,9 @@ def at_best(work: Work, limits: Limits, sharded: bool = False) -> dict[str, floa
     model = skeleton(c)
     batches = _profiled(work)
     tokens = statistics.fmean(map(sum, batches))
-    attention = statistics.fmean(model.flops(lengths, 0) for lengths in batches) - _products(c) * tokens
-    head = model.flops([], round(0.15 * tokens))
+    pairs = statistics.fmean(sum(n * n for n in batch) for batch in batches)  # of tokens that see each other
+    attention = 12 * c.num_layers * c.hidden_size * pairs
+    operations = statistics.fmean(model.flops(batch, round(0.15 * sum(batch))) for batch in batches)
     itemsize = compute_type(work.device).itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     numbers = c.num_layers * c.hidden_size * tokens  # of the residual stream, in all layers
@@ -153,7 +154,7 @@ def at_best(work: Work, limits: Limits, sharded: bool = False) -> dict[str, floa
         "attention": attention / limits.product_flops,
         # AdamW reads weight, gradient and two moments and writes three; clipping reads and scales gradients.
         "optimizer": (28 + 12) * trained / limits.copy_bytes,
-        "matrix products": (_products(c) * tokens + head) / limits.product_flops,
+        "matrix products": (operations - attention) / limits.product_flops,
         OTHER: _pointwise_bytes(c, itemsize, itemsize if sharded else 4) * numbers / limits.copy_bytes,
         REST: 0.0,
     }
@@ -161,11 +162,6 @@ def at_best(work: Work, limits: Limits, sharded: bool = False) -> dict[str, floa
     part, times = (OTHER, 8) if work.device == "cpu" else ("attention", 4)
     best[part] += times * itemsize * numbers / limits.copy_bytes
     return best
-
-
-def _products(c: Any) -> int:
-    """Operations a token in the layers' products, forward and backward."""
-    return 6 * c.num_layers * (4 * c.hidden_size**2 + 2 * c.hidden_size * c.ffn_hidden_size)
 
 
 def _pointwise_bytes(c: Any, itemsize: int, residual: int) -> float:
