@@ -103,6 +103,7 @@ def test_the_folder_holds_the_layout_and_a_report_that_adds_up(built):
         "header without id": ["record 83 of made.fasta"],
     }
     assert report["changed"] == {"lower case made upper": 1, "final * dropped": 1}  # of what is used
+    assert counts["sequences_given_under_another_id"] == 0
     assert counts["sequences_used"] == counts["sequences_read"] - 3 - 5 - 1
     assert counts["clusters_valid"] == round(0.3 * counts["clusters_at_50"])
     assert (
@@ -210,6 +211,21 @@ def test_a_mistake_is_a_user_error_and_leaves_nothing(failing_mmseqs, content, m
     with pytest.raises(UserError, match=message):
         build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
     assert {path.name for path in failing_mmseqs.iterdir()} == {"bin", "in.fasta"}
+
+
+def test_of_exact_copies_the_first_id_alone_is_kept(tmp_path):
+    """Copies once cleaned; an id that is rejected is no copy of another."""
+    (tmp_path / "in.fasta").write_text(
+        ">b\nMKVLAAGIVGACDEF\n>other\nMKVLAAGIVGACDEW\n>a\nmkvlaagivgacdef*\n>c\nMKVLAAGIVGACDEF\n"
+        ">two\nMKVLAAGIVGACDEY\n>two\nMKVLAAGIVGACDEK\n>one\nMKVLAAGIVGACDEY\n"
+    )
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        report = clustering._stage([tmp_path / "in.fasta"], database, 0.5, say=lambda line: None)
+        kept = [name for (name,) in database.execute("SELECT id FROM protein ORDER BY number")]
+    assert kept == ["b", "other", "one"]
+    assert report["counts"]["sequences_given_under_another_id"] == 2
+    assert report["counts"]["sequences_used"] == 3
+    assert not report["changed"]  # of what is used
 
 
 def test_a_pipe_is_refused_without_waiting_for_its_writer(failing_mmseqs):
