@@ -308,8 +308,16 @@ def _read_hugging_face(folder: Path) -> State:
         state: dict[str, torch.Tensor] = {}
         for file in files:
             state.update(_read_tensors(folder / file))
-        return state
+        return {_current_name(key): tensor for key, tensor in state.items()}
     raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin")
+
+
+def _current_name(key: str) -> str:
+    """Undo TensorFlow's names of a LayerNorm's tensors, which transformers 5 gives those of models made anew."""
+    for old, current in (("gamma", "weight"), ("beta", "bias")):
+        if key.endswith(f"LayerNorm.{old}"):
+            return key.removesuffix(old) + current
+    return key
 
 
 def _read_tensors(path: Path) -> State:

@@ -83,6 +83,21 @@ def test_sharded_hugging_face_folders_are_read(model, tmp_path):
     assert_same_weights(ESM2.from_pretrained(tmp_path), model)
 
 
+@pytest.mark.parametrize("size", ["5GB", "300KB"])
+def test_old_names_of_layer_norms_are_read(model, tmp_path, size):
+    """As transformers 5 writes them for models that it made from scratch."""
+    hugging_face(model).save_pretrained(tmp_path, max_shard_size=size)
+    renamed = 0
+    for file in tmp_path.glob("*.safetensors"):
+        tensors = load_file(file)
+        old = {re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", key): tensor for key, tensor in tensors.items()}
+        old = {re.sub(r"LayerNorm\.bias$", "LayerNorm.beta", key): tensor for key, tensor in old.items()}
+        renamed += len(old.keys() - tensors.keys())
+        save_file(old, file)
+    assert renamed == 4 * model.config.num_layers
+    assert_same_weights(ESM2.from_pretrained(tmp_path), model)
+
+
 def test_own_round_trip_is_exact(model, tmp_path):
     model.save_hf(tmp_path)
     assert_same_weights(ESM2.from_pretrained(tmp_path), model)
