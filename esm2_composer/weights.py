@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from esm2_composer import alphabet
 from esm2_composer.checkpoints.checksums import is_damaged
 from esm2_composer.checkpoints.sharded import MODEL_PREFIX, read_sharded
-from esm2_composer.errors import UserError, system_error
+from esm2_composer.errors import UserError, system_error, tell
 from esm2_composer.model import ESM2, LAYER_NORM_EPS, ESM2Config, rotary_frequencies
 
 State = Mapping[str, torch.Tensor]
@@ -57,6 +57,7 @@ _TIED = ("lm_head.decoder.weight", "lm_head.weight")  # the embedding's, in tran
 _HF_LAYER, _FAIR_LAYER = "esm.encoder.layer", "layers"
 _FAIR_ROTARY = f"{_FAIR_LAYER}.0.self_attn.rot_emb.inv_freq"  # the same in every layer
 _HF_ROTARY = _HF_LAYER + ".{}.attention.self.rotary_embeddings.inv_freq"
+_FAIR_CONTACT = "contact_head.regression.weight"
 _FAIR_PREFIXES = ("encoder.sentence_encoder.", "encoder.")
 
 
@@ -374,7 +375,13 @@ def _from_fair_esm(content: dict, path: Path) -> tuple[dict, Callable[[], State]
         "num_heads": hidden_size // (2 * len(frequencies)),
         "ffn_hidden_size": foreign["layers.0.fc1.weight"].shape[0],
     }
-    return config, lambda: _complete(_stack(foreign, config["num_layers"], True, path), foreign, config, path)
+
+    def read() -> State:
+        if _FAIR_CONTACT not in foreign:
+            tell(f"{path}: no contact head, there is no {beside.name} beside it; contacts cannot be predicted")
+        return _complete(_stack(foreign, config["num_layers"], True, path), foreign, config, path)
+
+    return config, read
 
 
 def _count_layers(state: State, prefix: str) -> int:

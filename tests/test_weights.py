@@ -146,10 +146,15 @@ def test_layers_beyond_those_that_the_config_names_are_refused(model, tmp_path):
         ESM2.from_pretrained(tmp_path)
 
 
-def test_weights_without_a_contact_head_get_a_finite_one(model, tmp_path):
+def test_weights_without_a_contact_head_get_a_finite_one_and_it_is_told(model, tmp_path, capsys):
     save_fair_esm(model, tmp_path / "esm2.pt", "encoder.")
+    ESM2.from_pretrained(tmp_path / "esm2.pt")
     (tmp_path / "esm2-contact-regression.pt").unlink()
+    read_config(tmp_path / "esm2.pt")
+    assert capsys.readouterr().err == ""
     assert torch.isfinite(ESM2.from_pretrained(tmp_path / "esm2.pt").contact_head.weight).all()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "esm2.pt: no contact head, there is no esm2-contact-regression.pt beside it" in line
 
 
 class Payload:
