@@ -62,6 +62,30 @@ def test_of_an_update_done_twice_the_later_counts(tmp_path):
     assert read_scalars(tmp_path, PERPLEXITY) == {50: 18.0}
 
 
+def test_what_a_start_did_beyond_where_a_later_one_began_is_dropped(tmp_path):
+    starts = {  # by when they began, in another order than that of the files' names
+        "c": (100.0, {0: 34.0, 50: 20.0, 100: 18.0, 150: 17.0, 200: 16.0}),
+        "a": (200.0, {100: 18.5, 160: 17.5}),
+        "b": (300.0, {150: 17.6}),
+    }
+    for suffix, (began, curve) in starts.items():
+        with SummaryWriter(tmp_path, filename_suffix=suffix) as writer:
+            for step, value in curve.items():
+                writer.add_scalar(PERPLEXITY, value, step, walltime=began + step / 100)
+    assert read_run(tmp_path).curve == {0: 34.0, 50: 20.0, 100: 18.5, 150: pytest.approx(17.6)}
+
+
+def test_event_files_are_read_in_the_order_of_their_names(tmp_path, monkeypatch):
+    """By which the settings of the last count, whatever order a folder is listed in."""
+    for name in ("1", "2"):
+        write_run(tmp_path / name)
+    found = [*tmp_path.rglob("events*")]
+    for order in (sorted(found), sorted(found, reverse=True)):
+        monkeypatch.setattr(Path, "rglob", lambda *_, order=order: iter(order))
+        files = [file for file, *_ in plot_convergence.read_events(tmp_path, PERPLEXITY)]
+        assert files == sorted(files)
+
+
 def test_a_record_that_is_still_being_written_is_left_for_later(tmp_path):
     write_run(tmp_path, settings={})
     (file,) = tmp_path.glob("events*")

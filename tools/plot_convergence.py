@@ -16,7 +16,7 @@ import math
 import os
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -65,6 +65,8 @@ FLOORS_NOTE = (
     "Without context: unigram knows the residue frequencies of {data} only; copier also copies, since one "
     "selected position in five shows a residue, right about half the time."
 )
+
+Point = tuple[float, int, float]  # when it was logged, update, value
 
 
 @dataclass(frozen=True)
@@ -117,19 +119,33 @@ def read_run(folder: Path) -> Run:
 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    points, names, settings = [], set(), {}
+    starts: dict[Path, list[Point]] = {}
+    settings: dict[str, Any] = {}
     for file, event, value in read_events(folder, PERPLEXITY, SESSION_START_INFO_TAG):
         if value.tag == PERPLEXITY:
-            points.append((event.step, event.wall_time, value.simple_value))
-            names.add(file.parent)
+            starts.setdefault(file, []).append((event.wall_time, event.step, value.simple_value))
         else:
             info = parse_session_start_info_plugin_data(value.metadata.plugin_data.content)
             settings |= {key: as_logged(entry.string_value) for key, entry in info.hparams.items()}
-    if not points:
+    if not starts:
         raise UserError(f"{folder}: holds no TensorBoard events with {PERPLEXITY}")
+    names = {file.parent for file in starts}
     if len(names) > 1:
         raise UserError(f"{folder}: holds several runs; name one: {', '.join(map(str, sorted(names)))}")
-    return Run(names.pop().name, {step: value for step, _, value in sorted(points)}, settings)
+    return Run(names.pop().name, join_starts(starts.values()), settings)
+
+
+def join_starts(starts: Iterable[list[Point]]) -> dict[int, float]:
+    """One curve of the points of each event file, of which a run that was started several times has several.
+
+    What a start had done beyond the update where a later one began was abandoned, and is no part of the curve.
+    """
+    curve: dict[int, float] = {}
+    for points in sorted(starts):  # by the time of their first
+        _, began, _ = points[0]
+        curve = {step: value for step, value in curve.items() if step < began}
+        curve |= {step: value for _, step, value in points}
+    return curve
 
 
 def read_events(folder: Path, *tags: str) -> Iterator[tuple[Path, Any, Any]]:
@@ -141,7 +157,7 @@ def read_events(folder: Path, *tags: str) -> Iterator[tuple[Path, Any, Any]]:
     from tensorboard.compat.proto.event_pb2 import Event
 
     wanted = [tag.encode() for tag in tags]
-    for file in folder.rglob("events.out.tfevents.*"):
+    for file in sorted(folder.rglob("events.out.tfevents.*")):
         for record in records(file):
             if not any(tag in record for tag in wanted):
                 continue
