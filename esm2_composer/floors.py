@@ -28,8 +28,9 @@ def data_floors(data: DataSection, rules: Iterable[MaskingRule]) -> list[dict[st
         UserError: there are no such shards, they are not of clusters, or the cache holds other ones.
     """
     check_cache(data)
-    train = residue_frequencies(_clusters(*data.split("train")), added=1)  # so that no residue is impossible
-    valid = residue_frequencies(_clusters(*data.split("valid")))
+    train, valid = (_clusters(*data.split(name)) for name in ("train", "valid"))
+    train = residue_frequencies(train, data.max_length, added=1)  # so that no residue is impossible
+    valid = residue_frequencies(valid, data.max_length)
     return [floors(train, valid, rule) for rule in rules]
 
 
@@ -44,17 +45,39 @@ def _clusters(remote: str | None, local: str) -> Iterator[dict[str, Any]]:
         yield from map(clusters.get_item, range(start, start + size))
 
 
-def residue_frequencies(clusters: Iterable[dict[str, Any]], added: int = 0) -> np.ndarray:
-    """Share of each of the 33 ids among residues as drawn, one uniform member a cluster, and `added` more of each
-    letter."""
+def residue_frequencies(clusters: Iterable[dict[str, Any]], max_length: int, added: int = 0) -> np.ndarray:
+    """Share of each of the 33 ids among residues as drawn, and `added` more of each letter.
+
+    As in training, a cluster shows one uniform member of it, and of that one uniform window of at most
+    `max_length` tokens (`data.draw.ClusterDraw`): a residue counts by how often it shows.
+
+    Args:
+        clusters: samples of shards.
+    """
     counts = np.zeros(256)
     for cluster in clusters:
         residues = np.frombuffer(cluster["residues"], dtype=np.uint8)
-        counts += np.bincount(residues, minlength=256) / len(cluster["lengths"])
+        shown = _shown(cluster["lengths"], max_length)
+        counts += np.bincount(residues, shown, minlength=256) / len(cluster["lengths"])
     frequencies = np.zeros(alphabet.VOCAB_SIZE)
     for letter in alphabet.LETTERS:
         frequencies[alphabet.TOKENS.index(letter)] = counts[ord(letter)] + added
     return frequencies / frequencies.sum()
+
+
+def _shown(lengths: np.ndarray, max_length: int) -> np.ndarray | None:
+    """The share of a member's windows that show a residue, of all residues end to end; None: all show them all."""
+    longer = np.flatnonzero(lengths + 2 > max_length)  # <cls> and <eos>, too, take places of a window
+    if not len(longer):
+        return None
+    shown = np.ones(lengths.sum())
+    ends = lengths.cumsum()
+    for member in longer:
+        windows = lengths[member] + 3 - max_length
+        place = np.arange(1, lengths[member] + 1)
+        first, last = np.maximum(place - max_length + 1, 0), np.minimum(place, windows - 1)  # to show it
+        shown[ends[member] - lengths[member] : ends[member]] = (last - first + 1) / windows
+    return shown
 
 
 def floors(train: np.ndarray, valid: np.ndarray, rule: MaskingRule) -> dict[str, float]:

@@ -10,6 +10,7 @@ from esm2_composer import alphabet
 from esm2_composer import floors as module
 from esm2_composer.conversion.convert import Options, convert
 from esm2_composer.conversion.layouts import BioNeMo
+from esm2_composer.data.draw import ClusterDraw
 from esm2_composer.data.masking import MaskingRule
 from esm2_composer.errors import UserError
 from esm2_composer.floors import data_floors, floors, residue_frequencies
@@ -21,15 +22,36 @@ def test_frequencies_weigh_every_cluster_once():
         {"residues": b"LLLL", "lengths": np.array([2, 2])},  # on average, a draw shows two L
         {"residues": b"AAAAAA", "lengths": np.array([6])},
     ]
-    frequencies = residue_frequencies(clusters, added=1)
+    frequencies = residue_frequencies(clusters, 1024, added=1)
     ids = {letter: alphabet.TOKENS.index(letter) for letter in "LAG"}
     assert frequencies[ids["L"]] / frequencies[ids["G"]] == pytest.approx(3)  # one is added to each letter
     assert frequencies[ids["A"]] / frequencies[ids["G"]] == pytest.approx(7)
     assert frequencies.sum() == pytest.approx(1)
     assert not frequencies[alphabet.MASK]
-    as_they_are = residue_frequencies(clusters)
+    as_they_are = residue_frequencies(clusters, 1024)
     assert as_they_are[ids["L"]] == pytest.approx(2 / 8)
     assert as_they_are[ids["G"]] == 0
+
+
+def test_of_a_long_member_residues_count_by_how_often_a_window_shows_them():
+    """Windows of 5 tokens: of <cls>LLLGAA<eos>, 4; of the other, which fits one, the only one."""
+    cluster = {"residues": b"LLLGAAVVV", "lengths": np.array([6, 3])}
+    shown = {"L": 2 + 3 + 4, "G": 4, "A": 3 + 2, "V": 3 * 4}  # of 4
+    frequencies = residue_frequencies([cluster], 5)
+    for letter, count in shown.items():
+        assert frequencies[alphabet.TOKENS.index(letter)] == pytest.approx(count / sum(shown.values())), letter
+
+
+def test_frequencies_are_those_that_training_draws():
+    generator = np.random.default_rng(0)
+    lengths = np.array([3, 6, 7, 30])
+    residues = generator.choice([*b"LAGV"], size=lengths.sum(), p=[0.4, 0.3, 0.2, 0.1]).astype(np.uint8).tobytes()
+    cluster = {"cluster_id": "c", "residues": residues, "lengths": lengths}
+    draw = ClusterDraw(seed=0, max_length=8, min_length=1, masking=MaskingRule())
+    drawn = np.concatenate([draw.window(cluster, epoch)[0] for epoch in range(20_000)])
+    drawn = drawn[(drawn != alphabet.CLS) & (drawn != alphabet.EOS)]
+    expected = np.bincount(drawn, minlength=33) / len(drawn)
+    assert residue_frequencies([cluster], 8) == pytest.approx(expected, abs=0.005)
 
 
 @pytest.mark.parametrize("split", [(0.8, 0.1, 0.1), (0.9, 0.0, 0.1), (0.9, 0.1, 0.0), (1.0, 0.0, 0.0)])
@@ -65,7 +87,8 @@ def test_the_floors_of_real_data_are_those_in_its_readme(
     ):
         convert(BioNeMo(folder / clusters, folder / sequences), str(tmp_path), Options(split), 0.0)
     rules = [MaskingRule(), MaskingRule(replacement="all_tokens")]
-    amino_acids, all_tokens = data_floors(DataSection(str(tmp_path)), rules)
+    whole = DataSection(str(tmp_path), max_length=2**20)  # proteins, as there
+    amino_acids, all_tokens = data_floors(whole, rules)
     assert amino_acids["unigram"] == pytest.approx(unigram, abs=within)
     assert amino_acids["copier"] == pytest.approx(copier, abs=within)
     if copier_of_33:

@@ -194,6 +194,22 @@ def test_every_rule_has_its_floor(shards, tmp_path, call):
     ]
 
 
+def test_floors_are_of_windows_as_long_as_the_first_runs(tmp_path, monkeypatch):
+    asked = []
+
+    def floors_of(section: DataSection, rules: list[MaskingRule]) -> list[dict[str, float]]:
+        asked.append(section.max_length)
+        return [{"unigram": 18.0, "copier": 15.0} for _ in rules]
+
+    monkeypatch.setattr("esm2_composer.floors.data_floors", floors_of)
+    (tmp_path / "valid").mkdir()
+    (tmp_path / "valid/index.json").write_text('{"shards": []}')
+    for settings in ({"data.max_length": 512}, {}):
+        runs = [Run("first", CURVE, settings), Run("second", CURVE, {"data.max_length": 256})]
+        plot_convergence.read_data(str(tmp_path), None, runs)
+    assert asked == [512, 1024]
+
+
 def test_the_figure_shows_every_point_floor_and_condition():
     """What the table and the lines below it say, but for update 0, for which a logarithmic axis has no place."""
     published = {"published 8M": PUBLISHED["8m"]}

@@ -206,11 +206,14 @@ def same_place(a: str, b: str) -> bool:
 
 
 def read_data(data: str, local: str | None, runs: list[Run]) -> tuple[dict[str, float], int]:
-    """The floors of the shards at `data` under the runs' masking rules, and the number of validation clusters."""
+    """The floors of the shards at `data` under the runs' masking rules, and the number of validation clusters.
+
+    Windows are as long as the first run's; where another's are not, `compare` says so.
+    """
     from esm2_composer.data.masking import MaskingRule
     from esm2_composer.floors import data_floors
 
-    section = DataSection(remote=data, local=local)
+    section = DataSection(data, local, max_length=runs[0].settings.get("data.max_length", 1024))
     rules = [  # how many are selected does not matter
         MaskingRule(
             split=tuple(run.settings.get("data.mask_split", (0.8, 0.1, 0.1))),
