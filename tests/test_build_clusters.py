@@ -228,6 +228,51 @@ def test_of_exact_copies_the_first_id_alone_is_kept(tmp_path):
     assert not report["changed"]  # of what is used
 
 
+def choose_valid(*lengths: int, count: int) -> list[int]:
+    """The numbers, from 1, of the validation clusters among clusters of one sequence each of these lengths."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        database.executescript(
+            "CREATE TABLE protein (number INTEGER PRIMARY KEY, id TEXT, sequence TEXT);"
+            "CREATE TABLE member (number INTEGER PRIMARY KEY, cluster INTEGER, valid INTEGER);"
+        )
+        for number, length in enumerate(lengths, 1):
+            database.execute("INSERT INTO protein VALUES (?, ?, ?)", (number, f"id{number}", length * "M"))
+            database.execute("INSERT INTO member VALUES (?, ?, 0)", (number, number))
+        clustering._choose_valid(database, count, seed=17)
+        return [number for (number,) in database.execute("SELECT number FROM member WHERE valid ORDER BY number")]
+
+
+def test_the_longest_proteins_are_not_chosen_for_validation():
+    assert choose_valid(5001, 5000, 9000, 20, count=3) == [2, 4]
+    assert len(choose_valid(5001, 5000, 9000, 20, count=1)) == 1
+    with pytest.raises(UserError, match="no cluster for validation: all have more than 5,000 residues"):
+        choose_valid(5001, 9000, count=1)
+
+
+def near_copies(length: int) -> list[str]:
+    """They differ in 2 % of their places and by ten insertions, without which MMseqs2 would join even long ones."""
+    generator = random.Random(length)
+    one = generator.choices("ACDEFGHIKLMNPQRSTVWY", k=length)
+    other = one.copy()
+    for place in generator.sample(range(length), length // 50):
+        other[place] = "A"
+    for place in range(0, length, length // 10):
+        other[place] += "WW"
+    return ["".join(one), "".join(other)]
+
+
+@needs_mmseqs
+@pytest.mark.slow
+def test_near_copies_are_not_in_both_splits_however_long(tmp_path):
+    proteins = [sequence for length in (600, 4900, 9000) for sequence in near_copies(length)]
+    (tmp_path / "in.fasta").write_text("".join(f">{i}\n{sequence}\n" for i, sequence in enumerate(proteins)))
+    build(tmp_path / "in.fasta", out=tmp_path / "out", valid_fraction=0.9)
+    valid = sequences(tmp_path / "out/validation.db")
+    train = sequences(tmp_path / "out/train.db")
+    assert valid.keys() == {"1", "3"}  # the longer ones, of which the others are copies
+    assert train.keys() == {"4", "5"}  # which MMseqs2 takes for different
+
+
 def test_a_pipe_is_refused_without_waiting_for_its_writer(failing_mmseqs):
     os.mkfifo(failing_mmseqs / "in.fasta")
     with pytest.raises(UserError, match=r"in\.fasta: not a regular file"):

@@ -4,7 +4,7 @@
    members; everything else is left out, as UniRef90 leaves it out.
 2. The representatives, clustered in the same way at 50 %: the clusters.
 3. A share of the clusters, chosen by a hash of the seed and the representative's id, becomes validation: of each
-   its representative alone.
+   its representative alone. None has more than 5,000 residues.
 4. Members of training clusters that match a validation sequence, at 50 % identity over 80 % of both, are removed.
 
 Sequences below 11 residues are left out first, as UniRef90 does, and of exact copies all but the first, as
@@ -40,6 +40,9 @@ from esm2_composer.errors import UserError
 from esm2_composer.files import refuse_existing, refuse_irregular
 
 MIN_RESIDUES = 11
+# Of a validation sequence. MMseqs2's scores stop at 32,766, which alignments of some 6,000 residues reach: longer
+# copies, where they have gaps, it need neither join nor find, and they would be in both splits.
+MAX_VALID_RESIDUES = 5_000
 COVERAGE = ("-c", "0.8", "--cov-mode", "0")  # 80 % of both sequences
 CLUSTER = (*COVERAGE, "--cluster-mode", "2", "--cluster-reassign", "1", "--min-seq-id")
 SEARCH = (*COVERAGE, "-s", "6", "--min-seq-id", "0.5", "--format-output", "query")
@@ -241,17 +244,24 @@ def _cluster(database, work, threads, say) -> None:
 
 
 def _choose_valid(database: sqlite3.Connection, count: int, seed: int) -> None:
-    """Make the `count` clusters with the smallest hashes of seed and id validation, whatever their order."""
+    """Make the `count` clusters with the smallest hashes of seed and id validation, whatever their order.
+
+    Those of representatives above MAX_VALID_RESIDUES are not chosen, so there may be fewer.
+
+    Raises UserError if there is none to choose.
+    """
 
     def key(name: str) -> bytes:
         return hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
 
     database.create_function("key", 1, key, deterministic=True)
     database.execute(
-        "CREATE TABLE chosen AS SELECT cluster FROM member JOIN protein USING (number) WHERE number = cluster "
-        "ORDER BY key(id) LIMIT ?",
-        (count,),
+        "CREATE TABLE chosen AS SELECT cluster FROM member JOIN protein USING (number) "
+        "WHERE number = cluster AND length(sequence) <= ? ORDER BY key(id) LIMIT ?",
+        (MAX_VALID_RESIDUES, count),
     )
+    if not database.execute("SELECT count(*) FROM chosen").fetchone()[0]:
+        raise UserError(f"no cluster for validation: all have more than {MAX_VALID_RESIDUES:,} residues")
     database.execute("UPDATE member SET valid = cluster IN chosen")
 
 
