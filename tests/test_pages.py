@@ -281,10 +281,11 @@ def test_uniprots_releases_become_a_training_and_a_validation_split(tmp_path: Pa
 
 def test_prefixes_of_ncbi_are_taken_off_and_leave_the_id(tmp_path: Path) -> None:
     headers = ["gi|1|ref|NP_1.1| a protein", "ref|NP_2.1| b", "gb|AAA3.1|", "lcl|four c", "gnl|db|five", "six d|e"]
+    headers += ["pir||S12345", "prf||123 a peptide", "gi|7|pir||S7 c"]
     (tmp_path / "ncbi.fasta").write_text("".join(f">{header}\nMKV\n" for header in headers))
     (tmp_path / "plain.fasta").write_text(follow(tmp_path, the_one("sed ")))
     assert list(read_fasta(tmp_path / "plain.fasta")) == [
-        (name, b"MKV") for name in ("NP_1.1", "NP_2.1", "AAA3.1", "four", "five", "six")
+        (name, b"MKV") for name in ("NP_1.1", "NP_2.1", "AAA3.1", "four", "five", "six", "S12345", "123", "S7")
     ]
 
 
