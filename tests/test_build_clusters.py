@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import build_clusters as tool
 import pyarrow.parquet as pq
@@ -22,7 +23,7 @@ from conftest import ROOT, python
 from esm2_composer.conversion import clustering
 from esm2_composer.conversion.clustering import build_clusters
 from esm2_composer.conversion.fasta import read_fasta
-from esm2_composer.errors import UserError
+from esm2_composer.errors import TransientError, UserError
 
 needs_mmseqs = pytest.mark.skipif(not shutil.which("mmseqs"), reason="no mmseqs on PATH")
 TRIPLES = 24
@@ -250,7 +251,7 @@ def test_the_longest_proteins_are_not_chosen_for_validation():
 
 
 def near_copies(length: int) -> list[str]:
-    """They differ in 2 % of their places and by ten insertions, without which MMseqs2 would join even long ones."""
+    """They differ in 2 % of their places and by ten insertions, without which MMseqs2 joins even long ones."""
     generator = random.Random(length)
     one = generator.choices("ACDEFGHIKLMNPQRSTVWY", k=length)
     other = one.copy()
@@ -306,7 +307,7 @@ def test_a_mistake_in_a_folder_named_disk_is_told_as_one(failing_mmseqs):
         build(failing_mmseqs / "disk1/in.fasta", out=failing_mmseqs / "out")
 
 
-def test_a_full_disk_is_one_line(failing_mmseqs):
+def test_a_file_that_is_too_large_for_its_disk_is_one_line(failing_mmseqs):
     (failing_mmseqs / "in.fasta").write_text(f">a\n{'MKVLAAGIVG' * 9000}\n")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
@@ -315,6 +316,48 @@ def test_a_full_disk_is_one_line(failing_mmseqs):
             build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("step", ["os.open", "_write_fasta"])
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), TransientError),
+        (OSError(errno.EIO, "Input/output error"), TransientError),
+        (OSError(errno.EROFS, "Read-only file system"), UserError),
+    ],
+)
+def test_a_disk_that_is_full_or_fails_is_no_mistake(failing_mmseqs, monkeypatch, step, error, kind):
+    def fail(*_: object) -> None:
+        raise error
+
+    (failing_mmseqs / "in.fasta").write_text(">a\nMKVLAAGIVGACDEF\n")
+    monkeypatch.setattr(f"esm2_composer.conversion.clustering.{step}", fail)
+    with pytest.raises(kind, match=rf"/\.out\.partial: cannot be written \(.*{error.strerror}"):
+        build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
+
+
+def test_a_disk_that_is_full_for_sqlite_is_no_mistake(failing_mmseqs, monkeypatch):
+    def connect(*arguments, **options) -> sqlite3.Connection:
+        database = sqlite3.Connection(*arguments, **options)
+        database.execute("PRAGMA max_page_count = 8")
+        return database
+
+    (failing_mmseqs / "in.fasta").write_text(f">a\n{'MKVLAAGIVG' * 9000}\n")
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    with pytest.raises(TransientError, match=r"cannot be written \(database or disk is full"):
+        build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
+    assert {path.name for path in failing_mmseqs.iterdir()} == {"bin", "in.fasta"}
+
+
+def test_a_disk_that_mmseqs_has_filled_is_told(failing_mmseqs, monkeypatch):
+    (failing_mmseqs / "in.fasta").write_text(">a\nMKVLAAGIVGACDEF\n")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4096 * Path(path).is_dir()))
+    with pytest.raises(
+        TransientError, match=r"/work: the disk is full \(mmseqs easy-cluster failed with exit code"
+    ):
+        build(failing_mmseqs / "in.fasta", out=failing_mmseqs / "out")
+    assert {path.name for path in failing_mmseqs.iterdir()} == {"bin", "in.fasta"}
 
 
 def test_a_file_system_without_locks_is_told(failing_mmseqs, monkeypatch):

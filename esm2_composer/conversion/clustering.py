@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 from esm2_composer.conversion.fasta import read_fasta
 from esm2_composer.conversion.proteins import sort_within
 from esm2_composer.conversion.records import TOO_MANY_REJECTED, Report, clean
-from esm2_composer.errors import UserError
+from esm2_composer.errors import TransientError, UserError, system_error
 from esm2_composer.files import refuse_existing, refuse_irregular
 
 MIN_RESIDUES = 11
@@ -47,6 +47,7 @@ COVERAGE = ("-c", "0.8", "--cov-mode", "0")  # 80 % of both sequences
 CLUSTER = (*COVERAGE, "--cluster-mode", "2", "--cluster-reassign", "1", "--min-seq-id")
 SEARCH = (*COVERAGE, "-s", "6", "--min-seq-id", "0.5", "--format-output", "query")
 ROWS_AT_ONCE = 20_000
+NEARLY_FULL = 64 * 2**20  # bytes left; MMseqs2 ends when a block of its output no longer fits
 
 # Rows of the table member (number, cluster, valid); a cluster is named by its representative's number.
 TRAIN, VALID = "NOT valid", "valid AND number = cluster"
@@ -75,6 +76,7 @@ def build_clusters(
     Raises:
         UserError: there is no MMseqs2 or it fails, `out` exists or is being made, an input cannot be read, too
             much of it is unusable, or what is left makes fewer than two clusters.
+        TransientError: the disk is full, or fails.
     """
     version = mmseqs_version()
     refuse_existing(out, "folder")
@@ -94,8 +96,11 @@ def build_clusters(
             partial.rename(out)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)  # an mmseqs that has not died yet may still write there
-            if isinstance(error, OSError | sqlite3.OperationalError):  # as a full disk is to either
-                raise UserError(f"{partial}: cannot be written ({error})") from error
+            told = f"{partial}: cannot be written ({error})"
+            if isinstance(error, OSError):
+                raise system_error(told, error) from error
+            if isinstance(error, sqlite3.OperationalError):  # as a full disk is to SQLite
+                raise TransientError(told) from error
             raise
     return report
 
@@ -118,7 +123,7 @@ def _locked(folder: Path) -> Iterator[None]:
         handle = os.open(folder, os.O_RDONLY)
         os.set_inheritable(handle, True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+        raise system_error(f"{folder}: cannot be written ({error.strerror})", error) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,7 +133,7 @@ def _locked(folder: Path) -> Iterator[None]:
                 "wait for it or stop it"
             ) from None
         except OSError as error:
-            raise UserError(f"{folder}: cannot be locked ({error.strerror})") from error
+            raise system_error(f"{folder}: cannot be locked ({error.strerror})", error) from error
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
@@ -299,7 +304,10 @@ def _write_fasta(database: sqlite3.Connection, path: Path, which: str) -> None:
 
 
 def _mmseqs(command: str, work: Path, files: Sequence[str], options: Sequence[str], threads: int) -> None:
-    """Run it within `work`: MMseqs2's own scripts stumble over a space in a path, so they see names alone."""
+    """Run it within `work`: MMseqs2's own scripts stumble over a space in a path, so they see names alone.
+
+    Raises UserError if it fails, TransientError if that is for a full disk.
+    """
     done = subprocess.run(
         ["mmseqs", command, *files, "tmp", *options, "--threads", str(threads), "-v", "1"],
         cwd=work,
@@ -311,7 +319,10 @@ def _mmseqs(command: str, work: Path, files: Sequence[str], options: Sequence[st
     )
     if done.returncode:
         last = (done.stdout.strip() or "it says nothing").splitlines()[-1]
-        raise UserError(f"mmseqs {command} failed with exit code {done.returncode}: {last}")
+        told = f"mmseqs {command} failed with exit code {done.returncode}: {last}"
+        if shutil.disk_usage(work).free < NEARLY_FULL:  # of which MMseqs2's last line need not tell
+            raise TransientError(f"{work}: the disk is full ({told})")
+        raise UserError(told)
     shutil.rmtree(work / "tmp")  # the next command would take up what it finds there
 
 
