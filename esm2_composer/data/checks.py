@@ -1,4 +1,4 @@
-"""What is checked before shards are opened: mistakes that Streaming would miss, or blame on something else."""
+"""Checks before shards are opened, for mistakes that Streaming would miss, or blame on something else."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from esm2_composer.files import is_remote
 from esm2_composer.recipe.schema import DataSection
 from esm2_composer.retry import retry
 
-# Bytes: Linux lets a socket's path have 107, and Python adds these.
+# Bytes: Linux allows a socket's path 107, and Python appends these.
 LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 
 
 def check_tmpdir(data: DataSection) -> None:
-    """Raise a UserError if loader processes could not hand over batches: their rank would wait for ever."""
+    """Raise a UserError if loader processes could not hand over batches: their rank would wait forever."""
     folder = tempfile.gettempdir()
     if data.num_workers and len(os.fsencode(folder)) > LONGEST_TMPDIR:
         raise UserError(
@@ -49,7 +49,7 @@ def check_shards(data: DataSection, global_batch_size: int) -> None:
 
 
 def check_cache(data: DataSection, splits: Collection[str] = SPLITS) -> None:
-    """See that `data.local` holds no other shards than `data.remote`: Streaming takes an index that it finds.
+    """Check that `data.local` holds no other shards than `data.remote`: Streaming trusts an index that it finds.
 
     Raises:
         UserError: it does, or the remote has none.
@@ -71,7 +71,7 @@ def check_store(data: DataSection, global_batch_size: int) -> None:
     """Look at the splits in a store, as `config` does at those in a folder.
 
     Raises:
-        UserError: a split is absent, lies in the other's place, or has too few clusters for a global batch.
+        UserError: a split is absent, is in the other's place, or has too few clusters for a global batch.
         StoreUnavailable: the store does not answer.
     """
     for name in SPLITS:
@@ -101,7 +101,7 @@ def _fetch_index(remote: str) -> bytes:
 
 
 def _fetch_conversion(place: str) -> object:
-    """The conversion.json of a split, at a folder or URI; None if it cannot be had."""
+    """The conversion.json of a split, at a folder or URI; None if it cannot be fetched."""
     try:
         return json.loads(_fetch(place, "conversion.json"))
     except Exception:  # no such file, or other content; each store raises its own types
@@ -122,7 +122,7 @@ def count_short_clusters(place: str, min_length: int) -> int | None:
     Args:
         place: folder or URI of the split.
     """
-    if min_length > LONGEST_COUNTED:  # longer ones are counted as so long
+    if min_length > LONGEST_COUNTED:  # longer ones are counted as this long
         return None
     try:
         longest = _fetch_conversion(place)["longest_members"]

@@ -1,4 +1,4 @@
-"""What a cluster shows in an epoch: a member, a window of it, and a mask."""
+"""What is shown of a cluster in an epoch: a member, a window of it, and a mask."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Window = tuple[np.ndarray, int]  # tokens uint8 (T,) of a window, and the word t
 
 @dataclass(frozen=True)
 class ClusterDraw:
-    """What a cluster shows in an epoch: one member, one window of it, one mask.
+    """What is shown of a cluster in an epoch: one member, one window of it, one mask.
 
     The member is uniform among those of at least `min_length` residues (among all, if none is so long). The
     window of at most `max_length` tokens is uniform over every window of `<cls> residues <eos>`, the last
@@ -34,7 +34,8 @@ class ClusterDraw:
     masking: MaskingRule
 
     def window(self, cluster: dict[str, Any], epoch: int) -> Window:
-        """The window of a cluster, before its mask."""
+        """The window, not yet masked, of a cluster: its cluster_id, lengths (integers) and residues (bytes or
+        memoryview)."""
         member_word, window_word, mask_word = keyed_words(self.seed, epoch, cluster["cluster_id"])
         lengths = cluster["lengths"].tolist()  # most are of a few members, for which numpy takes longer
         members = [i for i, length in enumerate(lengths) if length >= self.min_length] or range(len(lengths))

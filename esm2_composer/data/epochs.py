@@ -2,12 +2,12 @@
 
 An epoch is a whole number of global batches. The clusters that would not fill the last one are left out, different
 ones each epoch. The rest is shuffled by Streaming's py1e, shard by shard within canonical nodes, and the canonical
-nodes take turns: so a global batch is the same on any number of ranks, and a machine needs only the shards of the
-canonical nodes that fall to it.
+nodes take turns: so a global batch is the same on any number of ranks, and a machine needs only the shards of its
+own canonical nodes.
 
-Streaming lays epochs out in the same order, but to leave a few samples out it draws those that stay one by one,
-and it holds five arrays of an epoch at a time: 3.3 GB for the 65 million clusters of UniRef50. Here it is one, and
-half of one that all processes of the node share.
+Streaming's layout has the same order, but to drop a few samples it draws the kept ones one by one, and it holds
+five epoch-sized arrays: 3.3 GB for UniRef50's 65 million clusters. Here it is one, plus half of one shared by the
+node's processes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from streaming import StreamingDataset
 from streaming.base.shuffle import get_shuffle
 from streaming.base.world import World
 
-PIECE = 2**20  # samples that are put in turns at a time, or a little more
+PIECE = 2**20  # samples interleaved at a time, or a few more
 
 
 def layout_shape(dataset: StreamingDataset, world: World, samples_done: int) -> tuple[int, int, int, int]:
-    """What a node reads of an epoch: ranks of the node, workers of a rank, batches of a worker, batch size."""
+    """What a node reads of an epoch: ranks per node, workers per rank, batches per worker, batch size."""
     left = dataset.epoch_size - samples_done
     batches = left // (dataset.batch_size * world.ranks_per_node * world.num_nodes)
     assert left >= 0
@@ -33,7 +33,7 @@ def layout_shape(dataset: StreamingDataset, world: World, samples_done: int) -> 
 def lay_out_epoch(
     dataset: StreamingDataset, world: World, epoch: int, samples_done: int, layout: np.ndarray
 ) -> None:
-    """Write down which samples of the epoch this node reads, by who reads them and when.
+    """Fill in which samples of the epoch this node reads, by rank, worker and batch.
 
     Args:
         dataset: with an `epoch_size` that is a multiple of the global batch size.
@@ -51,7 +51,7 @@ def lay_out_epoch(
         epoch,
         dataset.shuffle_block_size,
     ).reshape(dataset.num_canonical_nodes, -1)
-    # That counts the samples that stay; their own numbers are higher by those left out before them.
+    # That numbers only the samples that stay; their real numbers are higher by those left out before them.
     stay_before = left_out - np.arange(len(left_out))
     order = order[:, samples_done // dataset.num_canonical_nodes :]
     ranks, workers, _, batch_size = layout.shape
@@ -78,7 +78,7 @@ def samples_left_out(samples: int, kept: int, seed: int, epoch: int) -> np.ndarr
 
 
 def shards_in_use(dataset: StreamingDataset, nodes: int) -> int:
-    """How many shards a node reads from at a time, when an epoch is laid out for so many nodes.
+    """How many shards a node reads from at a time, when an epoch is laid out for `nodes` nodes.
 
     A canonical node reads shards one after the other, but py1e spreads each over `shuffle_block_size` samples of
     that node, so several at a time; and a shard may be cut between two canonical nodes.

@@ -1,7 +1,7 @@
-"""From MDS shards of clusters to this rank's share of a global batch, as flat tokens.
+"""From MDS shards of clusters to this rank's part of a global batch, as flat tokens.
 
-The unit of meaning is the global batch. Which clusters it holds follows from Streaming's order, which depends
-on seed and epoch only, as long as the global batch size stays; what each cluster shows follows from its draw.
+What counts is the global batch. Which clusters it holds follows from Streaming's order, which depends only on seed
+and epoch as long as the global batch size stays the same; what is shown of each cluster follows from its draw.
 Ranks and workers only decide where a sequence is computed.
 """
 
@@ -22,13 +22,13 @@ from esm2_composer.data.epochs import shards_in_use
 from esm2_composer.data.shards import CheckedStream, MappedDataset, opening_alone
 from esm2_composer.errors import ReportedError, UserError, tell
 
-# Streaming lays an epoch out for this many nodes, or for those of its factors that the batch has too: so a run
-# goes on upon any number of nodes with no other prime factors. Fewer would make a large epoch slow to shuffle.
+# The order is laid out for gcd(this, global batch) nodes, so a run resumes on any number that divides it or is a
+# multiple. Fewer would make a large epoch slow to shuffle.
 CANONICAL_NODES = 2**6 * 3 * 5
 
 
 class ClusterDataset(MappedDataset):
-    """MDS shards of clusters, each drawn anew every epoch, or always as in `pinned_epoch`."""
+    """MDS shards of clusters, each drawn afresh every epoch, or always as in `pinned_epoch`."""
 
     def __init__(
         self, stream: CheckedStream, draw: ClusterDraw | None, pinned_epoch: int | None = None, **arguments: Any
@@ -38,8 +38,8 @@ class ClusterDataset(MappedDataset):
         self._pinned_epoch = pinned_epoch
 
     def end_epochs_after(self, samples: int) -> None:
-        """Make an epoch `samples` long. Streaming takes that as an argument only, which comes too early:
-        before it has read how many samples there are."""
+        """Make an epoch `samples` long. Streaming takes that only as an argument, which is too early: before it
+        has read how many samples there are."""
         self.epoch_size = samples
         self.length = samples // _world_size()
 
@@ -58,13 +58,13 @@ class ClusterDataset(MappedDataset):
             raise self.failure
 
     def __getitem__(self, sample_id: int) -> Window:
-        # Streaming counts an epoch on before it yields the epoch's first sample.
+        # Streaming increments the epoch before it yields the epoch's first sample.
         epoch = self.next_epoch - 1 if self._pinned_epoch is None else self._pinned_epoch
         return self.draw.window(self.get_item(sample_id), epoch)
 
 
 class EvaluationBatches(IterableDataset):
-    """Every cluster once, in shard order, `batch_size` to a global batch: this rank's share of each.
+    """Every cluster once, in shard order, `batch_size` per global batch: this rank's part of each.
 
     Streaming's own iteration repeats samples so that ranks have equally many; here ranks have equally many
     batches, and the last may be short or empty.
@@ -90,10 +90,10 @@ class EvaluationBatches(IterableDataset):
 
 
 def canonical_nodes(global_batch_size: int, ranks: int) -> int:
-    """How many nodes Streaming's order is made for, whatever their real number.
+    """How many nodes Streaming's order is laid out for, whatever their real number.
 
     Raises:
-        UserError: so many ranks cannot share a global batch equally.
+        UserError: this number of ranks cannot share a global batch equally.
     """
     if global_batch_size % ranks:
         raise UserError(f"global_train_batch_size {global_batch_size} is not a multiple of the {ranks} ranks")
@@ -122,9 +122,9 @@ def train_loader(
     num_workers: int,
     cache_limit: str | None = None,
 ) -> DataLoader:
-    """Shuffled clusters, `global_batch_size` a step over all ranks, for training.
+    """Shuffled clusters for training, `global_batch_size` per step over all ranks; a batch is a `draw.Share`.
 
-    With a `cache_limit`, such as "200gb", shards that were not read for longest leave `local` to make room. If
+    With a `cache_limit`, such as "200gb", the least recently read shards are removed from `local` to make room. If
     they would soon be read again, a line says so.
 
     An epoch is a whole number of global batches: the clusters left over, fewer than one batch and different ones
@@ -143,7 +143,7 @@ def train_loader(
         shuffle=True,
         shuffle_algo="py1e",
         shuffle_seed=draw.seed,
-        shuffle_block_size=max(4_000_000 // nodes, 2**18),  # Streaming's choice, kept if it should choose anew
+        shuffle_block_size=max(4_000_000 // nodes, 2**18),  # Streaming's choice, kept if its default changes
         num_canonical_nodes=nodes,
         cache_limit=cache_limit,
     )
@@ -168,7 +168,7 @@ def train_loader(
 def evaluation_loader(
     draw: ClusterDraw, remote: str | None, local: str, global_batch_size: int, num_workers: int
 ) -> DataLoader:
-    """Every cluster once, drawn the same way every time, for evaluation."""
+    """Every cluster once, drawn the same way every time, for evaluation; a batch is a `draw.Share`."""
     clusters = open_clusters(remote, local, draw=draw, batch_size=1, pinned_epoch=0)
     return DataLoader(
         EvaluationBatches(clusters, global_batch_size),
@@ -192,7 +192,7 @@ def open_clusters(remote: str | None, local: str, **arguments: Any) -> ClusterDa
         raise
     except Exception as error:  # each store raises its own types
         # Another rank was lost, the store is away, or another user's run took the name in shared memory at the
-        # same moment: no mistake, and worth another start.
+        # same moment: no user's mistake, and worth another start.
         another_start_may_do = isinstance(error, dist.DistError | ConnectionError | FileExistsError)
         if another_start_may_do or "/gloo/" in str(error):
             raise

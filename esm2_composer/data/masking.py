@@ -1,6 +1,6 @@
 """Random choices that depend on nothing but (seed, epoch, cluster id), and the 15 % 80/10/10 mask.
 
-What a cluster looks like in an epoch must not depend on ranks, workers, batches or restarts, so there is no
+What is shown of a cluster in an epoch must not depend on ranks, workers, batches or restarts, so there is no
 random state to carry: (seed, epoch, cluster id) is hashed into the words that decide everything else.
 """
 
@@ -32,11 +32,11 @@ def choose(word: int, count: int) -> int:
 def token_uniforms(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """A number in [0, 1) for each token of sequences that lie end to end, float64 (T,).
 
-    Token i of a sequence gets number i of the SplitMix64 stream (Steele, Lea and Flood, OOPSLA 2014) that its
-    key starts: all streams at once, whatever sequences lie beside each other.
+    Token i of a sequence gets number i of the SplitMix64 stream (Steele, Lea and Flood, OOPSLA 2014) that its key
+    starts: all streams at once, whatever sequences lie next to each other.
 
     Args:
-        keys: one uniform word a sequence, uint64 (B,).
+        keys: one uniform word per sequence, uint64 (B,).
         lengths: tokens of each sequence, (B,).
     """
     gamma = np.uint64(0x9E3779B97F4A7C15)
@@ -52,10 +52,10 @@ def token_uniforms(keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 class MaskingRule:
     """BERT's masked-language-model corruption, as ESM-2 uses it (Lin et al. 2023; Devlin et al. 2019).
 
-    A token is selected with probability `fraction`, independently of all others: a short sequence may have
-    none. Of the selected, the shares `split` become `<mask>`, become a random one of the 20 amino acids (of the
-    33 ids, where `replacement` is "all_tokens" in place of "amino_acids"), stay as they are. `<cls>`, `<eos>`,
-    `<pad>`, `<unk>` and `<mask>` are never selected.
+    A token is selected with probability `fraction`, independently of all others: a short sequence may have none.
+    Of the selected, the fractions `split` become `<mask>`, become a random one of the 20 amino acids (of the 33
+    ids if `replacement` is "all_tokens" instead of "amino_acids"), or stay as they are. `<cls>`, `<eos>`, `<pad>`,
+    `<unk>` and `<mask>` are never selected.
     """
 
     fraction: float = 0.15
@@ -69,7 +69,7 @@ class MaskingRule:
         return np.arange(alphabet.VOCAB_SIZE) if self.replacement == "all_tokens" else alphabet.AMINO_ACIDS
 
     def apply(self, tokens: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Corrupt `tokens`, uint8 (T,), using one number in [0, 1) a token.
+        """Corrupt `tokens`, uint8 (T,), using one number in [0, 1) per token.
 
         Returns (inputs, labels), both uint8 (T,): labels hold the true id where a token was selected and
         `<pad>`, which no sequence contains, elsewhere.

@@ -1,7 +1,7 @@
 """The MDS format: shards written byte for byte as Streaming's MDSWriter does, and read in place.
 
-Streaming's import brings torch along: five seconds and 700 MiB in every worker of a conversion, more than all it
-does. Its reader opens the file anew for every sample and copies all of it, every member of a cluster. The format
+Importing Streaming imports torch: five seconds and 700 MiB in every worker of a conversion, more than all else it
+does. Its reader opens the file again for every sample and copies all of it, every member of a cluster. The format
 itself is small: a count, offsets, the columns as JSON, and the samples end to end.
 """
 
@@ -23,7 +23,7 @@ from esm2_composer.errors import UserError
 from esm2_composer.files import write_durably
 
 SHARD_BYTES = 64 * 2**20  # before compression; a sample that is larger makes a shard of its own
-ZSTD_LEVEL = 1  # packs residues to 0.560 of their size; level 3, the default, to 0.563 in three times the time
+ZSTD_LEVEL = 1  # packs residues to 0.560 of their size; the default, level 3, to 0.563 in three times the time
 
 _CONFIG = {
     "version": 2,
@@ -71,7 +71,8 @@ def check_index(index: Any, place: str) -> list[dict[str, Any]]:
 
 
 def _check_entry(entry: dict[str, Any]) -> list[str]:
-    """The names of a shard's files. Over another entry, raises whatever tells best what is odd."""
+    """The names of a shard's files. For any other entry, raises a ValueError, TypeError, LookupError or
+    AttributeError that says what is wrong."""
     for field, expected in (("version", 2), ("format", "mds")):
         if entry[field] != expected:
             raise ValueError(f"{field} {entry[field]!r}")
@@ -134,7 +135,7 @@ class Shard:
         """Sample `number`: as `records` makes it, but its residues are a memoryview.
 
         Raises:
-            UserError: it is none, or its lengths are not those of its residues.
+            UserError: there is no such sample, or its lengths are not those of its residues.
         """
         try:
             start, end = struct.unpack_from("<II", self._bytes, 4 * (1 + number))

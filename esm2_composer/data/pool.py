@@ -1,9 +1,8 @@
-"""From all ranks' shares of a global batch to microbatches of equally many tokens.
+"""From all ranks' parts of a global batch to microbatches of equally many tokens.
 
-With a fixed number of UniRef sequences a rank, the slowest of 128 ranks would have half as much again to
-compute as the mean. So the ranks show each other their sequences, a megabyte or two in all, and share
-them out anew. The loss is a mean over all masked tokens of the global batch, so it does not matter where a
-sequence is computed.
+With a fixed number of UniRef sequences per rank, the slowest of 128 ranks would compute 1.5 times the mean. So the
+ranks exchange their sequences, a megabyte or two in all, and redistribute them. The loss is a mean over all masked
+tokens of the global batch, so it does not matter where a sequence is computed.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ SWEEPS = 60  # over the bins, at most, to level them
 def pack(tokens: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> Microbatch:
     """What the model takes, from sequences that lie end to end.
 
-    Returns tokens uint8 (T,), cu_seqlens int32 (B+1,), max_seqlen, positions int64 (M,) of the selected
-    tokens and their true ids targets int64 (M,); and the counts num_sequences, num_tokens, num_masked, as plain
-    integers, since reading them off a GPU would stop it.
+    Returns tokens uint8 (T,), cu_seqlens int32 (B+1,), max_seqlen, positions int64 (M,) of the selected tokens and
+    their true ids targets int64 (M,); and the counts num_sequences, num_tokens, num_masked, as plain integers,
+    since reading them from a GPU would stall it.
     """
     num_sequences = len(lengths)
-    if not num_sequences:  # a rank without work takes the step with the others, and adds nothing to it
+    if not num_sequences:  # a rank without work joins the step, and adds nothing to it
         tokens = np.array([alphabet.CLS, alphabet.EOS], np.uint8)
         labels = np.full(2, alphabet.PAD, np.uint8)
         lengths = np.array([2], np.int32)
@@ -60,7 +59,7 @@ def pack(tokens: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> Microba
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    """In memory from which a GPU can copy while it computes, if there is one."""
+    """In pinned memory if there is a GPU, which can then copy it while it computes."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
@@ -68,14 +67,14 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 def balance(lengths: np.ndarray, ranks: int, largest: int) -> list[list[int]]:
     """Sort sequences into a multiple of `ranks` bins of at most `largest` tokens, near-equal in tokens.
 
-    Longest first, each to the bin with the fewest tokens (Graham's LPT rule), then single sequences change
-    places until the bins are level: within a per cent of the mean, if no sequence alone is longer.
+    Longest first, each to the bin with the fewest tokens (Graham's LPT rule), then single sequences are swapped
+    until the bins are level: within a per cent of the mean, if no sequence alone is longer.
 
     Args:
         lengths: tokens of each sequence, none above `largest`.
 
     Returns:
-        The bins, each a list of indices into `lengths`: as few as hold them if filled so, and the same for the
+        The bins, each a list of indices into `lengths`: as few as suffice when filled so, and the same for the
         same lengths.
     """
     assert not len(lengths) or lengths.max() <= largest, "a sequence is longer than a microbatch"
@@ -84,7 +83,7 @@ def balance(lengths: np.ndarray, ranks: int, largest: int) -> list[list[int]]:
 
     @functools.cache
     def filled(per_rank: int) -> list[list[int]] | None:
-        """So many bins a rank, unless one is too large then."""
+        """The bins with `per_rank` per rank, or None if one is too full."""
         bins: list[list[int]] = [[] for _ in range(per_rank * ranks)]
         fill = [(0, bin_) for bin_ in range(len(bins))]
         for i in order:
@@ -93,8 +92,8 @@ def balance(lengths: np.ndarray, ranks: int, largest: int) -> list[list[int]]:
             bins[bin_].append(i)
         return bins if max(tokens for tokens, _ in fill) <= largest else None
 
-    # As few as have room for all tokens are tried first, then one more, three, seven; at last, by halves, those
-    # left out before the first that do. With more bins none is fuller, so no fewer would do.
+    # Try the lower bound, then 1, 3, 7 ... more; then bisect between the last failure and the first success: more
+    # bins never make the fullest fuller.
     fewest = max(1, math.ceil(sum(sizes) / (ranks * largest)))
     reach = 1
     while filled(fewest + reach - 1) is None:
@@ -107,7 +106,7 @@ def balance(lengths: np.ndarray, ranks: int, largest: int) -> list[list[int]]:
 def _level(bins: list[list[int]], lengths: np.ndarray) -> list[list[int]]:
     """Swap sequences between full bins and emptier ones until the fullest is within 0.4 % of the mean.
 
-    With many sequences a bin there is nothing to do; with four, as on 512 ranks, LPT alone leaves 4 %.
+    With many sequences per bin there is nothing to do; with four, as on 512 ranks, LPT alone leaves 4 %.
     """
     rows = max(map(len, bins)) + 1  # a free place in every bin, so that a sequence can also just move
     members = np.full((rows, len(bins)), -1)
@@ -121,7 +120,7 @@ def _level(bins: list[list[int]], lengths: np.ndarray) -> list[list[int]]:
             break
         by_fill = np.argsort(fill, kind="stable")
         full = by_fill[::-1][: max(1, len(bins) // 8)]
-        # Each meets another partner in every sweep: with few sequences a bin, few partners have a match.
+        # Each gets another partner in every sweep: with few sequences per bin, few partners have a match.
         empty = np.roll(by_fill[: len(bins) - len(full)], -7 * sweep)[: len(full)]
         gap = fill[full] - fill[empty]
         # To move half the gap would level the two; [i, j, pair] is how far swapping i for j is off.
@@ -136,9 +135,9 @@ def _level(bins: list[list[int]], lengths: np.ndarray) -> list[list[int]]:
 
 
 class Pool:
-    """Shares the sequences of a global batch out anew, so that all ranks compute on equally many tokens.
+    """Redistributes the sequences of a global batch, so that all ranks compute on equally many tokens.
 
-    Every rank learns all sequences, sorts them in the same way, and keeps its own bins: equally many
+    Every rank receives all sequences, sorts them in the same way, and keeps its own bins: equally many
     microbatches on every rank, each of at most `microbatch_tokens` tokens.
     """
 
@@ -148,7 +147,8 @@ class Pool:
         self._group = cpu_group()
 
     def __call__(self, share: Share) -> dict[str, Any]:
-        """The rank's new share, cut into microbatches (see `pack`), with its own counts."""
+        """The rank's new part: {"microbatches": list of `pack`, and their summed num_sequences, num_tokens,
+        num_masked}."""
         tokens, labels, lengths = (share[key].numpy() for key in ("tokens", "labels", "lengths"))
         if self._group is not None:
             tokens, labels, lengths = self._gather(tokens, labels, lengths)
@@ -184,8 +184,8 @@ class Pool:
         return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
     def take(self, shares: Iterator[Share]) -> dict[str, Any] | None:
-        """The next share, pooled; None if there is none. What one rank's raises in one line, every rank raises: on
-        one alone, the run's exit code would be that of a rank which waited for it, and was ended."""
+        """The next share, pooled; None if there is none. A ReportedError on one rank is raised on every rank;
+        otherwise the run would exit with the code of a rank killed while waiting."""
         try:
             share = next(shares, None)
         except ReportedError as error:
@@ -204,11 +204,11 @@ class Pool:
 
 
 class PooledLoader(DataLoader):
-    """A loader's batches, pooled one ahead in a thread, while the model computes on the one before.
+    """A loader's batches, pooled one ahead in a thread while the model computes on the previous one.
 
-    At 128 ranks the exchange takes longer than Composer's other work between two steps, so it must not lie
-    between them. All ranks begin it when they hand a batch out, and none leaves before it has ended: so no
-    rank waits for one that has stopped.
+    At 128 ranks the exchange takes longer than Composer's other work between two steps, so it must not happen
+    there. All ranks begin it when they hand out a batch, and none leaves before it has ended: so no rank waits for
+    one that has stopped.
     """
 
     def __init__(self, loader: DataLoader, microbatch_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""What Streaming 0.13 lacks in reading shards: speed, thrift of memory, and a way on from a damaged file."""
+"""What Streaming 0.13 lacks in reading shards: speed, low memory use, and recovery from a damaged file."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ OPENING_SECONDS = 60
 
 @contextlib.contextmanager
 def opening_alone() -> Iterator[None]:
-    """For all ranks of a node, while they open a dataset: none of this user's other runs there does so.
+    """For all ranks of a node: while they open a dataset, none of this user's other runs there does.
 
-    Streaming looks for a name in shared memory that is free, and then takes it: two runs may find the same one. A
-    node's first rank holds the lock. It is not waited for without end, since runs on the same nodes could each
-    hold another one's.
+    Streaming looks for a free name in shared memory, and then takes it: two runs may find the same one. A node's
+    first rank holds the lock. The wait for it is bounded, since runs on the same nodes could each hold the
+    other's.
     """
     with contextlib.ExitStack() as stack:
         if not int(os.environ.get("LOCAL_RANK", 0)):
@@ -70,9 +70,9 @@ def _lock(file: int) -> bool:
 class MappedDataset(StreamingDataset):
     """A StreamingDataset of one stream of clusters that keeps the shards it reads mapped into memory.
 
-    Streaming opens a shard's file for every sample, and a thread of its takes a lock of the whole node for every
-    sample, to learn that the shard is there. A mapped one is, so neither is needed. Under a cache limit shards are
-    not kept: a file that is mapped would hold its place on the disk after it has been evicted.
+    For every sample Streaming opens the shard's file, and a thread takes a node-wide lock to learn whether the
+    shard is there. A mapped shard is, so neither is needed. Under a cache limit shards are not kept: a mapped file
+    would still take up disk space after its eviction.
     """
 
     failure: ReportedError | None = None  # of a thread, for the iterating one to raise
@@ -88,7 +88,7 @@ class MappedDataset(StreamingDataset):
         try:
             super().prepare_shard(shard_id, blocking)
         except BaseException:
-            # Streaming leaves it as being prepared, and other workers would wait for that without end.
+            # Streaming leaves it marked as being prepared, and other workers would wait forever.
             self._shard_states[shard_id] = _ShardState.LOCAL
             raise
 
@@ -127,8 +127,8 @@ class MappedDataset(StreamingDataset):
         raise UserError(f"{path}: before it could be read, it was {why}")
 
     def on_exception(self, future: Future) -> None:
-        """Streaming raises this in a thread that nobody joins, and the iterating thread would wait for ever. Here
-        that one is woken, and raises it."""
+        """Streaming raises this in a thread that nobody joins, and the iterating thread would wait forever. Here
+        that thread is woken, and raises it."""
         if error := future.exception():
             if isinstance(error, ReportedError):
                 self.failure = error
@@ -140,8 +140,8 @@ class MappedDataset(StreamingDataset):
     def _get_work(self, epoch: int, samples_done: int) -> np.ndarray:
         """This worker's samples of the epoch, int32, in the order in which it reads them.
 
-        Streaming gives each worker a copy of its part, 8 bytes a sample. Here the workers of a node read one order
-        where it lies, 4 bytes a sample, in a file that has lost its name: it goes with the last of them.
+        Streaming gives each worker a copy of its part, 8 bytes per sample. Here the workers of a node read one
+        order in place, 4 bytes per sample, in an unlinked file, freed with the last of them.
 
         Raises:
             UserError: there is no room for it.
@@ -150,7 +150,7 @@ class MappedDataset(StreamingDataset):
         wait_for_all = partial(self._shared_barrier, self._unique_worker_world.workers_per_node)
         if hasattr(self, "_iterator"):
             self._iterator.sample_ids = None  # Streaming keeps all its iterators
-        wait_for_all()  # the epoch before has made room, and the number of the next one is set
+        wait_for_all()  # the previous epoch has made room, and the next one's number is set
         world = self._parallel_worker_world
         shape = layout_shape(self, world, samples_done)
         if not all(shape):  # resumed at the epoch's end
@@ -177,7 +177,7 @@ class MappedDataset(StreamingDataset):
 def reserve(path: Path, shape: tuple[int, ...]) -> None:
     """Make a file of int32 of this shape, or none if there is no room for it.
 
-    Its zeros are written, so that it has its room: where there is none, writing into a mapped file is a bus error.
+    Its zeros are written to reserve the space: without space, writing into a mapped file is a bus error.
     """
     path.unlink(missing_ok=True)  # of a run that was killed
     try:
@@ -189,7 +189,7 @@ def reserve(path: Path, shape: tuple[int, ...]) -> None:
 
 class ShardBounds:
     """Streaming's `Spanner`, global sample number -> (shard, number within it), in a tenth of its time and without
-    the 8 bytes a sample that each rank takes to build one."""
+    the 8 bytes per sample that each rank needs to build one."""
 
     def __init__(self, samples_per_shard: np.ndarray) -> None:
         self._starts = [0, *np.cumsum(samples_per_shard).tolist()]
@@ -207,8 +207,8 @@ streaming.base.dataset.Spanner = ShardBounds  # its name in StreamingDataset's c
 def claim_name(*arguments: Any) -> tuple[int, SharedMemory]:
     """Streaming's `get_shm_prefix`: a dataset's name in shared memory, marked at once by the lock's file.
 
-    Streaming makes that file when the dataset is first iterated. What a run leaves that is killed before that, as
-    of its validation split once it was resumed, would be taken for another run's that uses the same cache.
+    Streaming makes that file when the dataset is first iterated. A run killed before then (a resumed one before it
+    reads validation) would leave what looks like a live run on the same cache.
     """
     prefix, memory = get_shm_prefix(*arguments)
     Path(tempfile.gettempdir(), _get_path(prefix, BARRIER_FILELOCK)).touch()
@@ -221,8 +221,8 @@ streaming.base.dataset.get_shm_prefix = claim_name  # its name in StreamingDatas
 class CheckedStream(Stream):
     """A stream that waits for a store to come back, and fetches a damaged shard again, once.
 
-    Streaming gives a store a second, checks a shard's hash as it unpacks it, and on damage its thread dies and the
-    epoch just ends; a file that it finds in the cache, cut short by a crash, it takes as it is.
+    Streaming gives a store one second, and checks a shard's hash as it unpacks it, but on damage its thread dies
+    and the epoch just ends; a file in the cache that a crash cut short it takes as it is.
     """
 
     def __init__(self, remote: str | None, local: str) -> None:
@@ -280,7 +280,8 @@ class CheckedStream(Stream):
         return f"{self.remote or self.local}/{packed.name}"
 
     def _files(self, shard: Reader) -> dict[Path, int]:
-        """The shard's files in the cache, unpacked and then packed if it is, and the bytes they should have."""
+        """The shard's files in the cache, unpacked and then (if it is compressed) packed, and the bytes they
+        should have."""
         folder = Path(self.local, self.split)
         return {folder / info.basename: info.bytes for pair in shard.file_pairs for info in pair if info}
 
@@ -288,7 +289,7 @@ class CheckedStream(Stream):
         download = super()._download_file
 
         def fetch() -> str:
-            with self._naming_full_disk():  # or the store would get the blame
+            with self._naming_full_disk():  # or the store would be blamed
                 return download(from_basename, to_basename)
 
         return retry(fetch, f"{self.remote}/{from_basename}")

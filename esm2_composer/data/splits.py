@@ -1,4 +1,4 @@
-"""Where the shards of the two splits lie, and where they cannot."""
+"""Where the shards of the two splits are, and where they cannot be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SPLITS = ("train", "valid")
 
 
 def cache_problem(remote: str, local: str) -> str | None:
-    """Why the shards at `remote` cannot have their cache at `local`, and what would do; None if they can."""
+    """Why the shards at `remote` cannot have their cache at `local`, and what would work; None if they can."""
     if is_remote(local) or not can_be_folder(Path(local)):
         return f"{local}; it must be a folder"
     if any(lies_in(f"{local}/{split}", f"{remote}/{split}") for split in SPLITS):
@@ -23,7 +23,7 @@ def cache_problem(remote: str, local: str) -> str | None:
 
 
 def can_be_folder(path: Path) -> bool:
-    """Whether it is a folder, or there is nothing yet but a folder to make it in."""
+    """Whether it is a folder, or does not exist yet but can be made."""
     return next(part for part in (path, *path.absolute().parents) if os.path.lexists(part)).is_dir()
 
 
@@ -47,8 +47,8 @@ def _conversion_of(folder: Path) -> object:
 
 
 def swapped(place: str, split: str, conversion: object) -> str | None:
-    """What is wrong where train shards lie in the place of valid ones, or the other way round; None if they do
-    not, or their conversion.json does not tell."""
+    """What is wrong if train shards are in the place of valid ones, or the other way round; None if they are not,
+    or their conversion.json does not say."""
     try:
         converted = conversion["state"]["options"]["split"]
     except (LookupError, TypeError):
@@ -82,7 +82,7 @@ def cannot_be_unpacked(folder: Path) -> bool:
 
 
 def count_clusters(index: bytes) -> int:
-    """How many clusters the content of an index.json tells of; 0 if it is none."""
+    """How many clusters the content of an index.json lists; 0 if it is not an index."""
     try:
         return sum(shard["samples"] for shard in json.loads(index)["shards"])
     except (ValueError, KeyError, TypeError, RecursionError):

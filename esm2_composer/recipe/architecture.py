@@ -15,7 +15,7 @@ from esm2_composer.weights import read_config
 
 @functools.cache  # a hub may have to be asked
 def architecture(model: ModelSection) -> ESM2Config:
-    """What a recipe's `model` section asks for; weights to go on from are not read."""
+    """What a recipe's `model` section asks for; initial weights are not read."""
     if model.init_from is not None:
         with naming("model.init_from"):
             return read_config(model.init_from, model.attention)
@@ -37,6 +37,6 @@ def build_model(section: ModelSection, weights: bool = True) -> ESM2:
 
 @functools.cache
 def skeleton(config: ESM2Config) -> ESM2:
-    """The model without memory for its weights, to count on."""
+    """The model without memory for its weights, for counting."""
     with torch.device("meta"):
         return ESM2(config)

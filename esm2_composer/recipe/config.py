@@ -1,7 +1,7 @@
-"""A recipe: read from YAML, with overrides, and checked before anything heavy is imported.
+"""A recipe, read from YAML with overrides, and checked before anything heavy is imported.
 
 An unknown key, a wrong type or an impossible value is a `UserError` that names the file, the key and what would be
-right. This module imports neither torch nor Composer.
+valid. This module imports neither torch nor Composer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from esm2_composer.recipe.strict import build
 T = TypeVar("T")
 
 
-# What may differ between a checkpoint and the run that resumes it; every other key decides what is trained.
+# What may differ between a checkpoint and the run that resumes it; every other key decides what is trained. A new
+# key of `schema` must be added here unless it does.
 MAY_CHANGE = (
     "run_name",
     "max_duration",
@@ -63,12 +64,12 @@ BRANCH_MAY_CHANGE = (*MAY_CHANGE, "load_path", "optimizer", "schedule", "data")
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe, every key told, as a file that `load_recipe` reads."""
+    """The resolved recipe, with every key, as a file that `load_recipe` reads."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))
 
 
 def changes(before: str, recipe: Recipe, may_change: Sequence[str] = MAY_CHANGE) -> list[str]:
-    """What the recipe would train otherwise than `before`, the text of another's `to_yaml`, as "key was 1, is 2".
+    """What the recipe would train differently from `before`, another's `to_yaml`, as "key was 1, is 2".
 
     A key that `before` does not have, as of an earlier version, counts as null.
     """
@@ -91,8 +92,8 @@ def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def load_recipe(path: str, overrides: Sequence[str] = (), data_is_here: bool = True) -> Recipe:
     """Read the recipe at `path`, apply `key.subkey=value` overrides, check it.
 
-    Numbers are decimal, whatever YAML 1.1 takes for one. `${other.key}`, `${oc.env:VARIABLE}` and a folder's `~`
-    are resolved. What lies on disks is looked at if `data_is_here`.
+    Only decimal numbers are numbers, unlike in YAML 1.1. `${other.key}`, `${oc.env:VARIABLE}` and a folder's `~`
+    are resolved. Files and folders are checked if `data_is_here`.
 
     Raises:
         UserError: the file, a key or a value is wrong.
@@ -111,7 +112,7 @@ def load_recipe(path: str, overrides: Sequence[str] = (), data_is_here: bool = T
         raise UserError(f"{path}: no such recipe") from None
     except OmegaConfBaseException as error:  # some are ValueErrors, too
         raise UserError(f"{path}: {_reason(error)}") from error
-    except (yaml.YAMLError, ValueError) as error:  # no text, or a number of thousands of digits
+    except (yaml.YAMLError, ValueError) as error:  # not text, or a number of thousands of digits
         raise UserError(f"{path}: not YAML: {error}") from error
     except RecursionError:
         raise UserError(f"{path}: nested too deep, in the file or an override") from None
@@ -126,7 +127,7 @@ def load_recipe(path: str, overrides: Sequence[str] = (), data_is_here: bool = T
 
 
 def _yaml(text: str | TextIO) -> Any:
-    """What YAML says, but for its other integers, which are text: 007, 12:30, 0x10, 20260101_120000."""
+    """Parse YAML, but keep its non-decimal integers as text: 007, 12:30, 0x10, 20260101_120000."""
     loader = get_yaml_loader()
     integer = "tag:yaml.org,2002:int"
     for resolvers in loader.yaml_implicit_resolvers.values():
@@ -136,7 +137,7 @@ def _yaml(text: str | TextIO) -> Any:
 
 
 def _with_home(recipe: Recipe) -> Recipe:
-    """The recipe, `~` in its folders expanded: no shell does that in a file, nor reliably in key=value."""
+    """The recipe with `~` in its folders expanded: no shell does that in a file, nor reliably in key=value."""
 
     def expand(section: T, *keys: str) -> T:
         given = {key: getattr(section, key) for key in keys}
@@ -150,7 +151,7 @@ def _with_home(recipe: Recipe) -> Recipe:
 
 
 def _reason(error: OmegaConfBaseException) -> str:
-    """What OmegaConf says, without the lines that tell of its own objects."""
+    """OmegaConf's message, without the lines about its own objects."""
     text = str(error).partition("\n")[0]
     if variable := re.search(r"Environment variable '(.*)' not found", text):
         text = f"the environment variable {variable[1]} is not set"
@@ -164,7 +165,7 @@ def _override(content: DictConfig, override: str, path: str) -> DictConfig:
     given = OmegaConf.create()
     try:
         OmegaConf.update(given, key, _yaml(value))
-        OmegaConf.to_container(given, throw_on_missing=True)  # a merge would pass ??? over
+        OmegaConf.to_container(given, throw_on_missing=True)  # a merge would skip ???
         return OmegaConf.merge(content, given)
     except (TypeError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = _reason(error) if isinstance(error, OmegaConfBaseException) else error
@@ -174,7 +175,7 @@ def _override(content: DictConfig, override: str, path: str) -> DictConfig:
 
 
 def _problems(r: Recipe, data_is_here: bool) -> Iterator[str]:
-    """What is wrong with values that are each of the right type, and in their range."""
+    """What is wrong with values that each have the right type and range."""
     for key in ("max_duration", "eval_interval", "save_interval"):
         if not batches(getattr(r, key)):
             yield f"'{key}' is {getattr(r, key)!r}; write a number of updates such as 1000ba"

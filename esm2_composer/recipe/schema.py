@@ -1,7 +1,7 @@
 """The YAML schema: a recipe's keys, with their types, ranges and defaults.
 
-A recipe's keys are the fields below; `strict` builds them, `config` checks what several of them must be together.
-Every key is explained in the recipes, yamls/.
+A recipe's keys are the fields below; `strict` builds them, `config` checks combinations of them. Every key is
+explained in the recipes, yamls/.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from esm2_composer.errors import UserError
 
-MAX_INT = 2**31 - 1  # places of tokens are int32, and to a seed ranks add theirs
+MAX_INT = 2**31 - 1  # token offsets are int32, and each rank adds its number to the seed
 
 Count = Annotated[int, Ge(0), Le(MAX_INT)]
 PositiveInt = Annotated[int, Ge(1), Le(MAX_INT)]
 PositiveFloat = Annotated[float, Gt(0)]
-Share = Annotated[float, Ge(0), Le(1)]
-PositiveShare = Annotated[float, Gt(0), Le(1)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+PositiveFraction = Annotated[float, Gt(0), Le(1)]
 Beta = Annotated[float, Ge(0), Lt(1)]
 
 
 def batches(duration: str) -> int:
-    """The number of updates that a duration is, 1000 for "1000ba"; 0 if it is none."""
+    """The number of updates in a duration, 1000 for "1000ba"; 0 if it is not a duration."""
     match = re.fullmatch(r"([1-9]\d{0,8})ba", duration)
     return int(match[1]) if match else 0
 
 
 @dataclass(frozen=True)
 class ModelSection:
+    """For `architecture.build_model`: a size, all dimensions, or weights; `attention` for `select_attention`."""
+
     size: Literal["8m", "35m", "150m", "650m", "3b", "15b"] | None = None
     num_layers: PositiveInt | None = None
     hidden_size: PositiveInt | None = None
@@ -48,14 +50,16 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class DataSection:
+    """Where shards are and how they are read, for `loaders`; the rest for `ClusterDraw` and `MaskingRule`."""
+
     remote: str
     local: str | None = None
     cache_limit: str | None = None
     num_workers: Annotated[int, Ge(0), Le(1024)] = 4
     max_length: Annotated[int, Ge(8), Le(MAX_INT)] = 1024
     min_length: PositiveInt = 1
-    mask_fraction: PositiveShare = 0.15
-    mask_split: tuple[Share, Share, Share] = (0.8, 0.1, 0.1)
+    mask_fraction: PositiveFraction = 0.15
+    mask_split: tuple[Fraction, Fraction, Fraction] = (0.8, 0.1, 0.1)
     replacement: Literal["amino_acids", "all_tokens"] = "amino_acids"
 
     def split(self, name: str) -> tuple[str | None, str]:
@@ -66,6 +70,8 @@ class DataSection:
 
 @dataclass(frozen=True)
 class OptimizerSection:
+    """For `optim.build_adamw`; `clip_norm` for `callbacks.GradientClipping`."""
+
     lr: PositiveFloat
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: PositiveFloat = 1e-8
@@ -75,9 +81,11 @@ class OptimizerSection:
 
 @dataclass(frozen=True)
 class ScheduleSection:
+    """For `optim.build_schedule`."""
+
     warmup: Count
-    decay_fraction: PositiveShare = 0.9
-    floor: Share = 0.1
+    decay_fraction: PositiveFraction = 0.9
+    floor: Fraction = 0.1
     updates: PositiveInt | None = None  # max_duration's, once the recipe is loaded
 
 
@@ -96,10 +104,10 @@ class FSDPSection:
 
     @property
     def fewest_ranks(self) -> int:
-        """The fewest that the data_parallel degrees make.
+        """The smallest number of ranks that the data_parallel degrees allow.
 
-        Two ranks at least share a copy of the model. Where it has but one, torch shards nothing, and takes the
-        mean of the gradients in each copy alone: copies would train apart.
+        A replica needs two ranks or more: with one, torch shards nothing and averages gradients only within the
+        replica, so replicas would train apart.
         """
         copies, shards = self.data_parallel_replicate_degree or 1, self.data_parallel_shard_degree
         if shards == -1:
@@ -111,7 +119,7 @@ class FSDPSection:
         return -1 in (self.data_parallel_replicate_degree, self.data_parallel_shard_degree)
 
     def check_degrees(self, ranks: int) -> None:
-        """Raise a UserError if the shards and their replicas do not make the ranks."""
+        """Raise a UserError if shards times replicas are not the number of ranks."""
         copies, shards = self.data_parallel_replicate_degree, self.data_parallel_shard_degree
         each = ranks // (copies or 1) if shards == -1 else shards  # of a copy
         number = ranks // each if copies == -1 else copies or 1
@@ -124,6 +132,8 @@ class FSDPSection:
 
 @dataclass(frozen=True)
 class WandbSection:
+    """Passed to Composer's W&B logger."""
+
     project: str
     entity: str | None = None
     group: str | None = None
@@ -138,6 +148,8 @@ class LoggersSection:
 
 @dataclass(frozen=True)
 class CallbacksSection:
+    """For `CheckpointSaver` and `Divergence`."""
+
     best_checkpoints: Count = 0
     max_loss_rise: PositiveFloat | None = 0.5
 

@@ -1,4 +1,4 @@
-"""A mapping, as YAML gives it, to dataclasses: a key is a field, a value of its field's type and in its range."""
+"""A mapping from YAML to dataclasses: keys are fields, values have the field's type and range."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from esm2_composer.errors import UserError
 Section = TypeVar("Section")
 
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-# What annotated_types' Ge, Gt, Le and Lt demand, by the attribute that each has.
+# What annotated_types' Ge, Gt, Le and Lt require, by the attribute that each has.
 LIMITS = {
     "ge": (operator.ge, "at least"),
     "gt": (operator.gt, "above"),
@@ -57,7 +57,7 @@ class _Reader:
         return cls(**values)
 
     def _where(self, key: str, known: Sequence[str], prefix: str) -> str:
-        """Which key was meant: one of the section that looks alike, or the same of another section."""
+        """Which key was meant: a similar one of the section, or the same one in another section."""
         meant = [prefix + name for name in _alike(key, known)]
         meant += [name for name in _keys(self.root) if name.endswith(f".{key}")]
         return f"did you mean '{meant[0]}'?" if meant else f"known here: {', '.join(known)}"
@@ -120,7 +120,7 @@ class _Reader:
 
 
 def _alike(word: str, known: Sequence[str]) -> list[str]:
-    """The one that looks most like it, if one does."""
+    """The most similar one, if any is similar."""
     return difflib.get_close_matches(word, known, n=1, cutoff=0.6)
 
 
