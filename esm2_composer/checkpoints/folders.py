@@ -1,8 +1,8 @@
-"""Where checkpoints lie: a folder that all nodes see, or an S3 store.
+"""Where checkpoints are: a folder that all nodes see, or an S3 store.
 
-A checkpoint is there whole or not at all. It is written elsewhere and then moved to its place; in a store the
-part that makes it whole, the file itself or a sharded one's `.metadata`, comes last. So the newest one listed is
-the one to resume from, whenever the run was killed, and no pointer to it is needed.
+A checkpoint exists whole or not at all. It is written elsewhere and then moved into place; in a store the part
+that completes it, the file itself or a sharded one's `.metadata`, comes last. So the newest one listed is the one
+to resume from, whenever the run was killed, and no pointer to it is needed.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from esm2_composer.retry import retry
 from esm2_composer.weights import LATEST
 
 LOCK = ".lock"
-DIVERGED = "diverged-"  # how the names of states begin that are to be looked at, and not resumed from
+DIVERGED = "diverged-"  # prefix of states kept for inspection, never resumed from
 Result = TypeVar("Result")
 _NAME = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # a file or, if sharded, a folder
 _STAGING, PROBE = ".saving", ".seen-"
 DELETIONS = 10  # of a store's objects, at a time
-LOCK_SECONDS = 30  # in which a run that got SIGTERM leaves, see preemption.GRACE
+LOCK_SECONDS = 30  # enough for a run that got SIGTERM to leave (preemption.GRACE)
 
 
 def updates(name: str) -> int:
@@ -76,10 +76,11 @@ class LocalFolder:
     def lock(self) -> None:
         """Keep other runs out until this process ends, where the file system has locks.
 
-        fcntl's locks hold between nodes of a cluster, too, and loader workers, forked from here, do not get them.
+        fcntl's locks also work between nodes of a cluster, and loader workers, forked from here, do not inherit
+        them.
 
         Raises:
-            TransientError: another run is in it, and does not end; or its node died, and the file system has not
+            TransientError: another run uses it, and does not end; or its node died, and the file system has not
                 noticed.
         """
         file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # never closed, which would unlock it
@@ -113,7 +114,7 @@ class LocalFolder:
         """The whole checkpoints, oldest first."""
         found = [path.name for path in self.path.glob("ep*-ba*") if _NAME.fullmatch(path.name) and _is_whole(path)]
         found.sort(key=updates)
-        while found and _lacks_parts(self.path / found[-1]):  # of the newest alone: it takes reading
+        while found and _lacks_parts(self.path / found[-1]):  # only of the newest: it takes reading
             found.pop()
         return found
 
@@ -125,11 +126,11 @@ class LocalFolder:
         return str(self.path / name)
 
     def staging(self) -> Path:
-        """Where all ranks write a checkpoint before it is moved to its place."""
+        """Where all ranks write a checkpoint before it is moved into place."""
         return self.path / _STAGING
 
     def send(self, staged: Path, name: str, rank: int) -> None:
-        """Bring the rank's part of a sharded checkpoint to its place: here, to the disk."""
+        """Put the rank's part of a sharded checkpoint in place: here, sync it to disk."""
         for path in staged.glob(f"__{rank}_*"):
             sync(path)
 
@@ -165,12 +166,12 @@ class LocalFolder:
         write_durably(self.path / name, text.encode())
 
     def is_damaged(self, name: str, rank: int, ranks: int) -> bool:
-        """Whether this rank, of so many that look, finds a checkpoint not to be what was written."""
+        """Whether this rank, of `ranks` that look, finds that a checkpoint is not what was written."""
         return checksums.is_damaged(self.path / name, rank, ranks)
 
 
 def _lock(file: int) -> bool:
-    """Whether no other process has it; True also where nobody can tell."""
+    """Whether no other process has it; also True where that cannot be determined."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # the second on some systems
@@ -181,7 +182,7 @@ def _lock(file: int) -> bool:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    # Each format writes its table of contents last: this also finds a file that was copied in part.
+    # Each format writes its table of contents last: this also detects a partial copy.
     if checkpoint.is_dir():
         return (checkpoint / ".metadata").exists()
     try:
@@ -191,7 +192,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _lacks_parts(checkpoint: Path) -> bool:
-    """Whether a sharded checkpoint was copied in part, and without files that its table of contents tells of."""
+    """Whether a sharded checkpoint lacks files that its `.metadata` lists, as after a partial copy."""
     if not checkpoint.is_dir():
         return False
     metadata = (checkpoint / ".metadata").read_bytes()  # a pickle, not to be loaded
@@ -200,7 +201,7 @@ def _lacks_parts(checkpoint: Path) -> bool:
 
 
 class S3Folder:
-    """Checkpoints in a store that speaks S3; `S3_ENDPOINT_URL` selects another one than Amazon's."""
+    """Checkpoints in a store that speaks S3; `S3_ENDPOINT_URL` selects one other than Amazon's."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri.rstrip("/")
@@ -216,7 +217,7 @@ class S3Folder:
         return self._uri
 
     def make(self) -> None:
-        """Folders of a store need no making."""
+        """Folders of a store need not be made."""
 
     def lock(self) -> None:
         """A store has no locks."""
@@ -273,7 +274,7 @@ class S3Folder:
 
     def remove(self, name: str) -> None:
         keys = [key for key in self._keys(name) if key == name or key.startswith(f"{name}/")]
-        keys.sort(key=lambda key: not key.endswith("/.metadata"))  # first what makes it whole
+        keys.sort(key=lambda key: not key.endswith("/.metadata"))  # first what completes it
         with ThreadPoolExecutor(DELETIONS) as threads:
             for at_a_time in (keys[:1], keys[1:]):
                 list(threads.map(self._delete, at_a_time))
@@ -289,7 +290,7 @@ class S3Folder:
         self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=text.encode())
 
     def is_damaged(self, name: str, rank: int, ranks: int) -> bool:
-        """A store gives what was sent."""
+        """A store returns what was sent."""
         return False
 
     def _delete(self, key: str) -> None:
@@ -310,7 +311,7 @@ Folder = LocalFolder | S3Folder
 
 
 def open_folder(uri: str) -> Folder:
-    """Raises UserError if the store's endpoint or profile is none."""
+    """Raises UserError if the store's endpoint or profile is invalid."""
     try:
         return S3Folder(uri) if uri.startswith("s3://") else LocalFolder(uri)
     except (BotoCoreError, ValueError) as error:
@@ -323,11 +324,11 @@ def damaged(folder: Folder, name: str, remedy: str) -> UserError:
 
 
 def ask(folder: Folder, action: Callable[[], Result]) -> Result:
-    """What `action` gives; a store that does not answer is waited for.
+    """What `action` returns; waits for a store that does not answer.
 
     Raises:
         UserError: the folder cannot be used.
-        TransientError: worth another start: the store is away, or the disk is full or fails.
+        TransientError: worth another start: the store is unreachable, or the disk is full or fails.
     """
     try:
         return retry(action, str(folder)) if isinstance(folder, S3Folder) else action()

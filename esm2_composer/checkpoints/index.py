@@ -34,7 +34,7 @@ class Index:
 
     @classmethod
     def of(cls, origin: Origin) -> Index:
-        """What is known of the run so far; where it branches off another run, its shards alone."""
+        """What is known of the run so far; if it branches off another run, only its shards."""
         index = cls.read(origin.folder)
         if index == cls():
             say(

@@ -1,6 +1,6 @@
-"""Which checkpoint a run goes on from: the newest of its own, or one of another run, from which it branches off.
+"""Which checkpoint a run resumes from: the newest of its own, or one of another run, from which it branches off.
 
-Beside the checkpoints lies `recipe.yaml`, what they were trained with.
+Next to the checkpoints is `recipe.yaml`, what they were trained with.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RECIPE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint that a start goes on from: its own run's newest, or another run's, to branch off."""
+    """The checkpoint that a start resumes from: its own run's newest, or another run's, to branch off."""
 
     folder: Folder
     name: str
@@ -58,10 +58,10 @@ class Origin:
 def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool) -> str | None:
     """The name of the checkpoint to resume from, None if the run is new. Each rank may look for itself.
 
-    `sharded` tells whether this run reads and writes sharded checkpoints.
+    `sharded` says whether this run reads and writes sharded checkpoints.
 
     Raises:
-        UserError: the folder cannot be written, or it holds a run that is not to be resumed or is another one.
+        UserError: the folder cannot be written, or it holds a run that must not be resumed or is a different one.
         TransientError: the disk is full or fails, or the store does not answer.
     """
 
@@ -124,7 +124,7 @@ def _check_fits(
     may_change: Sequence[str],
     otherwise: str,
 ) -> None:
-    """Raise a UserError unless `recipe` can go on from that checkpoint, whose run had the recipe `before`."""
+    """Raise a UserError unless `recipe` can continue from that checkpoint, whose run had the recipe `before`."""
     if before is None:
         raise UserError(
             f"save_folder {folder} holds checkpoints, but not the {RECIPE} they were trained with; put it "
@@ -157,7 +157,7 @@ def _check_fits(
 def take_over(folder: Folder, resume: bool, recipe: Recipe, sharded: bool) -> str | None:
     """Make the folder this run's: clear what a killed one left unfinished, and leave the recipe. For one rank.
 
-    Returns and raises what `find_checkpoint` does: a run that was ending may have saved one since.
+    Returns and raises what `find_checkpoint` does: a run that was still ending may have saved one since.
     """
 
     def take() -> None:
@@ -171,10 +171,10 @@ def take_over(folder: Folder, resume: bool, recipe: Recipe, sharded: bool) -> st
 
 
 def check_shared(folder: Folder) -> None:
-    """Raise a UserError on every rank, if not every one sees the folder of rank 0."""
+    """Raise a UserError on every rank unless all see the folder of rank 0."""
 
     def write() -> str:
-        # A name that nobody has looked up before: NFS believes for a while that what was not there still is not.
+        # A name that nobody has looked up before: NFS caches for a while that a file does not exist.
         name = f"{PROBE}{uuid.uuid4().hex}"
         ask(folder, lambda: folder.write(name, ""))
         return name
@@ -190,15 +190,15 @@ def check_shared(folder: Folder) -> None:
 
 def check_undamaged(origin: Origin) -> None:
     """Raise a UserError on every rank, if a checkpoint is not what was written: torch would load other numbers.
-    Each rank reads its share of a sharded one."""
+    Each rank reads its part of a sharded one."""
     ranks = dist.get_world_size()
     if any(on_every_rank(lambda: origin.folder.is_damaged(origin.name, dist.get_global_rank(), ranks))):
         raise damaged(origin.folder, origin.name, origin.remedy)
 
 
 def check_resumed(state: State, origin: Origin) -> None:
-    """Raise a UserError, if what has been loaded is of another update than its name says, or not a whole run's:
-    Composer goes on without what it does not find."""
+    """Raise a UserError if what has been loaded is not of the update in its name, or is not a whole run's:
+    Composer ignores what it does not find."""
     loaded = state.timestamp.batch.value
     if loaded != origin.update:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Saves checkpoints, keeps the newest and the best of them, and outlives a full disk or a store that fails.
+"""Saves checkpoints, keeps the newest and the best of them, and survives a full disk or a failing store.
 
-Composer's own saver writes to the final name, counts what it keeps from each start anew, and in a store leaves all
-it ever wrote behind a pointer that lags. The format is Composer's, whose Trainer loads what this writes.
+Composer's own saver writes to the final name, forgets at each restart what it keeps, and in a store deletes
+nothing and updates its latest-pointer late. The format is Composer's, whose Trainer loads what this writes.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ WAITS_LEAVING = (2, 4, 8)  # within preemption.GRACE
 
 
 class CheckpointSaver(Callback):
-    """Every `interval` updates, at the end, and after an evaluation among the best: save, then forget the rest.
+    """Saves every `interval` updates, at the end, and after an evaluation among the best; then deletes what is
+    superseded.
 
-    A save that fails is tried again for half a minute, and then left to the next one: the checkpoint before it
-    stays, and training goes on.
+    A save that fails is retried for half a minute, and then left to the next one: the previous checkpoint stays,
+    and training continues.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class CheckpointSaver(Callback):
             shutil.rmtree(self._staging, ignore_errors=True)
 
     def pin_data(self, shards: dict[str, str]) -> None:
-        """Remember what the run is trained and validated on, or refuse to go on with other data.
+        """Remember what the run is trained and validated on, or refuse to continue with other data.
 
         Raises:
             UserError: `shards`, digests of the splits' indices, are not those of the run so far.
@@ -65,22 +66,22 @@ class CheckpointSaver(Callback):
         self._index.shards = shards
 
     def lacks_evaluation(self, state: State, recipe: Recipe) -> bool:
-        """Whether an evaluation is due now that never ended: a run's first, or one that was cut short."""
+        """Whether an evaluation is due now that was never finished: a run's first, or one that was cut short."""
         update = state.timestamp.batch.value
         due = update % batches(recipe.eval_interval) == 0 or update == recipe.updates
         return due and update not in self._index.losses
 
     def newest_before(self, update: int) -> str | None:
-        """Where the newest checkpoint is that was saved after at most so many updates; None if there is none."""
+        """Where the newest checkpoint is that was saved after at most `update` updates; None if there is none."""
         try:
             names = ask(self._folder, self._folder.names)
-        except ReportedError:  # what this is asked for must be told all the same
+        except ReportedError:  # the message this is for must be printed anyway
             return None
         names = [name for name in names if updates(name) <= update]
         return self._folder.location(names[-1]) if names else None
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        hand_on_all(state)  # once the index has this evaluation, no start makes it again
+        hand_on_all(state)  # once the index has this evaluation, no start repeats it
         update = state.timestamp.batch.value
         loss = float(state.eval_metric_values["loss"])
         if math.isfinite(loss):
@@ -99,11 +100,11 @@ class CheckpointSaver(Callback):
             raise TransientError(f"the run has ended, but its last checkpoint, of update {update}, is not saved")
 
     def result(self) -> str:
-        """What came of the run, for people."""
+        """What the run achieved, for people."""
         message, losses = f"checkpoints are in {self._folder}", self._index.losses
         if losses:
-            best = min(losses, key=lambda update: losses[update])
-            message += f"; validation perplexity was lowest after update {best:,}, {math.exp(losses[best]):.3f}"
+            low = min(losses, key=lambda update: losses[update])
+            message += f"; validation perplexity was lowest after update {low:,}, {math.exp(losses[low]):.3f}"
         return message
 
     def _is_among_the_best(self, update: int) -> bool:
@@ -113,11 +114,11 @@ class CheckpointSaver(Callback):
         return sum(loss < losses[update] for loss in losses.values()) < self._keep_best
 
     def save_once(self, state: State, waits: Sequence[int] = WAITS) -> bool:
-        """Save a checkpoint, unless this update's is saved already; tell whether it is."""
+        """Save a checkpoint, unless this update's is saved already; return whether it is."""
         return self._saved == state.timestamp.batch.value or self.save(state, waits=waits)
 
     def save(self, state: State, prefix: str = "", waits: Sequence[int] = WAITS) -> bool:
-        """Save a checkpoint, to be resumed from unless its name gets a prefix; tell whether that succeeded."""
+        """Save a checkpoint, to be resumed from unless its name gets a prefix; return whether that succeeded."""
         hand_on_all(state)
         update = state.timestamp.batch.value
         sharded = state.fsdp_sharded_state_dict_enabled
@@ -136,7 +137,7 @@ class CheckpointSaver(Callback):
         return True
 
     def _try_to_save(self, state: State, staged: Path, name: str) -> str | None:
-        """Save, or tell why not. Every rank returns the same."""
+        """Save, or return why not. Every rank returns the same."""
         failure = self._everywhere(lambda: self._write(state))
         if failure is None:
             failure = self._everywhere(lambda: self._folder.send(staged, name, dist.get_global_rank()))
@@ -150,14 +151,14 @@ class CheckpointSaver(Callback):
         try:
             save_checkpoint(state, str(self._staging / "ep{epoch}-ba{batch}-rank{rank}.pt"))
         except (Exception, CheckpointException) as error:  # the second, of sharded ones, is no Exception
-            dist.barrier()  # the one at its end, at which the ranks that did not fail are waiting
+            dist.barrier()  # the one at its end, where the ranks that did not fail are waiting
             if isinstance(error, CheckpointException):
                 cause, _ = next(iter(error.failures.values()))
                 raise cause from error
             raise
 
     def _everywhere(self, action: Callable[[], object]) -> str | None:
-        """Run `action`, and tell why the first rank failed, if one did."""
+        """Run `action`, and return why the first rank failed, if one did."""
         try:
             action()
             failure = None
@@ -166,7 +167,7 @@ class CheckpointSaver(Callback):
         return next((f for f in dist.all_gather_object(failure) if f is not None), None)
 
     def _tidy(self) -> None:
-        """Forget superseded checkpoints, and write the index."""
+        """Delete superseded checkpoints, and write the index."""
         if dist.get_global_rank():
             return
         try:
@@ -175,5 +176,5 @@ class CheckpointSaver(Callback):
                 self._folder.remove(name)
                 names.remove(name)
             self._index.write(self._folder, best(names, self._index.losses, self._keep_best))
-        except Exception as error:  # none of that is worth a run; the next save does it
+        except Exception as error:  # not worth losing a run; the next save does it
             say(f"save_folder not tidied: {type(error).__name__}: {error}")

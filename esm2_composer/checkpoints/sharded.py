@@ -1,6 +1,7 @@
 """A folder of `torch.distributed.checkpoint`, whose tensors are read without running code from it.
 
-Its `.metadata` is a pickle, which torch would load as it is. Here only the types that such a file needs are made.
+Its `.metadata` is a pickle, which torch would load unchecked. Here only the types that such a file needs are
+built.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def read_sharded(folder: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
         }
         if device != "meta":
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it says that there is a single process: so it shall be
+                warnings.simplefilter("ignore")  # it warns of a single process, which is intended
                 dcp.load({"state": {"model": tensors}}, storage_reader=reader, no_dist=True)
     except (Exception, dcp.CheckpointException) as error:  # the second is no Exception
         reason = (str(error).splitlines() or [type(error).__name__])[-1]
@@ -43,7 +44,7 @@ def read_sharded(folder: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
 
 
 class SafeReader(dcp.FileSystemReader):
-    """torch's reader, with metadata of known types alone."""
+    """torch's reader, with metadata of known types only."""
 
     def read_metadata(self) -> Metadata:
         with open(self.path / ".metadata", "rb") as file:

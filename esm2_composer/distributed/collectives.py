@@ -1,4 +1,4 @@
-"""What one rank does for all, and how ranks part."""
+"""What one rank does for all, and how ranks disconnect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def say(line: str) -> None:
-    """Tell people a line: the first rank does."""
+    """Print a line, on the first rank only."""
     if not dist.get_global_rank():
         tell(line)
 
@@ -49,7 +49,7 @@ def on_every_rank(action: Callable[[], T]) -> list[T]:
 
 
 def cpu_group() -> torch.distributed.ProcessGroup | None:
-    """A new group of all ranks for tensors of the CPU, which no GPU has to wait for; None for a single rank."""
+    """A new group of all ranks for CPU tensors, for which no GPU has to wait; None for a single rank."""
     return torch.distributed.new_group(backend="gloo") if dist.get_world_size() > 1 else None
 
 
@@ -70,9 +70,9 @@ def all_gather(
 def end_process_group() -> None:
     """torch's `destroy_process_group`, which may never return after a collective of gloo.
 
-    A thread of gloo frees what a collective was given, which takes Python's lock. The end of a group holds that
-    lock and waits for the thread (before torch 2.8, pytorch#154976). The end of a backend lets go of it, so here
-    the backends go last: those of the default group, if nothing else holds it. Other groups are idle by then.
+    A gloo thread frees what a collective was given, which takes Python's lock. Destroying a group holds that lock
+    and waits for the thread (before torch 2.8, pytorch#154976). Destroying a backend releases it, so here the
+    backends go last: those of the default group, if nothing else holds it. Other groups are idle by then.
     """
     group = torch.distributed.group.WORLD
     backends = [group._get_backend(device) for device in group._device_types]

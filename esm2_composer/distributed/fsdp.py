@@ -1,4 +1,5 @@
-"""How FSDP shards a model over ranks; and on CPU ranks the mean of its gradients, where torch gives their sum."""
+"""How FSDP shards a model over ranks; and on CPU ranks the mean of its gradients, where torch returns their
+sum."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ def parallelism_of(fsdp: FSDPSection | None, on_gpu: bool) -> dict[str, Any] | N
     """The section as the Trainer's `parallelism_config`; None for DDP.
 
     Raises:
-        UserError: the data_parallel degrees do not make the ranks.
+        UserError: the data_parallel degrees do not fit the number of ranks.
     """
     if fsdp is None:
         return None
@@ -44,7 +45,7 @@ def fsdp_options(fsdp: FSDPSection) -> dict[str, Any]:
 
 
 def means_are_sums() -> bool:
-    """Whether the default process group adds up where a mean over ranks is asked for.
+    """Whether the default process group returns a sum when asked for a mean over ranks.
 
     gloo does so in torch 2.7, without an error, when FSDP2 reduces gradients. All ranks must call this.
     """
@@ -57,7 +58,7 @@ def means_are_sums() -> bool:
 class DivideByRanks(Algorithm):
     """Divides the gradients by the number of ranks, once they are complete.
 
-    As an algorithm, since those come before callbacks, of which clipping is one.
+    As an algorithm, since those run before callbacks, of which clipping is one.
     """
 
     def match(self, event: Event, state: State) -> bool:

@@ -1,4 +1,4 @@
-"""One process of several, as a launcher such as composer or torchrun starts them and tells in the environment."""
+"""One process of several, started by a launcher such as composer or torchrun, which sets its environment."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ LEAST = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "NO
 
 
 def run_on_ranks(main: Callable[[], Result], joins: bool = True) -> Result:
-    """Run `main` on each rank, so that an error which all make gives the launcher rank 0's exit code.
+    """Run `main` on each rank, so that for an error raised on all of them the launcher returns rank 0's exit code.
 
     Args:
-        joins: whether the processes meet; False for one that only asks how many there would be.
+        joins: whether the processes connect; False for one that only asks how many there would be.
 
     Raises:
         UserError: see `check_environment` and `sockets.be_reachable`.
@@ -37,8 +37,8 @@ def run_on_ranks(main: Callable[[], Result], joins: bool = True) -> Result:
 
 
 def check_environment(joins: bool = True) -> None:
-    """Raise a UserError if what a launcher would set is no place among ranks, or, for a process that joins others,
-    is not all there."""
+    """Raise a UserError if what a launcher would set is not a valid rank, or, for a process that joins others, is
+    incomplete."""
     place = {}
     for name, minimum in LEAST.items():
         value = os.environ.get(name, str(minimum))

@@ -1,4 +1,4 @@
-"""Sockets between ranks: where gloo listens, and how many of them there may be."""
+"""Sockets between ranks: where gloo listens, and how many are allowed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ THIS_MACHINE = ("localhost", "localhost.localdomain", "ip6-localhost", "::1")  #
 def be_reachable() -> None:
     """Have gloo listen where other nodes' ranks can reach it, by the environment variable GLOO_SOCKET_IFNAME.
 
-    By itself it listens at the address that this machine's name has here. Where that is a loopback's, as in many
-    an /etc/hosts, the ranks of two nodes would try to meet for half an hour, and fail.
+    By default gloo listens on the address that this machine's hostname resolves to. If that is loopback, as in
+    many /etc/hosts, ranks of two nodes try to connect for half an hour and fail.
 
     Raises:
-        UserError: the way to the other nodes cannot be found either.
+        UserError: the route to the other nodes is not found either.
     """
     host = os.environ.get("MASTER_ADDR", "localhost")
     if os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):
@@ -44,14 +44,15 @@ def be_reachable() -> None:
 
 
 def open_many_files() -> None:
-    """Raise the limit of open files as far as may be: gloo holds a socket for each rank in each of four groups."""
+    """Raise the limit of open files as far as allowed: gloo holds a socket for each rank in each of four
+    groups."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # the kernel may allow fewer by now
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _own_address() -> str:
-    """Where gloo would listen: at the first address of this machine's name that it can."""
+    """Where gloo would listen: on the first usable address of this machine's hostname."""
     for *kind, place in _addresses(socket.gethostname(), 0, socket.SOCK_STREAM):
         with contextlib.suppress(OSError), socket.socket(*kind) as probe:
             probe.bind(place)
@@ -60,7 +61,7 @@ def _own_address() -> str:
 
 
 def _address_towards(host: str) -> str:
-    """This machine's address on the way to a host, to which nothing is sent; a loopback's if there is no way."""
+    """This machine's address on the route to a host, to which nothing is sent; loopback if there is no route."""
     for *kind, place in _addresses(host, 9, socket.SOCK_DGRAM):
         with contextlib.suppress(OSError), socket.socket(*kind) as probe:
             probe.connect(place)
@@ -69,10 +70,10 @@ def _address_towards(host: str) -> str:
 
 
 def _addresses(host: str, port: int, kind: int) -> list[tuple]:
-    """(family, kind, protocol, address), none for a host that nobody knows."""
+    """(family, kind, protocol, address), none for an unknown host."""
     try:
         found = socket.getaddrinfo(host, port, type=kind)
-    except (OSError, UnicodeError):  # the second for a name that can be none
+    except (OSError, UnicodeError):  # the second for an invalid name
         return []
     return [(family, kind, protocol, address) for family, kind, protocol, _, address in found]
 
