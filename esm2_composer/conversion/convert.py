@@ -1,11 +1,11 @@
 """A layout -> a split of MDS shards, in numbered parts, on disk or object storage.
 
-What always holds: the shards follow from input and options alone, not from who builds the parts or from how
-often the run was killed; a part counts when its record is there, which is written after its shards, and they are
-whole; index.json comes last, so that an unfinished split is never mistaken for a whole one.
+What always holds: the shards depend only on input and options, not on who builds the parts or on how often the run
+was killed; a part counts once its record exists, which is written after its shards, and they are whole; index.json
+comes last, so that an unfinished split is never mistaken for a whole one.
 
-Work in progress lies in a folder of its own, `.SPLIT.work` (for a store `.URI.SPLIT.work` in `--scratch`); the
-one run that may write there holds `.SPLIT.work.lock` beside it:
+Work in progress is in a separate folder, `.SPLIT.work` (for a store `.URI.SPLIT.work` in `--scratch`); the one run
+that may write there holds `.SPLIT.work.lock` next to it:
 
     state.json    what this conversion is: inputs, options; a rerun with others is refused
     plan.*, staged.json, sequences.db, ids.parquet, clusters.tsv    see plan, layouts and proteins
@@ -48,11 +48,11 @@ from esm2_composer.files import is_remote, sync, write_durably, xxh64
 from esm2_composer.progress import OnProgress
 from esm2_composer.storage import StoreError
 
-FORMAT = 1  # to be raised when the same input and options would give other shards
+FORMAT = 1  # to be incremented when the same input and options would give other shards
 UPLOADS = 8  # at a time
-SECONDS_TO_STOP = 10  # of workers that nobody waits for, as Spark's
+SECONDS_TO_STOP = 10  # for workers that nobody waits for, such as Spark's
 
-# What neither the input nor the options are to blame for.
+# Errors for which neither the input nor the options are to blame.
 TRANSIENT = (ReadError, OSError, MemoryError, sqlite3.OperationalError, duckdb.IOException)
 TRANSIENT += (duckdb.OutOfMemoryException, StoreError, StoreUnavailable, EngineError)
 
@@ -61,7 +61,7 @@ class Engine(Protocol):
     """What builds parts: `parts.Processes` of this machine, or `spark.Spark`."""
 
     def stage(self, layout: Layout, work: Path, progress: Counted) -> Report:
-        """Make the sequences ready for `build`; tells what was found on the way."""
+        """Make the sequences ready for `build`; reports what was found on the way."""
 
     def build(self, numbers: Sequence[int], builder: PartBuilder) -> Iterator[Part]:
         """The parts of these numbers, in any order. Raises EngineError where the input is not to blame."""
@@ -71,7 +71,7 @@ KEPT = "the work is kept: run the same command again to go on"
 
 
 class Interrupted(TransientError):
-    """The work is kept, and the same command goes on."""
+    """The work is kept, and the same command resumes it."""
 
 
 def convert(
@@ -88,17 +88,17 @@ def convert(
 
     Args:
         out: folder or URI that holds the splits.
-        max_reject_fraction: the share of rejected members, or of clusters that name none, above which nothing is
-            written.
+        max_reject_fraction: the fraction of rejected members, or of clusters that name none, above which nothing
+            is written.
         workers: threads that plan, and processes that build parts unless `engine` is given.
-        scratch: where work in progress for object storage lies; by default the current folder.
+        scratch: where work in progress for object storage is kept; by default the current folder.
 
     Returns:
         The content of the split's conversion.json; "already_done" is added if nothing was left to do.
 
     Raises:
-        UserError: a mistake in input or options; nothing stays behind but shards in object storage, and what was
-            there before of another conversion.
+        UserError: a mistake in input or options; nothing is left behind but shards in object storage, and what was
+            already there from another conversion.
         Interrupted: disk, memory or network failed; the work stays, as it does after a KeyboardInterrupt.
     """
     start = time.monotonic()
@@ -157,7 +157,7 @@ def convert(
 
 
 def _remove(work: Path) -> None:
-    """Remove the work folder, to which a worker that was told to stop, maybe on another machine, may write yet.
+    """Remove the work folder, to which a worker that was told to stop, maybe on another machine, may still write.
 
     Raises Interrupted if that cannot be done.
     """
@@ -173,10 +173,10 @@ def _remove(work: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(work: Path, in_new_folder: bool = False) -> Iterator[None]:
-    """Hold the work folder; the lock dies with the process. Leaves no folder in which nothing was begun, nor the
-    one around it, if that is `in_new_folder` and holds nothing.
+    """Hold the work folder; the lock dies with the process. On exit, removes a work folder in which nothing was
+    begun and, if `in_new_folder`, its parent when empty.
 
-    The lock lies beside the folder, and goes after it: on NFS a folder with an open file cannot be removed.
+    The lock is next to the folder, and is removed after it: on NFS a folder with an open file cannot be removed.
     """
     path = _lock_of(work)
     try:
@@ -205,15 +205,15 @@ def _locked(work: Path, in_new_folder: bool = False) -> Iterator[None]:
             if not work.exists():
                 path.unlink(missing_ok=True)
             if in_new_folder:
-                with contextlib.suppress(OSError):  # it holds something
+                with contextlib.suppress(OSError):  # it is not empty
                     path.parent.rmdir()
 
 
 def _refuse_while_other_is_converted(work: Path, split: str) -> None:
-    """Raise a UserError now, not once hours of work turn out to have been compared with too little."""
+    """Raise a UserError now, not after hours of work that were compared with an incomplete split."""
     other = other_split_name(split)
     other_work = work.with_name(f"{work.name.removesuffix(f'{split}.work')}{other}.work")
-    attempts = 10 if split == SPLITS[0] else 1  # of two that start at once, the first split's stays
+    attempts = 10 if split == SPLITS[0] else 1  # of two that start at once, the first split's continues
     for _ in range(attempts):
         if not _is_locked(other_work):
             return
@@ -225,7 +225,7 @@ def _refuse_while_other_is_converted(work: Path, split: str) -> None:
 
 
 def _is_locked(work: Path) -> bool:
-    """Whether a conversion is at work there; False where that cannot be told."""
+    """Whether a conversion is at work there; False where that cannot be determined."""
     with contextlib.suppress(FileNotFoundError, PermissionError), _lock_of(work).open("r+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -239,13 +239,13 @@ def _lock_of(work: Path) -> Path:
 
 
 def _remove_unknown(work: Path) -> None:
-    """Remove a work folder that does not say of what it is."""
+    """Remove a work folder that does not say what it belongs to."""
     if work.exists() and not (work / "state.json").exists():
         shutil.rmtree(work)
 
 
 def _describe(layout: Layout, options: Options) -> dict[str, Any]:
-    """What the shards follow from, as far as can be told without reading it all."""
+    """What the shards depend on, as far as is known without reading it all."""
     inputs = {
         role: [
             {"path": str(path.absolute()), "bytes": path.stat().st_size, "modified": path.stat().st_mtime_ns}
@@ -257,7 +257,7 @@ def _describe(layout: Layout, options: Options) -> dict[str, Any]:
 
 
 def _with_log(path: Path) -> list[Path]:
-    """The file, and what lies beside it of SQLite's that is not yet in it."""
+    """The file, and SQLite's files next to it with what is not yet in it."""
     log = path.with_name(f"{path.name}-wal")
     return [path, log] if log.exists() and log.stat().st_size else [path]
 
@@ -307,7 +307,7 @@ def _convert_parts(
 ) -> None:
     """Build and publish every part that is not there yet.
 
-    Raises UserError as soon as too much is rejected, whatever is still to come.
+    Raises UserError as soon as too much is certain to be rejected.
     """
     records = [work / "parts" / f"{number:05}.json" for number in range(plan.parts)]
     so_far = Report()
@@ -317,9 +317,9 @@ def _convert_parts(
         record = read_marker(path)
         if record and all(map(destination.has, record["shards"])):
             so_far.merge(Report.from_dict(record["report"]))
-            progress("parts of before", number + 1, plan.parts)  # which are read, and may be many
+            progress("parts of before", number + 1, plan.parts)  # reading them, as they may be many
         else:
-            missing.append(number)  # also what was damaged since, or uploaded and has gone
+            missing.append(number)  # also what was damaged since, or uploaded and is gone
     progress("clusters", so_far.counts["clusters_read"], plan.clusters)
 
     def publish(part: Part) -> Report:
@@ -353,9 +353,9 @@ def _convert_parts(
 
 
 def _join(work: Path, plan: Plan, state: dict[str, Any], start: float) -> dict[str, Any]:
-    """Join what the parts left, in their order: the shards are then a split; what conversion.json holds."""
+    """Join what the parts left, in their order, to make the shards a split; returns what conversion.json holds."""
     for aside in (work / "shards").glob(".*"):  # of a writer that was killed
-        aside.unlink(missing_ok=True)  # or of one on another machine, that has just ended
+        aside.unlink(missing_ok=True)  # or of one on another machine that has just ended
     shards, report = [], Report()
     report.merge(plan.report)
     schema = pa.schema({"cluster_id": pa.string()})

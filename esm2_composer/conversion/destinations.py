@@ -23,7 +23,7 @@ COUNTED = ("clusters_written", "members_written", "residues_written")
 
 
 class OtherSplit(NamedTuple):
-    """What names the clusters that a split must not have."""
+    """The other split, which names the clusters that a split must not have."""
 
     cluster_ids: Path  # its cluster_ids.parquet
     xxh64: str
@@ -37,7 +37,7 @@ def open_destination(out: str, split: str, work: Path) -> LocalSplit | RemoteSpl
 class LocalSplit:
     """A split on disk: it appears whole, by a rename."""
 
-    address = None  # work in progress lies there too
+    address = None  # work in progress is there too
 
     def __init__(self, out: str, split: str, work: Path) -> None:
         self._out, self._split, self._work = Path(out), split, work
@@ -57,22 +57,22 @@ class LocalSplit:
         return _read_conversion(split / "conversion.json", str(split))
 
     def other_split(self) -> OtherSplit | None:
-        """The other split, if that is there. Raises UserError if it does not tell, for sure, its clusters."""
+        """The other split, if it exists. Raises UserError if it does not reliably tell its clusters."""
         other = self._out / other_split_name(self._split)
         there = {name for name in TOLD if (other / name).exists()}
         return _other_split(str(other), there, other.joinpath)
 
     def has(self, shard: dict[str, Any]) -> bool:
-        """Whether the shard of this entry of index.json is in its place, and whole."""
+        """Whether the shard of this entry of index.json is in place, and whole."""
         packed = shard["zip_data"]
         path = self._work / "shards" / packed["basename"]
         return path.exists() and xxh64(path) == packed["hashes"]["xxh64"]
 
     def publish(self, name: str) -> None:
-        """The shard lies where it will be."""
+        """The shard is already in place."""
 
     def finish(self) -> None:
-        """Let the split appear."""
+        """Make the split appear."""
         (self._work / "shards").rename(self._out / self._split)
 
 
@@ -122,9 +122,9 @@ class RemoteSplit:
         (self._work / "shards" / name).unlink()
 
     def finish(self) -> None:
-        """Upload what makes it a split.
+        """Upload what completes the split.
 
-        Raises StoreError, also if a shard has gone since it was uploaded, or StoreUnavailable.
+        Raises StoreError, also if a shard has disappeared since its upload, or StoreUnavailable.
         """
         index = json.loads((self._work / "shards" / "index.json").read_text())
         lost = {shard["zip_data"]["basename"] for shard in index["shards"]}
@@ -141,7 +141,7 @@ def other_split_name(split: str) -> str:
 
 
 def _other_split(place: str, there: Collection[str], fetch: Callable[[str], Path]) -> OtherSplit | None:
-    """The other split, at `place`, if it is there. Raises UserError if it lacks a file, or files disagree."""
+    """The other split, at `place`, if it exists. Raises UserError if it lacks a file, or files disagree."""
     for name in TOLD:
         if name not in there and "index.json" in there:
             raise _cannot_compare(f"{place} has no {name}")
@@ -149,7 +149,7 @@ def _other_split(place: str, there: Collection[str], fetch: Callable[[str], Path
         return None
     path = fetch("cluster_ids.parquet")
     found = xxh64(path)
-    if "conversion.json" not in there:  # its upload is not done
+    if "conversion.json" not in there:  # its upload is not finished
         return OtherSplit(path, found)
     if _read_conversion(fetch("conversion.json"), place)["cluster_ids_xxh64"] != found:
         raise _cannot_compare(f"{place}/cluster_ids.parquet is damaged: its xxh64 is not that of conversion.json")

@@ -1,8 +1,8 @@
-"""FASTA files, plain or compressed with gzip (BGZF too) or zstd, read a record at a time.
+"""FASTA files, plain or compressed with gzip (BGZF too) or zstd, read one record at a time.
 
-The reader takes formatting away and nothing else: compression, which shows in the first bytes and not in the
-name, a byte-order mark, line ends of either kind. What a sequence may hold is for `records.clean` to say. A header
-without a sequence yields an empty one, and ids may repeat.
+The reader only removes formatting: compression, which shows in the first bytes and not in the name, a byte-order
+mark, line ends of either kind. What a sequence may hold is up to `records.clean`. A header without a sequence
+yields an empty one, and ids may repeat.
 
 An id is a header's first word; of UniProt's `sp|P12345|NAME` it is `P12345`, as MMseqs2 names it.
 """
@@ -44,7 +44,7 @@ def read_fasta(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _records(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """What lies between the `>` that begin lines. However long a record is, each block is looked at once."""
+    """What is between the `>` that begin lines. However long a record is, each block is scanned once."""
     pieces, line_end = [], b""
     for block in blocks:
         *ends, rest = (line_end + block).split(b"\n>")
@@ -81,7 +81,7 @@ def read_blocks(path: Path) -> Iterator[bytes]:
     except FileNotFoundError:
         raise ReadError(f"{path}: no such file") from None
     except OSError as error:
-        if error.errno is not None:  # the system's; what unpacks the file gives no number
+        if error.errno is not None:  # the system's; the decompressors set none
             raise ReadError(f"{path}: cannot be read ({error.strerror})") from error
         raise UserError(f"{path}: damaged or cut short ({error})") from error
 

@@ -1,8 +1,8 @@
-"""The layouts in which clusters and sequences arrive, each brought to the same two things.
+"""The layouts in which clusters and sequences arrive, all brought to the same two things.
 
 `named`, a DuckDB view of (cluster_id VARCHAR, member_ids VARCHAR[]), in any order, a cluster in one row or many;
-and an SQLite file with the table protein (id, sequence), indexed by id. BioNeMo's layout has both. The others' are
-made in a scratch folder: whoever looks sequences up by id need not know where they came from.
+and an SQLite file with the table protein (id, sequence), indexed by id. BioNeMo's layout has both. For the others
+they are made in a scratch folder: code that looks up sequences by id need not know their origin.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Layout(Protocol):
 
     inputs: dict[str, list[Path]]  # the files, by the option that named them
     source: Path  # of the clusters, as the user named it
-    rows_are_clusters: bool  # a second row of a cluster is then worth telling
+    rows_are_clusters: bool  # a second row of a cluster is then worth reporting
     members_may_be_shared: bool  # False where a member is a cluster by construction
 
     def stage(self, scratch: Path, report: Report, progress: Counted) -> Path:
@@ -46,8 +46,8 @@ class Layout(Protocol):
 
 
 def stage(layout: Layout, folder: Path, progress: Counted) -> tuple[Path, Report]:
-    """Make in `folder` what `layout` lacks, unless it is there and whole (of the SQLite file, which is large, the
-    size is looked at); the SQLite file of the sequences.
+    """Make in `folder` what `layout` lacks, unless it is there and whole (only the size of the large SQLite file
+    is checked); the SQLite file of the sequences.
 
     Args:
         progress: told how many sequences have been staged.
@@ -72,8 +72,8 @@ def _size(path: Path) -> int | None:
 class BioNeMo:
     """A parquet of clusters and an SQLite file of sequences.
 
-    Training clusters have a column `ur90_id`, list of member ids, and may have `ur50_id`; validation clusters
-    have `ur50_id` alone, the id of their only sequence. A cluster without id goes by its first member's.
+    Training clusters have a column `ur90_id`, list of member ids, and may have `ur50_id`; validation clusters have
+    `ur50_id` alone, the id of their only sequence. A cluster without an id gets its first member's.
     """
 
     rows_are_clusters = True
@@ -116,7 +116,7 @@ class BioNeMo:
 
 
 class Flat:
-    """Parquet with a row a member: `ur50_id`, `ur90_id`, `sequence`; one file, or a folder of them."""
+    """Parquet with one row per member: `ur50_id`, `ur90_id`, `sequence`; one file, or a folder of them."""
 
     rows_are_clusters = False
     members_may_be_shared = True
@@ -158,7 +158,7 @@ def _search(folder: Path, seen: set[Path]) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith((".", "_")):
             continue
-        if path.is_dir():  # be it named x.parquet, as Spark names its output
+        if path.is_dir():  # even if named x.parquet, as Spark names its output
             yield from _search(path, seen)
         elif path.suffix == ".parquet":
             yield path
@@ -175,7 +175,7 @@ def read_flat(file: Path, row_group: int | None = None) -> Iterator[tuple[str | 
 class Fasta:
     """FASTA files (plain, gzip or zstd), and MMseqs2's cluster TSV: representative, tab, member.
 
-    Without a TSV every sequence is a cluster of its own. An id is a header's first word; of `sp|P12345|NAME` it is
+    Without a TSV every sequence is its own cluster. An id is a header's first word; of `sp|P12345|NAME` it is
     `P12345`, as MMseqs2 names it in its TSV.
     """
 
@@ -251,7 +251,7 @@ def _schema(path: Path, wanted: Sequence[str]) -> pa.Schema:
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """Raises UserError if it is none, ReadError if the system cannot read it."""
+    """Raises UserError if it is not parquet, ReadError if the system cannot read it."""
     refuse_irregular(path)
     try:
         return pq.ParquetFile(
@@ -272,9 +272,9 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 @contextlib.contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """Turn what Arrow and DuckDB raise over a damaged file into a UserError.
+    """Turn what Arrow and DuckDB raise for a damaged file into a UserError.
 
-    Passing faults, of memory or of a disk, be it to read from or to write to, go through.
+    Temporary faults, of memory or of a disk, whether reading or writing, pass through.
     """
     try:
         yield
@@ -285,12 +285,13 @@ def reading(path: Path | str) -> Iterator[None]:
     except (pa.ArrowException, UnicodeDecodeError, OSError, duckdb.Error) as error:
         if _is_passing(error):
             raise
-        reason = re.split(r"\s*Possible (?:fixes|Solution)", str(error))[0]  # DuckDB's options are none of ours
+        reason = re.split(r"\s*Possible (?:fixes|Solution)", str(error))[0]  # DuckDB's options are not ours
         raise UserError(f"{path}: damaged ({reason[:300]})") from error
 
 
 def _is_passing(error: Exception) -> bool:
-    """Whether the system failed; of damage, Arrow gives no error number and DuckDB other types, but for one."""
+    """Whether the system failed; for damage Arrow sets no errno, and DuckDB raises other types, with one
+    exception."""
     if isinstance(error, duckdb.IOException):
         return "Could not read enough bytes" not in str(error)  # a length in the file says more than there is
     out_of_memory = duckdb.OutOfMemoryException, MemoryError

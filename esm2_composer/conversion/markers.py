@@ -1,7 +1,7 @@
 """Markers: what a conversion has done, in files that also say whether it is still whole.
 
-A marker is two lines: JSON, with the hashes of the files beside it that it vouches for, and the JSON's own hash.
-So whatever is damaged or has gone, be it the marker or such a file, counts as not done.
+A marker is two lines: JSON, with the hashes of the files next to it that it vouches for, and the JSON's own hash.
+So whatever is damaged or missing, the marker or such a file, counts as not done.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from esm2_composer.files import write_durably, xxh64
 
 
 def write_marker(path: Path, content: dict[str, Any], *files: Path) -> None:
-    """Let `path` say `content`, and vouch for `files`, which lie beside it and are on the disk already."""
+    """Write `content` to `path`, and vouch for `files`, which are next to it and on disk already."""
     text = json.dumps({**content, "files": {file.name: xxh64(file) for file in files}}).encode()
     write_durably(path, b"%s\n%s\n" % (text, xxhash.xxh64_hexdigest(text).encode()))
 

@@ -1,6 +1,6 @@
 """One part of the plan -> its shards, and many parts in many processes.
 
-Whoever builds a part, and wherever its sequences come from, the shards are the same: they follow from the part's
+Whoever builds a part, and wherever its sequences come from, the shards are the same: they depend on the part's
 rows of the plan, the sequences under the ids there, and the options.
 """
 
@@ -27,7 +27,7 @@ from esm2_composer.errors import UserError
 from esm2_composer.files import write_durably
 from esm2_composer.workers import Workers
 
-MEMBERS_AT_ONCE = 1_000  # how long they are is not known before; 5,000 are no faster
+MEMBERS_AT_ONCE = 1_000  # their lengths are not known in advance; 5,000 are no faster
 MAX_CLUSTER_BYTES = 128 * 2**20
 
 # Ids -> every sequence under each of them that there is.
@@ -35,12 +35,12 @@ LookUp = Callable[[Sequence[str]], dict[bytes, list]]
 
 
 class EngineError(Exception):
-    """What builds parts failed, be it processes or machines; the input is not to blame."""
+    """What builds parts failed, processes or machines; the input is not to blame."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides about the shards, beside the input."""
+    """What determines the shards, besides the input."""
 
     split: str = "train"
     max_members_per_cluster: int | None = None
@@ -105,7 +105,7 @@ class PartBuilder:
             yield name, choose_members(name, named, report, shared, limit, seed)
 
     def _batches(self, number: int, report: Report) -> Iterator[list[tuple[str, list[str]]]]:
-        """Clusters, as many at a time as are worth a look-up."""
+        """Clusters, as many at a time as make a look-up worthwhile."""
         batch: list[tuple[str, list[str]]] = []
         size = 0
         for name, members in self.clusters(number, report):
@@ -162,7 +162,7 @@ class Processes:
         return report
 
     def build(self, numbers: Sequence[int], builder: PartBuilder) -> Iterator[Part]:
-        """Parts as they are done, and no faster than they are taken."""
+        """Parts as they complete, and no faster than they are consumed."""
         workers = min(self._workers, len(numbers))
         if workers == 1:
             with contextlib.closing(Sequences(self._sequences)) as sequences:
@@ -182,8 +182,8 @@ def as_done(
     at_once: int,
     stop: Callable[[], None],
 ) -> Iterator[Part]:
-    """What `build` makes of each number, as it is done; at most `at_once` are in the pool, which ends with it.
-    `stop` is called at the end, and ends what an error leaves running."""
+    """Yield `build(n)` for each number as it completes, at most `at_once` in flight. At the end `stop` ends what
+    still runs, and the pool is shut down."""
     waiting = list(reversed(numbers))
     running: set[Future[Part]] = set()
     try:

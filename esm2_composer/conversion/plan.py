@@ -1,11 +1,11 @@
 """Which clusters a split holds, in which order, and where the work is cut: the plan of a conversion.
 
 The order is that of the MD5 of the cluster's id. So it does not depend on the layout or the order of the input,
-two rows of one cluster end up side by side, every shard is a random sample of the whole, and what is sorted is
-small: ids, no sequences. DuckDB sorts and joins, on disk where memory does not suffice.
+two rows of one cluster end up next to each other, every shard is a random sample of the whole, and what is sorted
+is small: ids, no sequences. DuckDB sorts and joins, on disk if memory does not suffice.
 
-plan.parquet holds rows of (cluster_id, member_ids, shared_ids, in_other_split), a row group a part: the number of
-parts and their boundaries follow from the input alone, whoever works on them.
+plan.parquet holds rows of (cluster_id, member_ids, shared_ids, in_other_split), one row group per part: the number
+of parts and their boundaries depend only on the input, whoever works on them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from esm2_composer.conversion.markers import read_marker, write_marker
 from esm2_composer.conversion.records import EXAMPLES_KEPT, Report
 from esm2_composer.files import sync
 
-# A part is closed with the cluster that reaches one of these: some 30 MB of UniRef, a second or two of work.
+# A part ends with the cluster that reaches one of these: some 30 MB of UniRef, a second or two of work.
 PART_CLUSTERS, PART_MEMBERS = 32_768, 131_072
-# DuckDB's limits. At 2 µs a cluster, more threads would save seconds, and cost a small machine its memory.
+# DuckDB's limits. At 2 µs per cluster, more threads would save seconds, and cost a small machine its memory.
 MAX_THREADS, MEMORY_A_THREAD = 8, 384 * 2**20
 SCHEMA = pa.schema(
     {
@@ -57,7 +57,7 @@ def make_plan(layout: Layout, folder: Path, other_split: OtherSplit | None, thre
     """Plan the conversion of `layout` in `folder`, or read the plan there if it is complete.
 
     Args:
-        other_split: that whose clusters must not come again.
+        other_split: the one whose clusters must not occur again.
         staged: what staging found.
 
     Raises:
@@ -143,7 +143,7 @@ def _find_shared_members(database: duckdb.DuckDBPyConnection, possible: bool) ->
     """Make the table `shared` of (cluster_id, shared_ids): members that another cluster, first in order, keeps.
 
     Ids are grouped by a 64-bit hash first, which takes a tenth of the time of grouping the ids themselves; only
-    those whose hash comes twice are looked at closely.
+    those whose hash occurs twice are examined.
     """
     database.execute("CREATE TABLE shared (cluster_id VARCHAR, shared_ids VARCHAR[])")
     if not possible:

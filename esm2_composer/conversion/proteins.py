@@ -18,14 +18,14 @@ from esm2_composer.files import refuse_irregular, sync
 # What is held at once. Sequences, of which any may be long, are counted in bytes where their lengths are known.
 ROWS_AT_ONCE, BYTES_AT_ONCE = 20_000, 64 * 2**20
 
-# Told how many sequences have been stored.
+# Called with the number of sequences stored.
 Counted = Callable[[int], None]
 
 
 def store_proteins(
     path: Path, proteins: Iterator[tuple[str | None, str | bytes | None]], report: Report, progress: Counted
 ) -> Path:
-    """Write the SQLite file of `proteins`, ids maybe repeated, and beside it ids.parquet."""
+    """Write the SQLite file of `proteins`, ids maybe repeated, and next to it ids.parquet."""
     path.unlink(missing_ok=True)  # of a run that did not end
     schema = pa.schema({"id": pa.string()})
     with (
@@ -50,9 +50,9 @@ def store_proteins(
 
 
 def sort_within(folder: Path, database: sqlite3.Connection) -> None:
-    """Let SQLite put in `folder` what it sorts and has no memory for; its own choice, /var/tmp, may be small."""
+    """Have SQLite sort in `folder` what does not fit in memory; its default, /var/tmp, may be small."""
     path = str(folder.absolute()).replace("'", "''")
-    with contextlib.suppress(UnicodeEncodeError):  # SQLite has no word for such a path
+    with contextlib.suppress(UnicodeEncodeError):  # SQLite cannot express such a path
         database.execute(f"PRAGMA temp_store_directory = '{path}'")
 
 
@@ -99,7 +99,7 @@ class Sequences:
 def open_proteins(path: Path) -> sqlite3.Connection:
     """Open the SQLite file for reading; ids and sequences come as bytes.
 
-    Raises UserError if it will not do, ReadError if the system cannot read it.
+    Raises UserError if it is unusable, ReadError if the system cannot read it.
     """
     refuse_irregular(path)
     if not path.is_file():
@@ -124,7 +124,7 @@ def open_proteins(path: Path) -> sqlite3.Connection:
 
 
 def first_proteins(path: Path, count: int) -> Iterator[tuple[bytes | None, Any]]:
-    """(id, sequence) of up to so many rows."""
+    """(id, sequence) of up to `count` rows."""
     with contextlib.closing(open_proteins(path)) as database, _reading_proteins(path):
         yield from database.execute("SELECT id, sequence FROM protein LIMIT ?", (count,))
 

@@ -1,13 +1,13 @@
 """One cluster and its sequences -> one MDS sample: the rules for what is kept, changed and rejected.
 
-A sample is one cluster: its id, the lengths of its members, and their residues end to end, members in the order
-of their ids. Everything left out or changed is counted by reason, with examples; nothing goes silently.
+A sample is one cluster: its id, the lengths of its members, and their residues end to end, members in the order of
+their ids. Everything left out or changed is counted by reason, with examples; nothing is dropped silently.
 
 The rules for a sequence: white space is removed, letters are made upper-case, a final `*` (stop) is dropped, J
 (leucine or isoleucine, no token of ESM-2) becomes X (any). What then holds anything but the 20 amino acids and
 X, B, U, Z, O, or nothing at all, is rejected. docs/data.md has the rules for ids and clusters.
 
-Needs numpy alone, so that any engine can build records in its own workers.
+Needs only numpy, so that any engine can build records in its own workers.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def clean(raw: bytes) -> tuple[bytes, list[str]]:
 
 
 def refusing_nucleotides(path: object, proteins: Iterator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-    """Hand on (id, sequence) of a file; what is no text is not looked at.
+    """Pass on (id, sequence) of a file; sequences that are not text pass unchecked.
 
-    Raises UserError, once the first LOOKED_AT are through, if those are of nucleotides.
+    Raises UserError, after the first LOOKED_AT, if those are nucleotides.
     """
     letters = nucleotides = 0
     for name, sequence in islice(proteins, LOOKED_AT):
@@ -89,13 +89,13 @@ def refusing_nucleotides(path: object, proteins: Iterator[tuple[Any, Any]]) -> I
 
 
 def refuse_nucleotides(path: object, proteins: Iterator[tuple[Any, Any]]) -> None:
-    """Raises UserError if the first LOOKED_AT are of nucleotides."""
+    """Raises UserError if the first LOOKED_AT are nucleotides."""
     for _ in islice(refusing_nucleotides(path, proteins), LOOKED_AT + 1):
         pass
 
 
 def is_clean(raw: bytes | None) -> bool:
-    """Whether it is a sequence as it shall be stored."""
+    """Whether it is a sequence as it will be stored."""
     return isinstance(raw, bytes) and len(raw) > 0 and not raw.translate(None, RESIDUES)
 
 
@@ -116,7 +116,7 @@ class Report:
         _tally(self.changed, what, 1, [name])
 
     def reject(self, reason: str, name: str, members: int) -> None:
-        """Count one rejected thing, a member or a cluster, by which `members` members are lost."""
+        """Count one rejected member or cluster, with which `members` members are lost."""
         _tally(self.rejected, reason, 1, [name])
         self.counts["members_rejected"] += members
 
@@ -174,7 +174,7 @@ def choose_members(
     Args:
         named: the ids as the input names them, in any order, maybe repeated or missing.
         owned_elsewhere: those of them that the input puts into another cluster too, which keeps them.
-        limit: keep at most so many: those whose hash with `seed` is smallest, whatever the order of the input.
+        limit: keep at most this many: those whose hash with `seed` is smallest, whatever the order of the input.
     """
     report.counts["members_read"] += len(named)
     if len(named) == 1 and named[0] and not owned_elsewhere:  # most clusters
@@ -203,7 +203,7 @@ def _keyed_hash(seed: int, text: str) -> bytes:
 
 
 def build_record(cluster_id: str, members: Iterable[Member], report: Report) -> dict[str, Any] | None:
-    """The MDS sample of a cluster, or None if no member is left; `report` learns of everything.
+    """The MDS sample of a cluster, or None if no member is left; everything is counted in `report`.
 
     Args:
         members: as `choose_members` gives them, with all sequences found under each id.

@@ -1,13 +1,13 @@
-"""Building parts on Apache Spark, for a conversion larger than one machine should do.
+"""Building parts on Apache Spark, for a conversion too large for one machine.
 
-The driver plans as it does for its own processes: that takes ids alone, and keeps every rule about ids in one
-place. What is heavy goes to the executors: each reads slices of the sequences in the order in which they lie, a
-shuffle brings every sequence to the part that wants it, and the same PartBuilder makes the shards. So they are
-those of a single machine, byte for byte.
+The driver plans as it does for its own processes: that takes only ids, and keeps every rule about ids in one
+place. The heavy work goes to the executors: each reads slices of the sequences in storage order, a shuffle brings
+every sequence to the part that wants it, and the same PartBuilder makes the shards. So they are those of a single
+machine, byte for byte.
 
-Streaming's own `dataframe_to_mds` gives each task attempt a folder, so that a task tried again leaves clusters
-twice; here a part has one name, a shard appears whole under it, and any attempt writes the same. It also knows no
-parts, and so could not go on after a kill.
+Streaming's own `dataframe_to_mds` gives each task attempt a folder, so that a retried task leaves clusters twice;
+here a part has one name, a shard appears whole under it, and any attempt writes the same. It also has no parts,
+and so could not resume after a kill.
 
 Every node must see the inputs and the work folder (in `--out`, or in `--scratch` for object storage) under the
 same paths, and have this package with its Python. Uploads are the driver's.
@@ -34,14 +34,14 @@ from esm2_composer.conversion.records import Report
 from esm2_composer.errors import UserError
 
 ROWS_A_SLICE = 100_000
-PARTS_AT_ONCE = 256  # that wait for Spark, each in a thread of the driver
+PARTS_AT_ONCE = 256  # waiting for Spark, each in a thread of the driver
 
 # Arguments of `read_proteins` (a path, rows) or of `read_flat` (a path, a row group).
 Slice = tuple[Path, int, int] | tuple[Path, int]
 
 
 class Spark:
-    """Builds parts on the cluster at `master`. Use as a context: it lasts no longer."""
+    """Builds parts on the cluster at `master`. Use as a context manager, at whose end it stops."""
 
     def __init__(self, master: str) -> None:
         """Raises UserError if there is no pyspark, no Java or no such cluster."""
@@ -75,7 +75,7 @@ class Spark:
             self._context.cancelAllJobs()
 
     def stage(self, layout: Layout, work: Path, progress: Counted) -> Report:
-        """Find the slices. Flat parquet is read where it lies; for FASTA an SQLite file is made first, here."""
+        """Find the slices. Flat parquet is read in place; for FASTA an SQLite file is made first, here."""
         if isinstance(layout, Flat):
             files = [(path.absolute(), open_parquet(path).metadata) for path in layout.inputs["flat"]]
             self._slices = [(path, group) for path, metadata in files for group in range(metadata.num_row_groups)]
@@ -89,7 +89,7 @@ class Spark:
         return report
 
     def build(self, numbers: Sequence[int], builder: PartBuilder) -> Iterator[Part]:
-        """Parts as they are done."""
+        """Parts as they complete."""
         if not numbers:
             return
         count = len(numbers)
@@ -99,7 +99,7 @@ class Spark:
         built = by_place.mapPartitionsWithIndex(partial(_build, builder, numbers))
         pool = ThreadPoolExecutor(min(count, PARTS_AT_ONCE))
         try:
-            # A job a part, so that each is told as it is done; they share what was shuffled.
+            # One job per part, so that each is reported when done; they share what was shuffled.
             yield from as_done(
                 pool,
                 lambda place: self._context.runJob(built, list, [place])[0],
@@ -148,7 +148,7 @@ def _build(
 
 
 def _cause(error: Exception) -> Exception:
-    """What an executor raised: it comes as text, with Python's traceback and Java's."""
+    """What an executor raised: it arrives as text, with Python's traceback and Java's."""
     text = str(error)
     mistake = re.search(rf"^{UserError.__module__}\.UserError: (.*)$", text, re.MULTILINE)
     if mistake:

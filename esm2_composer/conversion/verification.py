@@ -31,8 +31,8 @@ MAX_LENGTH = 1024  # tokens, <cls> and <eos> included
 def verify(
     uri: str, workers: int = 1, progress: OnProgress = lambda stage, done, total: None
 ) -> dict[str, dict[str, Any]]:
-    """Check every shard below `uri`, a split or a folder of splits; the statistics of each split, by its name, and
-    under "absent" what it should have been compared with, but lacks.
+    """Check every shard below `uri`, a split or a folder of splits; returns each split's statistics by its name,
+    and under "absent" what it should have been compared with, but lacks.
 
     Raises:
         UserError: a shard is missing, its hash or size is not the index's, a sample's lengths do not add up, it
@@ -87,7 +87,7 @@ def _verify_split(
     workers: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    _store.cache_clear()  # the endpoint may be another one than at the last call
+    _store.cache_clear()  # the endpoint may differ from the last call's
     shards = check_index(index, place)
     lengths, draws, clusters, ids = np.zeros(0), np.zeros(0), 0, 0
     check = partial(_check_shard, place)
@@ -148,7 +148,7 @@ def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndar
             _check_file(packed, file)
             content = _unpack(entry["compression"], packed, raw["bytes"])
             _check_file(content, raw)
-        except ValueError as error:  # an algorithm may be none, and without hashes damage shows here
+        except ValueError as error:  # an unknown algorithm, or damage where there are no hashes
             raise UserError(f"{place}/{name}: {error}") from error
         shard = Shard(memoryview(content), f"{place}/{name}")
         if len(shard) != samples:
@@ -166,7 +166,7 @@ def _check_shard(place: str, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndar
 
 
 def _unpack(compression: str | None, packed: bytes, size: int) -> bytes:
-    """Raises ValueError if it cannot be. Few bytes of zstd may stand for gigabytes: only `size` are unpacked."""
+    """Raises ValueError if it cannot be. A few bytes of zstd may expand to gigabytes: only `size` are unpacked."""
     from streaming.base.compression import decompress
 
     if compression is None or not compression.startswith("zstd"):
@@ -178,7 +178,7 @@ def _unpack(compression: str | None, packed: bytes, size: int) -> bytes:
 
 
 def _check_file(content: bytes, entry: dict[str, Any]) -> None:
-    """Raises ValueError if it has not the size that is told of it, or another hash."""
+    """Raises ValueError if its size or hash is not the one listed."""
     from streaming.base.hashing import get_hash
 
     if len(content) != entry["bytes"]:
@@ -191,7 +191,7 @@ def _check_file(content: bytes, entry: dict[str, Any]) -> None:
 @cache
 def _store(place: str) -> Store:
     """The store of a split, one for all shards of a process: its client takes longer to make than to use."""
-    with tempfile.TemporaryDirectory() as folder:  # to upload from, which nobody will
+    with tempfile.TemporaryDirectory() as folder:  # to upload from, though nothing will be
         return Store(place, Path(folder))
 
 
