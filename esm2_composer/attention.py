@@ -10,7 +10,7 @@ kernel here computes padding, and no token sees another sequence.
             (from 2.11), the operator behind it before; CUDA, fp16 or bf16
     flash   the flash-attn package, version 3 (`flash_attn_interface`) or else 2; CUDA, fp16 or bf16
 
-`auto` takes `triton` on a CUDA device where q, k and v are fp16 or bf16, `torch` where Triton does not work, or on
+`auto` takes `triton` on a CUDA device if q, k and v are fp16 or bf16, `torch` where Triton does not work, or on
 Ampere and Ada with heads of more than 64, and `cpu` elsewhere. GPUs older than Ampere have none of these kernels.
 """
 
@@ -58,7 +58,7 @@ def select_attention(backend: str, device_type: str, dtype: torch.dtype, heads: 
     Raises ValueError if the backend is unknown or cannot run there, naming others that can.
     """
     found = [Attention("cpu", _per_sequence)]  # the last is the best
-    # Without a GPU to ask, as where a test pretends to have one, it is taken for an Ampere.
+    # Without a GPU to query, as when a test pretends to have one, assume Ampere.
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
     if device_type == "cuda" and capability >= (8, 0) and dtype in (torch.float16, torch.bfloat16):
         if backend == "flash" and (function := _flash_package()) is not None:
@@ -85,7 +85,7 @@ def _tell(device_type: str, name: str) -> None:
 def _per_sequence(q, k, v, cu_seqlens, max_seqlen):
     lengths = cu_seqlens.diff().tolist()
     outputs = []
-    # One split has one backward; a slice a sequence would each fill a gradient of the whole batch.
+    # One split has one backward; a slice per sequence would each fill a gradient of the whole batch.
     for one in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
         # torch's own function takes (batch, heads, length, head_dim)
         batched = (x.transpose(0, 1).unsqueeze(0) for x in one)
@@ -119,10 +119,10 @@ def _flash_package() -> Kernel | None:
             module = importlib.import_module(name)
         except ModuleNotFoundError:
             continue
-        except (ImportError, OSError) as error:  # as one built for another torch
+        except (ImportError, OSError) as error:  # such as one built for another torch
             log.warning("%s cannot be imported: %s", name, error)
             continue
-        if hasattr(module, "flash_attn_varlen_func"):  # version 4 shares the name, and is another module inside
+        if hasattr(module, "flash_attn_varlen_func"):  # version 4 has the same name, and a different module inside
             return functools.partial(_flash_varlen, module.flash_attn_varlen_func)
     return None
 
@@ -133,7 +133,7 @@ def _flash_varlen(function: Callable, q, k, v, cu_seqlens, max_seqlen):
 
 
 def _triton(dtype: torch.dtype, heads: int, head_size: int) -> Attention | None:
-    """None, and a line in the log, where it cannot be built, or computes something else on this GPU."""
+    """None, and a line in the log, if it cannot be built, or computes something else on this GPU."""
     if lack := missing_for_triton():
         log.warning("attention: Triton cannot be used: %s is missing", lack)
         return None

@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: leaving early, clipping, freeing, and measuring how it goes."""
+"""What happens around the steps of a run: stopping early, clipping, freeing gradients, and measuring."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Preempted(Exception):
 
 
 class Preemption(Callback):
-    """Raises `Preempted` on every rank, once one rank was told to leave (see `preemption`).
+    """Raises `Preempted` on every rank, once one rank was told to stop (see `preemption`).
 
-    They ask each other once an update has been launched, and take the answer after it, so that GPUs compute
+    Ranks ask each other once an update has been launched, and read the answer after it, so that GPUs compute
     meanwhile: gloo sends a number around the ring of ranks twice, which on a hundred ranks takes longer than all
     else that a host does between two updates.
     """
@@ -102,11 +102,11 @@ class GradientClipping(Callback):
 
 
 class GradientRelease(Callback):
-    """Lets go of the gradients before an evaluation, which has no use for them.
+    """Frees the gradients before an evaluation, which has no use for them.
 
-    FSDP version 1 gives the parameters their whole shape then, and bf16, while gradients stay shards in fp32. A
-    gradient that does not fit its parameter is an error for torch.compile, which has code to make in the first
-    evaluation of a run that was resumed.
+    In evaluation FSDP 1 gives parameters their full shape in bf16, while gradients stay fp32 shards.
+    torch.compile, which compiles in a resumed run's first evaluation, rejects a gradient that does not fit its
+    parameter.
     """
 
     def eval_start(self, state: State, logger: Logger) -> None:
@@ -117,8 +117,8 @@ class GradientRelease(Callback):
 class TokenMonitor(Callback):
     """Logs how good the batches are, and how well the model does on them.
 
-    `load/fill`: real tokens as a share of what microbatches may hold; `load/balance`: those of the mean rank as a
-    share of those of the fullest, which all others wait for; perplexity and masked accuracy in training.
+    `load/fill`: real tokens as a fraction of what microbatches may hold; `load/balance`: the mean rank's tokens as
+    a fraction of the fullest rank's, for which all others wait; perplexity and masked accuracy in training.
     """
 
     def __init__(self, model: MaskedLanguageModel, microbatch_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""A loss that diverges: when to stop, and how to go on."""
+"""A loss that diverges: when to stop, and how to continue."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from esm2_composer.recipe.schema import Recipe
 
 
 class Diverged(Exception):
-    """Raised on all ranks at once, after an update that went wrong; `before` is an update from before it."""
+    """Raised on all ranks at once, after an update that went wrong; `before` is the last update known to precede
+    the rise."""
 
     def __init__(self, reason: str, before: int) -> None:
         super().__init__(reason)
@@ -21,7 +22,7 @@ class Diverged(Exception):
 
 
 class Divergence(Callback):
-    """Raises `Diverged` when the loss is no number, or has risen for good.
+    """Raises `Diverged` when the loss is not finite, or has risen for good.
 
     "For good": the mean of the last `WINDOW` losses exceeds the lowest such mean of this start by `max_rise`.
     """
@@ -38,7 +39,7 @@ class Divergence(Callback):
         update = state.timestamp.batch.value
         loss = state.total_loss_dict[LOSS]  # on the host already, and the same on all ranks
         if len(self._losses) < self.WINDOW:
-            self._before = update - self.WINDOW  # nothing is known of what was before
+            self._before = update - self.WINDOW  # nothing is known about earlier updates
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss}", self._before)
         self._losses.append(loss)
@@ -46,7 +47,7 @@ class Divergence(Callback):
             return
         mean = sum(self._losses) / self.WINDOW
         self._lowest = min(self._lowest, mean)
-        if mean <= self._lowest + self._max_rise / 4:  # by less than that it sways, where batches are small
+        if mean <= self._lowest + self._max_rise / 4:  # it may vary by this much where batches are small
             self._before = update - self.WINDOW
         if mean > self._lowest + self._max_rise:
             message = f"the loss has risen from {self._lowest:.3f} to {mean:.3f}, means of {self.WINDOW} updates"
@@ -54,9 +55,9 @@ class Divergence(Callback):
 
 
 def advice(recipe: Recipe, checkpoint: str | None, kept: bool = True) -> str:
-    """How to go on after a divergence: from the last checkpoint before it, if there is one, at half the rate.
+    """How to continue after a divergence: from the last checkpoint before it, if there is one, at half the rate.
 
-    `kept` tells whether the state after it was saved.
+    `kept` says whether the state after it was saved.
     """
     folder, name = recipe.save_folder.rstrip("/"), f"{recipe.run_name}_2"
     before, named, after = f"{folder}/".rpartition(f"/{recipe.run_name}/")

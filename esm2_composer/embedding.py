@@ -1,12 +1,12 @@
-"""Embeddings: the proteins of a FASTA file -> a parquet file, a row a protein, in the order of the input.
+"""Embeddings: the proteins of a FASTA file -> a parquet file, one row per protein, in the order of the input.
 
-The file is read twice: once to its end before anything is computed, then a chunk at a time. A chunk's proteins
-are sorted by length and laid end to end, without padding, in batches of so many tokens; its rows, in input order
-again, go to a journal. A rerun goes on behind the last whole chunk. Memory depends on the chunk alone.
+The file is read twice: once to its end before anything is computed, then a chunk at a time. A chunk's proteins are
+sorted by length and laid end to end, without padding, in batches of `batch_tokens`; its rows, in input order
+again, go to a journal. A rerun continues after the last whole chunk. Memory depends on the chunk alone.
 
 A protein longer than the model was trained on is shown in windows of `<cls> residues <eos>`, as in training:
-`<cls>` and `<eos>` at true ends only. Neighbouring windows overlap by a quarter at least, and each residue is
-taken from the window where it lies further from a cut.
+`<cls>` and `<eos>` at true ends only. Neighbouring windows overlap by at least a quarter, and each residue is
+taken from the window where it is further from a cut.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ class Embedder:
     Attributes:
         layer: as in `ESM2.represent`.
         max_length: tokens of a window.
-        batch_tokens: tokens computed at a time, at least `max_length`; of no effect on results but rounding.
-        per_residue: give the residues' embeddings too.
+        batch_tokens: tokens computed at a time, at least `max_length`; affects results only by rounding.
+        per_residue: return the residues' embeddings too.
     """
 
     model: ESM2
@@ -173,7 +173,7 @@ class Embedder:
         """The output's rows of a chunk, in its order.
 
         Raises:
-            UserError: a protein's embedding is no finite number.
+            UserError: a protein's embedding is not finite.
         """
         names, proteins = zip(*chunk, strict=True)
         lengths = np.array([len(residues) for residues in proteins])
@@ -237,13 +237,13 @@ def _vectors(values: np.ndarray) -> pa.FixedSizeListArray:
 def embed_file(
     source: Path, count: int, journal: Journal, embedder: Embedder, progress: Callable[[int], Any]
 ) -> None:
-    """Append the embeddings of the proteins in `source` to a journal, behind those it has, and finish it.
+    """Append the embeddings of the proteins in `source` to a journal, after those it has, and finish it.
 
     `progress` is called with the number of residues that are done, at first those of an earlier run.
 
     Raises:
-        UserError: there are no longer the `count` proteins that `survey` found, or an embedding is no finite
-            number; then the journal is gone, since the same command would end so again.
+        UserError: there are no longer the `count` proteins that `survey` found, or an embedding is not finite;
+            then the journal is removed, since the same command would fail again.
     """
     proteins = read_proteins(source)
     done = sum(len(residues) for _, residues in islice(proteins, journal.rows))

@@ -1,7 +1,7 @@
 """What a user's mistake looks like: one line on stderr and exit code 2, never a traceback. Ctrl-C likewise, 130.
 
-What another start may mend, such as a store that is away, is one line too, with code 1. Everything else is a
-defect of this package and keeps its traceback.
+What another start may fix, such as an unreachable store, is one line too, with code 1. Everything else is a bug in
+this package and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
 EXIT_NOT_READ = 128 + signal.SIGPIPE
 
-# What the system answers to a path that somebody gave, whatever is done with it.
+# Errnos that mean the given path is wrong, whatever the operation.
 REFUSED = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Also a user's mistake where a path was given: it is not there, or its file system cannot do this.
@@ -38,28 +38,29 @@ MAX_LINE = 1000  # characters
 
 
 class ReportedError(Exception):
-    """An error whose message, one line, is all that people need to see of it."""
+    """An error of which users need to see only its message, one line."""
 
     def __init__(self, message: object) -> None:
         kind = f"{type(self).__module__}.{type(self).__qualname__}"
         own = str(message).rpartition(f"{kind}: ")[2]  # a DataLoader worker's comes in a traceback
         line = " ".join(own.split())  # a cause may bring line breaks of its own, and what a damaged file holds
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-        if len(line) > MAX_LINE:  # of a value that is quoted; what is wrong and how to mend it stand around it
+        if len(line) > MAX_LINE:  # of a quoted value; what is wrong and how to fix it stand around it
             line = f"{line[: MAX_LINE // 2]} ... {line[5 - MAX_LINE // 2 :]}"
         super().__init__(line)
 
 
 class UserError(ReportedError):
-    """A mistake the user can mend: what is wrong, where, and how to mend it."""
+    """A mistake the user can fix: what is wrong, where, and how to fix it."""
 
 
 class ReadError(UserError):
-    """A file cannot be read, now: a disk or a network fails, or somebody holds a lock. It need not be damaged."""
+    """A file cannot be read now: a disk or a network fails, or another process holds a lock. It need not be
+    damaged."""
 
 
 class TransientError(ReportedError):
-    """Neither the user's mistake nor ours: a disk, a network or a store failed, and another start may do."""
+    """Neither the user's mistake nor ours: a disk, a network or a store failed, and another start may work."""
 
 
 class StoreUnavailable(TransientError):
@@ -93,14 +94,14 @@ def in_range(kind: type[int] | type[float], least: float, most: float = math.inf
 
 
 def tell(line: object) -> None:
-    """Print a line to standard error, if that can be: a full disk under a log must not end what runs."""
+    """Print a line to standard error, if possible: a full disk under a log must not end a run."""
     with contextlib.suppress(OSError):
         if sys.stderr:  # None if it was closed at the start
             print(line, file=sys.stderr, flush=True)
 
 
 def refuse_empty(arguments: Sequence[str]) -> None:
-    """Raise a UserError for an empty one: mostly a variable of the shell is not set."""
+    """Raise a UserError for an empty value: mostly an unset shell variable."""
     for before, argument in pairwise(arguments):
         if not argument.strip() or re.fullmatch(r"--[^=]+=\s*", argument):
             raise UserError(f"what follows {argument.strip() or before} is empty")
@@ -108,7 +109,7 @@ def refuse_empty(arguments: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def naming(key: str) -> Iterator[None]:
-    """Puts a recipe's key before what is wrong with its value: a ValueError, too, becomes a UserError."""
+    """Puts a recipe's key before what is wrong with its value; also turns a ValueError into a UserError."""
     try:
         yield
     except (UserError, ValueError) as error:

@@ -18,14 +18,14 @@ from esm2_composer.model import ESM2
 
 LENGTH_EDGES = (2, 65, 129, 257, 513, 1025)  # tokens at which a bin begins; the last has no end
 LENGTH_BINS = (*(f"{low}-{high - 1}" for low, high in pairwise(LENGTH_EDGES)), f"{LENGTH_EDGES[-1]}-")
-MAX_LOSS = 709  # nats: e to a higher one is no float
+MAX_LOSS = 709  # nats: e to a higher one is not a finite float
 
 
 @torch.no_grad()
 def evaluate(net: ESM2, microbatches: Iterable[dict[str, Any]], device: torch.device) -> dict[str, Any]:
     """Score `net`, on `device` already, on the packed microbatches (see `pool.pack`) of all ranks together.
 
-    Returns loss (nats), perplexity, accuracy and number of the selected positions, and the same
+    Returns loss (nats), perplexity, accuracy and number of selected positions, and the same
         at_mask      of those that show `<mask>`, where a model cannot copy
         at_residue   of those that show a residue, the true one or another
         by_length    by the tokens of the sequence, as shown: {"2-64": ..., ...}
@@ -33,7 +33,7 @@ def evaluate(net: ESM2, microbatches: Iterable[dict[str, Any]], device: torch.de
     as far as there are such positions.
 
     Raises:
-        UserError: no position is selected, or a loss is no number that has a perplexity.
+        UserError: no position is selected, or a loss is NaN or too high to have a perplexity.
     """
     net.eval()
     # Sums of loss, of correct predictions, and of ones, by (shows <mask>, length bin, true id). In fp64 a sum over
@@ -47,7 +47,8 @@ def evaluate(net: ESM2, microbatches: Iterable[dict[str, Any]], device: torch.de
         tokens, cu_seqlens, positions, targets = (
             batch[key].to(device) for key in ("tokens", "cu_seqlens", "positions", "targets")
         )
-        # As in training, but under FSDP's mixed_precision DEFAULT, which rounds weights and residual stream, too.
+        # As in training, except under FSDP's mixed_precision DEFAULT, which also rounds weights and residual
+        # stream.
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = net(tokens, cu_seqlens, batch["max_seqlen"], positions).float()
         loss = F.cross_entropy(logits, targets, reduction="none").double()

@@ -1,4 +1,4 @@
-"""Files on local disks: whole when they are seen, there after a power failure, and in the place of no other."""
+"""Local files: atomic, durable, never written over another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from esm2_composer.errors import UserError, system_error
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file that is whole whenever it is seen under its name."""
+    """Write a file that is whole whenever it exists under its name."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # another machine may write it too
     try:
         with aside.open("wb") as file:
@@ -31,7 +31,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def appearing_whole(out: Path) -> Iterator[Path]:
-    """A path beside `out` for a file or a folder, which becomes `out` once it is written.
+    """A path next to `out` for a file or a folder, which becomes `out` once it is written.
 
     Raises:
         UserError, TransientError: it cannot be written, see `system_error`.
@@ -110,6 +110,6 @@ def refuse_existing(out: Path, kind: str = "file") -> None:
 
 
 def refuse_irregular(path: Path) -> None:
-    """Inputs are read more than once, and not by us alone: no folder will do, and no pipe, which would hang."""
+    """Inputs are read more than once, and not only by us: refuse folders, and pipes, which would hang."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a regular file")

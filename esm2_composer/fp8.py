@@ -1,9 +1,9 @@
-"""The layers' matrix products in fp8: an option for GPUs of compute capability 9.0 on (H100, B200).
+"""The layers' matrix products in fp8: an option for GPUs of compute capability 9.0 or newer (H100, B200).
 
 Weights, optimizer, norms, attention and the head stay as they are; the inputs and weights of the four products of
 a layer are rounded to e4m3 and their gradients to e5m2 (Micikevicius et al., FP8 Formats for Deep Learning, 2022),
-each tensor under a scale of its own, found anew at each use. What it gives up: a scale belongs to a whole
-microbatch, so other sequences beside one change its last digits, and so do other numbers of ranks.
+each tensor with its own scale, computed at each use. What it gives up: a scale belongs to a whole microbatch, so
+the other sequences in it change a sequence's last digits, and so does the number of ranks.
 
 On a CPU the numbers are rounded as on a GPU (where fp32 weights become bf16 first), and multiplied in fp32: for
 tests.
@@ -29,14 +29,14 @@ def use_fp8(net: ESM2) -> None:
         net: to be changed before it is compiled.
 
     Raises:
-        UserError: a dimension is no multiple of 16, or this GPU cannot do it.
+        UserError: a dimension is not a multiple of 16, or this GPU cannot do it.
     """
     sizes = net.config.hidden_size, net.config.ffn_hidden_size
     if any(size % 16 for size in sizes):
         raise UserError("fp8: hidden_size and ffn_hidden_size must be multiples of 16")
     if torch.cuda.is_available():
         _check_gpu(*sizes)
-    for layer in net.layers:  # the head's inputs are few, and too fine for fp8
+    for layer in net.layers:  # the head has few inputs, which need more precision than fp8
         for module in (layer.qkv, layer.out, layer.fc1, layer.fc2):
             module.product = FP8
 
@@ -86,7 +86,7 @@ def backward(
     return grad_x, grad_weight
 
 
-# Custom operators: autograd is given their formula, and torch.compile does not look inside.
+# Custom operators: autograd gets their formula, and torch.compile does not look inside.
 
 
 @torch.library.custom_op("esm2_composer::fp8_product", mutates_args=())
@@ -168,7 +168,7 @@ def _multiply(
 
 
 def product_error(k: int, n: int, device: str) -> float:
-    """The largest relative error of a product and its gradients on this device in bf16, weights in fp32, beside a
+    """The largest relative error of a product and its gradients on this device in bf16, weights in fp32, versus a
     CPU's in fp32, rounded alike; NaN if any is."""
     with as_in_training(device):
         generator = torch.Generator().manual_seed(0)

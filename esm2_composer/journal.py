@@ -1,8 +1,8 @@
 """Rows that survive a kill: appended to a journal, which becomes a parquet file when whole.
 
-The journal lies hidden beside the output: Arrow's messages, first the schema, then batches of rows, each behind
-its length and checksum. When it is opened again, what a kill left half-written at its end is cut off, and so is
-what is damaged, with all behind it; the output appears at once and whole.
+The journal is a hidden file next to the output: Arrow messages, first the schema, then batches of rows, each after
+its length and checksum. When it is reopened, what a kill left half-written at its end is cut off, and so is what
+is damaged, with all after it; the output appears at once and whole.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Journal:
     def __init__(
         self, out: Path, columns: pa.Schema, origin: dict[str, Any], paths: dict[str, str] | None = None
     ) -> None:
-        """Begin the journal of `out`, or go on with it.
+        """Begin the journal of `out`, or continue it.
 
         Args:
             origin: what the rows follow from, as JSON.
-            paths: where that lies; elsewhere, perhaps, when the journal is resumed. Both are kept in the parquet
+            paths: where that is, perhaps elsewhere when the journal is resumed. Both are kept in the parquet
                 file's metadata.
 
         Raises:
@@ -123,7 +123,7 @@ class Journal:
             raise system_error(f"{self.path}: cannot be written ({error.strerror})", error) from error
 
     def discard(self) -> None:
-        """Remove the journal and its rows: nothing can go on with them."""
+        """Remove the journal and its rows: nothing can continue from them."""
         self.path.unlink()
         self._file.close()
 

@@ -28,8 +28,8 @@ class Deferred(LoggerDestination):
     """Holds metrics back until the next backward pass has been launched; then hands on each step's in one call.
 
     Composer logs between two updates, a few metrics at a time, when a GPU has nothing to do: TensorBoard and W&B
-    would each take a quarter of that time (docs/performance.md). Before a checkpoint is saved, all is to be
-    handed on: a run that resumes from it does not make it again.
+    would each take a quarter of that time (docs/performance.md). Before a checkpoint is saved, everything must be
+    handed on: a run that resumes from it does not produce it again.
 
     A destination that fails, as on a full disk or when W&B's own process dies, ends the logging, not the run.
     """
@@ -90,8 +90,8 @@ def hand_on_all(state: State) -> None:
 
 
 class TensorBoard(Deferred, TensorboardLogger):
-    """Composer's logger, in one file a start, of rank 0: its own begins another at each flush, 50,000 in a
-    published run, and one at each evaluation on every rank, in a folder that looks like another run.
+    """Composer's logger, with one event file per start, on rank 0 only. The original opens a file at each flush
+    (50,000 in a published run) and, on every rank, at each evaluation, in a folder that looks like another run.
     """
 
     _destination = "TensorBoard's events"
@@ -125,7 +125,7 @@ class TensorBoard(Deferred, TensorboardLogger):
 
 
 class TrainingProgress(Callback):
-    """How far the run is: on a terminal a bar, else a line every `interval` updates; and a line an evaluation.
+    """How far the run is: on a terminal a bar, else a line every `interval` updates; and a line per evaluation.
 
     Composer's bar shows no result of an evaluation, and leaves a trace in checkpoints.
     """
@@ -175,14 +175,14 @@ def build_loggers(recipe: Recipe) -> list[LoggerDestination]:
     if recipe.tensorboard_folder is not None:
         loggers.append(TensorBoard(log_dir=recipe.tensorboard_folder, flush_interval=10))
     if recipe.loggers.wandb is not None:
-        # Every launch is a run of its own to W&B; the group holds them together.
+        # To W&B every launch is a separate run; the group holds them together.
         settings = dataclasses.asdict(recipe.loggers.wandb)
         loggers.append(WandB(**{**settings, "group": settings["group"] or recipe.run_name}))
     return loggers
 
 
 def check_wandb() -> None:
-    """Raise a UserError if W&B would ask for a key that there is nobody to give."""
+    """Raise a UserError if W&B would prompt for a key, which nobody could enter."""
     import wandb
 
     if os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun") and wandb.api.api_key is None:

@@ -26,7 +26,7 @@ def build_adamw(
 
 
 def rate_factor(update: int, warmup: int, updates: int, decay_fraction: float, floor: float) -> float:
-    """The factor on the peak learning rate with which update number `update`, counted from 1, is made.
+    """The factor on the peak learning rate for update number `update`, counted from 1.
 
     Linear warmup over `warmup` updates, linear decay to `floor` over `decay_fraction` of the rest of the
     run's `updates`, then constant.
@@ -56,9 +56,9 @@ def settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 def restore_settings(
     optimizer: torch.optim.Optimizer, schedule: LambdaLR, groups: Sequence[dict[str, Any]]
 ) -> None:
-    """Replace the settings that a checkpoint brought by `groups`, those from before it was loaded.
+    """Replace the settings loaded from a checkpoint by `groups`, those from before it was loaded.
 
-    The moments, and how far the schedule is, stay.
+    The moments and the schedule's position stay.
     """
     schedule.base_lrs = [group["initial_lr"] for group in groups]
     for group, given, factor in zip(optimizer.param_groups, groups, schedule.lr_lambdas, strict=True):

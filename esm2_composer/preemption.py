@@ -1,20 +1,21 @@
-"""Leaving when told to, without losing work: SIGTERM, SIGUSR1, the early warning of batch systems, and SIGHUP, the
-end of the terminal (which `nohup` makes us ignore).
+"""Stopping when told to, without losing work: SIGTERM, SIGUSR1, the early warning of batch systems, and SIGHUP,
+the end of the terminal (which `nohup` makes us ignore).
 
-One signal to any rank, or a SIGTERM to the launcher, makes the whole run leave with exit code 75:
+One signal to any rank, or a SIGTERM to the launcher, makes the whole run exit with code 75 (`callbacks.Preemption`
+makes the ranks agree; `train.py` saves):
 
-- before the first update nothing is lost: a rank tells the others of its node, and leaves at once (in the first
-  moments, until Python has read this, it dies of the signal);
-- in training the ranks agree, after an update or a batch of an evaluation, to stop, save and leave together;
-- whatever hangs then, a rank leaves `GRACE` seconds after a SIGTERM. The launcher would kill it soon after, and
-  checkpoints are there whole or not at all. After the other two signals it leaves then only if it still waits for
-  training data: a step, an evaluation and a save may take their time. (The end of a terminal ends the launcher,
-  too, and with it comes a SIGTERM.)
+- before the first update nothing is lost: a rank tells the others of its node, and exits at once (until this
+  module is imported, the signal kills it);
+- in training the ranks agree, after an update or an evaluation batch, to stop, save and exit together;
+- even if something hangs, a rank exits `GRACE` seconds after a SIGTERM. The launcher would kill it soon after, and
+  checkpoints exist whole or not at all. After the other two signals it exits then only if it still waits for
+  training data: a step, an evaluation and a save may take as long as they need. (The end of a terminal also ends
+  the launcher, which brings a SIGTERM.)
 
-Ctrl-C is none of these: a run that is interrupted leaves with 130, though the launcher makes a SIGTERM of it.
+Ctrl-C is none of these: an interrupted run exits with 130, although the launcher turns it into a SIGTERM.
 
 Python calls a signal's handler between two instructions of its main thread, which may be waiting in a collective
-for another rank. So a thread of our own waits for signals; the interpreter writes their numbers to its pipe.
+for another rank. So a separate thread waits for signals; the interpreter writes their numbers to its pipe.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import time
 from esm2_composer.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_TERMINATED, tell
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-GRACE = 22.0  # Composer's launcher kills its ranks 30 seconds after it told them to leave
+GRACE = 22.0  # Composer's launcher kills its ranks 30 seconds after their SIGTERM
 
 received = threading.Event()
 waiting_for_data = threading.Event()
@@ -44,7 +45,7 @@ _watching = threading.Event()
 
 
 def watch_signals() -> None:
-    """Start to watch: before slow imports, and again after Composer's, which takes SIGTERM over."""
+    """Start watching: before slow imports, and again after Composer's, which takes over SIGTERM."""
     if not _watching.is_set():
         _watching.set()
         _open_pipe()
@@ -66,22 +67,23 @@ def _open_pipe() -> None:
 
 
 def ignore_signals() -> None:
-    """The exit code is settled: the launcher, telling the slower ranks to leave, must not change it."""
+    """The exit code is settled: the launcher, terminating the slower ranks, must not change it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def let_rank_zero_leave_first() -> None:
-    """For an error that all ranks make: the launcher terminates the others and gives the lowest one's code."""
+    """For an error raised on every rank: the launcher terminates the remaining ranks and returns the lowest rank's
+    code, so rank 0 must exit first."""
     ignore_signals()
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(3)
 
 
 def obey_rank_alone(worker: int) -> None:
-    """For loader workers: a signal that goes to all processes of a job must not end them before their rank.
+    """For loader workers: a signal to all processes of a job must not end them before their rank.
 
-    The rank would fail then, and save nothing. It ends them itself, by SIGTERM.
+    The rank would then fail, and save nothing. It ends them itself, by SIGTERM.
     """
     os.setpgrp()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -90,12 +92,12 @@ def obey_rank_alone(worker: int) -> None:
 
 def _end_when_told_by(rank: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank and os.getppid() == rank:
-        pass  # once the rank is gone, anybody's will do
+        pass  # once the rank is gone, anyone's will do
     os._exit(0)
 
 
 def kill_workers_at_exit() -> None:
-    """Those that hang, and do not notice their rank's SIGTERM: multiprocessing would wait for them."""
+    """Kill workers that hang and do not notice their rank's SIGTERM: multiprocessing would wait for them."""
     import multiprocessing.util  # noqa: F401  it registers its own exit, which is to come after ours
 
     atexit.register(_kill_workers)
@@ -117,18 +119,18 @@ def _watch(reader: int) -> None:
         if any(number in SIGNALS for number in numbers):
             _noticed.set()
         if signal.SIGTERM in numbers and not in_training.is_set() and select.select([reader], [], [], 0.1)[0]:
-            numbers += os.read(reader, 64)  # Ctrl-C, of which the launcher has made this, can come after it
+            numbers += os.read(reader, 64)  # Ctrl-C, which the launcher has turned into this, can come after it
         if signal.SIGINT in numbers:
             _interrupted.set()
         if _interrupted.is_set() and signal.SIGTERM in numbers and not in_training.is_set():
-            os._exit(EXIT_INTERRUPTED)  # Ctrl-C, of which the launcher makes a SIGTERM
+            os._exit(EXIT_INTERRUPTED)  # Ctrl-C, which the launcher turns into a SIGTERM
         told_or_interrupted = received.is_set() or _interrupted.is_set()
         if signal.SIGTERM in numbers and not told_or_interrupted and _a_rank_is_missing():
-            # Had it left because it was told to, it would have sent us SIGUSR1 before. The launcher never does.
+            # Had it exited because of a signal, it would have sent us SIGUSR1 before. The launcher never does.
             while select.select([reader], [], [], 0)[0]:
                 numbers += os.read(reader, 64)
             if signal.SIGUSR1 not in numbers:
-                os._exit(EXIT_TERMINATED)  # it has failed, and the launcher clears up
+                os._exit(EXIT_TERMINATED)  # it has failed, and the launcher cleans up
         for number in numbers:
             if number in SIGNALS:
                 _on_signal(number)
@@ -144,7 +146,7 @@ def _on_signal(number: int) -> None:
             os.kill(pid, signal.SIGUSR1)
             os.kill(pid, number)
     if not in_training.is_set():
-        time.sleep(2 if others else 0)  # no rank may lose another one in a collective before it is told why
+        time.sleep(2 if others else 0)  # no rank may lose another in a collective before it has been told why
         _leave("told to leave before the first update; there is nothing to save")
     timer = threading.Timer(GRACE, _time_is_up, [signal.Signals(number)])
     timer.daemon = True
@@ -152,7 +154,7 @@ def _on_signal(number: int) -> None:
 
 
 def _write_to_files_only() -> None:
-    """A line for a terminal that is gone, or for a `tee` that went with it, would be an error."""
+    """Writing to a terminal that is gone, or to a `tee` that went with it, would be an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         if not stat.S_ISREG(os.fstat(stream).st_mode):
@@ -169,9 +171,9 @@ def _a_rank_is_missing() -> bool:
 
 
 def _other_ranks() -> list[int]:
-    """This node's other ranks: the launcher's other children with the same command, but no loader workers.
+    """This node's other ranks: the launcher's other children with the same command, except loader workers.
 
-    Those of a rank that has died become the children of a launcher that is a container's first process.
+    If the launcher is a container's first process, a dead rank's workers become its children.
     """
     if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
         return []
@@ -216,14 +218,14 @@ def _leave(line: str) -> None:
 
 
 def _leave_if_told_before_training() -> None:
-    """Composer's handler may have been faster than our thread, which alone knows with which code to leave."""
-    time.sleep(0.05)  # for the thread to have its turn
+    """Composer's handler may have been faster than our thread, and only the thread knows the exit code."""
+    time.sleep(0.05)  # to let the thread run
     if _noticed.is_set() and not in_training.is_set():
         time.sleep(10)  # by then it has ended this process
 
 
 def _forget() -> None:
-    """A forked process is no rank."""
+    """A forked process is not a rank."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""How far a command is: a bar on a terminal, else a line now and then."""
+"""How far a command has got: a bar on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Progress:
         self._before = 0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """`done` of `total` (0 if nobody knows) of what `stage` names, which begins with its first call."""
+        """`done` of `total` (0 if unknown) of what `stage` names, which begins with its first call."""
         now = time.monotonic()
         if stage != self._stage:
             self.close()

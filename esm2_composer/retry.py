@@ -1,4 +1,4 @@
-"""Asking a store again that does not answer, but not one whose answer would be the same again."""
+"""Retrying a store that does not answer, but not one whose answer would be the same."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from esm2_composer.errors import REFUSED, ReportedError, StoreUnavailable, tell
 
 Result = TypeVar("Result")
 
-# A machine's role comes from a service of its own, which a node's hundred processes ask at once. boto would ask it
+# A machine's role comes from a separate service, which a node's hundred processes ask at once. boto would ask it
 # once, for a second, and take silence for no credentials.
 os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "3")
 os.environ.setdefault("AWS_METADATA_SERVICE_TIMEOUT", "2")
 
 WAITS = (1, 2, 4, 8, 16)  # seconds before asking again
-# What boto raises of itself and not of the store's answer, where another time it may do.
+# What boto itself raises, not for a store's answer, where another attempt may work.
 TRANSIENT = (
     *(boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError),
     *(boto.CredentialRetrievalError, boto.MetadataRetrievalError),
@@ -28,11 +28,11 @@ TRANSIENT = (
 
 
 def retry(ask: Callable[[], Result], source: str) -> Result:
-    """Ask a store again and again, for half a minute, where it and not the request is at fault.
+    """Retry for half a minute, as long as the store and not the request is at fault.
 
     Raises:
         StoreUnavailable: it did not come back; worth another start.
-        Exception: what the store raises for a request that will never do.
+        Exception: what the store raises for a request that will never work.
     """
     waits = iter(WAITS)
     while True:
@@ -49,8 +49,8 @@ def retry(ask: Callable[[], Result], source: str) -> Result:
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether asking again cannot help: an error that was reported already, one of the file system about the path,
-    boto's own about the request, or an answer 4xx of the store other than 408 and 429 (too many requests)."""
+    """Whether retrying cannot help: an error reported already, the file system's about the path, boto's own about
+    the request, or a 4xx answer of the store other than 408 and 429 (too many requests)."""
     if isinstance(error, ReportedError | FileNotFoundError | PermissionError | ValueError | ImportError):
         return True
     if isinstance(error, OSError) and error.errno in REFUSED:

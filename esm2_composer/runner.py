@@ -63,17 +63,17 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     """The Trainer of a checked recipe, ready to `fit()`; resumed already, if there is something to resume.
 
     Raises:
-        UserError: what the recipe names cannot be had on this machine, or its save folder holds another run.
-        Done: there is nothing left to train, for which ranks need not meet: other nodes' may have left.
+        UserError: what the recipe names is not available on this machine, or its save folder holds another run.
+        Done: nothing is left to train. Raised before ranks connect, since other nodes' ranks may have exited.
     """
     _show_log()
-    # Composer's, whenever a run resumes at an epoch's end, and torch's about workers, for which we have a line.
+    # Composer's, whenever a run resumes at an epoch's end, and torch's about workers, for which we print a line.
     warnings.filterwarnings("ignore", "No batches were trained for global rank")
     warnings.filterwarnings("ignore", "This DataLoader will create")
     device = get_device(None)
     on_gpu = device.name == "gpu"
 
-    # Each rank for itself, before they meet and before anything is fetched: what can be seen to be wrong.
+    # Checks that each rank can make by itself, before ranks connect and before anything is fetched.
     canonical_nodes(recipe.global_train_batch_size, dist.get_world_size())
     parallelism = parallelism_of(recipe.fsdp, on_gpu)
     sharded = parallelism is not None and recipe.fsdp.state_dict_type == "sharded"
@@ -85,7 +85,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         raise Done(recipe, done)
     branches = recipe.load_path is not None and checkpoint is None
     branch_point = find_branch_point(recipe, sharded) if branches else None
-    torch.manual_seed(recipe.seed)  # the same on every rank: sharded ranks must agree on the weights
+    torch.manual_seed(recipe.seed)  # the same on every rank: sharded ranks need the same initial weights
     receives_weights = parallelism is not None and recipe.fsdp.sync_module_states and dist.get_global_rank() > 0
     net = build_model(recipe.model, weights=not receives_weights)
     with naming("model.attention"):
@@ -116,7 +116,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         interval=batches(recipe.save_interval),
         keep_newest=recipe.save_num_checkpoints_to_keep,
         keep_best=recipe.callbacks.best_checkpoints,
-        # Without a checkpoint, an index there belongs to another run, of perhaps other data and rates.
+        # Without a checkpoint, an index there belongs to another run, perhaps with other data and rates.
         index=origin and on_rank_zero(lambda: Index.of(origin)),
     )
     if compiles(recipe.compile, on_gpu):
@@ -177,7 +177,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         progress_bar=False,
     )
     if parallelism is not None and recipe.fsdp.sync_module_states:
-        dist.broadcast(net.rotary_bits, src=0)  # of copies of shards, FSDP gives buffers to the first alone
+        dist.broadcast(net.rotary_bits, src=0)  # of replicas, FSDP gives buffers to the first only
     shown, validated = train.dataset.num_samples, valid.dataset.clusters.num_samples
     say(
         f"{recipe.run_name}: {parameters:,} parameters; ranks: {dist.get_world_size()}; "
@@ -188,14 +188,14 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         restore_settings(*trainer.state.optimizers, *trainer.state.schedulers, of_recipe)
         how = "branching off" if origin.is_branch_point else "going on from"
         say(f"{how} {origin}, update {origin.update} of {recipe.updates:,}")
-    # Who reads the logs sees the conditions.
+    # So that the logs show the conditions.
     trainer.logger.log_hyperparameters(flatten(dataclasses.asdict(recipe)))
     return trainer, saver
 
 
 def check_same_attention(name: str) -> None:
-    """Raise a TransientError, on every rank, unless all ranks compute it by the same kernel: one on which the best
-    could not be built, as a shared folder failed, would hold all others up, update by update."""
+    """Raise a TransientError, on every rank, unless all ranks use the same kernel: one that fell back to a slower
+    one, say because a shared folder failed, would slow every update."""
     names = dist.all_gather_object(name)
     other = next((rank for rank, each in enumerate(names) if each != names[0]), None)
     if other is not None:
@@ -206,7 +206,7 @@ def check_same_attention(name: str) -> None:
 
 
 def build_callbacks(recipe: Recipe, model: MaskedLanguageModel, on_gpu: bool) -> list[Callback]:
-    """What a run does at every update beside the step, but for saving it and telling people."""
+    """What a run does at every update besides the step, except saving and reporting."""
     return [
         SpeedMonitor(window_size=10, gpu_flops_available=_peak_flops() if on_gpu else None),
         LRMonitor(),
@@ -264,12 +264,13 @@ def _precision(precision: str, on_gpu: bool) -> str:
 
 
 def compiles(setting: bool | str, on_gpu: bool) -> bool:
-    """What the recipe's `compile` comes to here. `auto` never fails a run for want of a C compiler."""
+    """What the recipe's `compile` means here. `auto` never fails a run for lack of a C compiler."""
     return (on_gpu and missing_for_triton() is None) if setting == "auto" else setting
 
 
 def _show_log() -> None:
-    """What the package logs, such as the kernel that runs, on the first rank's terminal; other ranks' warnings."""
+    """Show what the package logs, such as the kernel in use, from the first rank; from other ranks only
+    warnings."""
     log = logging.getLogger("esm2_composer")
     if not log.handlers:
         log.setLevel(logging.WARNING if dist.get_global_rank() else logging.INFO)

@@ -22,7 +22,7 @@ class StoreError(UserError):
 
 
 def failure(message: str, error: Exception) -> StoreError | StoreUnavailable:
-    """StoreUnavailable where the same may do later."""
+    """StoreUnavailable where the same may work later."""
     return (StoreError if is_permanent(error) else StoreUnavailable)(f"{message} ({error})")
 
 
@@ -35,7 +35,7 @@ class Store:
         from streaming.base.storage.upload import CloudUploader
 
         self._uri, self._folder = uri.rstrip("/"), folder
-        # It warns of a folder that has files in it, as those of a run that goes on have.
+        # It warns if the folder has files in it, as a resumed run's has.
         logging.getLogger(CloudUploader.__module__).setLevel(logging.ERROR)
         try:
             self._uploader = CloudUploader.get((str(folder), self._uri), keep_local=True, retry=1, exist_ok=True)

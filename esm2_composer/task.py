@@ -29,12 +29,13 @@ class MaskedLanguageModel(ComposerModel):
         self._predicted = 0
 
     def forward(self, batch: Microbatch) -> torch.Tensor:
-        """Logits (M, 33)."""
+        """Logits (M, 33) of the M selected tokens, fp32 or, in mixed precision, bf16."""
         return self.net(batch["tokens"], batch["cu_seqlens"], batch["max_seqlen"], batch["positions"])
 
     def loss(self, outputs: torch.Tensor, batch: Microbatch) -> torch.Tensor:
-        """The mean over the microbatch's selected tokens. Composer weights it by their number, so that the
-        gradient is the mean over all selected tokens of the global batch."""
+        """The mean over the microbatch's selected tokens, fp32 (). Composer (`accumulate_train_batch_on_tokens`)
+        weights it by `pool.data_spec`'s "loss_generating" count, so that the gradient is the mean over all
+        selected tokens of the global batch."""
         self._correct += (outputs.detach().argmax(dim=-1) == batch["targets"]).sum()
         self._predicted += batch["num_masked"]
         total = F.cross_entropy(outputs.float(), batch["targets"], reduction="sum")
@@ -42,7 +43,7 @@ class MaskedLanguageModel(ComposerModel):
 
     def take_accuracy(self) -> tuple[int, int]:
         """How many selected tokens this rank predicted right, and of how many, in training since the last call.
-        A GPU has to be waited for."""
+        Waits for the GPU."""
         taken = int(self._correct), self._predicted
         self._correct, self._predicted = 0, 0
         return taken
@@ -51,7 +52,7 @@ class MaskedLanguageModel(ComposerModel):
         return {} if is_train else self._metrics  # Composer would compute them over all ranks at every update
 
     def update_metric(self, batch: Microbatch, outputs: torch.Tensor, metric: Metric) -> None:
-        if len(batch["targets"]):  # Composer's metrics take no empty batch
+        if len(batch["targets"]):  # Composer's metrics reject an empty batch
             metric.update(outputs.float(), batch["targets"])
 
     def flops_per_batch(self, batch: dict[str, Any]) -> int:

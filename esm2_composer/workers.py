@@ -1,4 +1,4 @@
-"""Processes that work for a command: they end with it, however it ends, and leave Ctrl-C to it."""
+"""A command's worker processes: they end with it, however it ends, and leave Ctrl-C to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Workers(ProcessPoolExecutor):
-    """As a context, it ends what still runs when an error leaves it, instead of waiting."""
+    """As a context manager, it ends what still runs when an error leaves it, instead of waiting."""
 
     def __init__(self, count: int, start: Callable[..., None] | None = None, *arguments: Any) -> None:
         """`start`, with the arguments, is called in each process before anything else."""
@@ -21,7 +21,7 @@ class Workers(ProcessPoolExecutor):
         super().__init__(count, context, _start, (start, arguments))
 
     def submit(self, *work: Any, **options: Any) -> Future:
-        # A terminal sends Ctrl-C to all processes; those that are started now will never hear of it.
+        # A terminal sends Ctrl-C to all processes; those started now will ignore it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return super().submit(*work, **options)

@@ -1,11 +1,11 @@
 """Rotary embedding and FlashAttention in Triton, for sequences of proteins' lengths, laid end to end.
 
 The method is that of FlashAttention-2 (Dao, 2023): scores are never whole in memory, and the backward pass
-computes them anew. Why not its own kernel: that is made for sequences of thousands and heads of 64 and more, and
+recomputes them. Why not its own kernel: that is made for sequences of thousands and heads of 64 and more, and
 takes 1.3 to 2 times as long for ESM-2's (docs/performance.md). Triton comes with torch.
 
-A program computes one tile of one sequence and head. Of queries: the forward pass, and the gradient of q. Of keys:
-the gradients of k and v. Each is written by one program, so results are the same to the last bit every time. The
+Each program computes one tile of one sequence and head: of queries in the forward pass and for q's gradient, of
+keys for k's and v's. Each tile is written by one program, so results are the same to the last bit every time. The
 rotation (see `attention.rotate`) is undone in registers, before gradients of q and k are written, and these lie
 where the product that comes next reads them, which saves several passes over all three.
 
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Rows of a program's own tile, and of those it goes through: the best of a dozen on an H100, heads of 32 and 64.
+# Rows of a program's own tile, and of those it loops over: the best of a dozen on an H100, heads of 32 and 64.
 OWN, OTHER, WARPS, STAGES = 64, 32, 4, 3
 ROTATED_ROWS = 64
 

@@ -1,7 +1,7 @@
-"""What is looked at before a run takes kernels of ours: what building them wants, and how far off they are.
+"""What is checked before a run uses our kernels: what building them needs, and how far off they are.
 
-Compilers and GPUs change, and a wrong gradient would show nowhere else than in the loss, weeks later. So kernels
-are compared with a reference on the GPU at hand, outputs and gradients (`attention.rotated_error`,
+Compilers and GPUs change, and a wrong gradient would show only in the loss, weeks later. So kernels are compared
+with a reference on the GPU at hand, outputs and gradients (`attention.rotated_error`,
 `elementwise.elementwise_error`, `fp8.product_error`).
 """
 
@@ -46,5 +46,5 @@ def relative_error(got: Iterable[torch.Tensor], exact: Iterable[torch.Tensor]) -
 
 
 def failure_line(failure: Exception) -> str:
-    """What a compiler says of itself may fill pages."""
+    """The error on one line of at most 200 characters; a compiler's may fill pages."""
     return " ".join(f"{type(failure).__name__}: {failure}".split())[:200]

@@ -1,7 +1,7 @@
 """Rounding to fp8 in Triton: a matrix and its transpose at once.
 
 A product of fp8 numbers reads both its matrices along the dimension that it sums over, so a layer's inputs,
-weights and gradients are wanted in both orders. Two passes over memory: one finds the largest number, one writes
+weights and gradients are needed in both orders. Two passes over memory: one finds the largest number, one writes
 both.
 """
 
@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK, BLOCKS = 4096, 8  # elements of a block, and blocks of a program that looks for the largest
-ROWS, COLUMNS = 64, 128  # a tile of one that rounds
+BLOCK, BLOCKS = 4096, 8  # elements per block, and blocks per program that looks for the largest
+ROWS, COLUMNS = 64, 128  # a tile of a program that rounds
 WARPS = 4
 
 
