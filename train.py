@@ -1,8 +1,8 @@
 """Train ESM-2 from a recipe: composer train.py yamls/NAME.yaml [key.subkey=value ...]
 
-Exit codes: 0 done, also when it was done before; 2 a mistake in the recipe or its data; 3 the loss diverged;
-75 told to leave: the same command goes on; 130 Ctrl-C, which saves nothing; 1 another failure, also if told
-to leave and unable to save.
+Exit codes: 0 done (also if it already was); 2 a mistake in the recipe or its data; 3 the loss diverged; 75 told to
+stop: the same command resumes; 130 Ctrl-C, nothing saved; 1 another failure, also if told to stop and unable to
+save.
 """
 
 from esm2_composer import preemption
@@ -35,7 +35,7 @@ def train() -> int:
     if args.recipe is None:
         raise UserError("give a recipe, such as yamls/8m.yaml")
 
-    # What takes long to import comes last: signals and mistakes are answered at once.
+    # Slow imports come last: signals and mistakes are handled at once.
     from esm2_composer.recipe.config import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
@@ -56,7 +56,7 @@ def train() -> int:
     from esm2_composer.divergence import Diverged, advice
     from esm2_composer.runner import Done, build_trainer
 
-    preemption.watch_signals()  # again: Composer, imported since, has a handler that would leave at once
+    preemption.watch_signals()  # again: Composer, imported since, has a handler that would exit at once
     try:
         trainer, saver = build_trainer(recipe)
     except Done as finished:

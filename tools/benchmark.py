@@ -1,14 +1,14 @@
-"""Measure this project beside its peers, in one run.
+"""Measure this project versus its peers, in one run.
 
-    python tools/benchmark.py step       training steps, beside transformers
+    python tools/benchmark.py step       training steps, versus transformers
     python tools/benchmark.py profile    where a training step's time goes, and what each part could take at best
     python tools/benchmark.py host       the time between two updates, by loggers and number of ranks
     python tools/benchmark.py attention  rotation and attention of a layer, by every kernel
-    python tools/benchmark.py loader     from shards to balanced microbatches, beside transformers' collator
+    python tools/benchmark.py loader     from shards to balanced microbatches, versus transformers' collator
     python tools/benchmark.py startup    from launch to the first batch of 65 million clusters
     python tools/benchmark.py convert    from raw UniRef to shards, by size of the input and number of workers
-    python tools/benchmark.py embed      embeddings, beside transformers
-    python tools/benchmark.py parity     logits and gradients, beside transformers and fair-esm
+    python tools/benchmark.py embed      embeddings, versus transformers
+    python tools/benchmark.py parity     logits and gradients, versus transformers and fair-esm
 
 Compare ratios: absolute figures change from machine to machine. `--json` prints one JSON object as the last line
 of standard output; all else goes to standard error.

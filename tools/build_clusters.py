@@ -2,7 +2,7 @@
 
 DIR, a new folder, will hold train_clusters.parquet and train.db, valid_clusters.parquet and validation.db, which
 tools/convert.py reads, and report.json. Members are the representatives of clusters at 90 % identity; these in
-turn, clustered at 50 %, give the clusters. A share of the clusters is set aside for validation, and training
+turn, clustered at 50 %, give the clusters. A fraction of the clusters is set aside for validation, and training
 members that match a validation sequence are removed. The same input, seed and MMseqs2 give the same clusters.
 """
 

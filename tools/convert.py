@@ -8,7 +8,7 @@
     python tools/convert.py --verify s3://bucket/uniref50
 
 writes OUT/train and OUT/valid, each with its `index.json` and a `conversion.json` that says what was read,
-written, changed and rejected. Killed, the same command goes on. docs/data.md has the layouts and every rule.
+written, changed and rejected. If killed, the same command resumes. docs/data.md has the layouts and every rule.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
             show.close()
             print_statistics(split, statistics)
         return
-    # Imported only now: the help and a wrong option need none of it.
+    # Imported only now: help and wrong options need none of it.
     from esm2_composer.conversion.convert import Options, convert
     from esm2_composer.conversion.layouts import BioNeMo, Fasta, Flat
 
@@ -104,7 +104,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse what cannot be, and options that would be of no use: whoever gives one expects something of it."""
+    """Refuse impossible options, and ones without effect: whoever gives one expects something of it."""
     for argument in sys.argv:
         if argument.encode(errors="ignore").decode() != argument:
             raise UserError(f"{argument}: not UTF-8, which DuckDB and Arrow want of a path")
@@ -122,7 +122,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if not args.verify and not args.out:
         raise UserError("--out is missing")
     for place in filter(None, (args.out, args.verify)):
-        if re.match(r"\w+:(?!/)", place):  # libraries take that for an address
+        if re.match(r"\w+:(?!/)", place):  # libraries take that for a URI
             raise UserError(f"{place}: write a folder (as ./{place}), or a store as s3://bucket/prefix")
         if is_remote(place) and not names_bucket(place):
             raise UserError(f"{place}: write a store as s3://bucket/prefix")
@@ -154,7 +154,7 @@ def print_summary(split: str, conversion: dict) -> None:
         )
     if len(files := conversion["state"]["inputs"].get("flat", [])) > 1:
         print(f"read: {len(files):,} parquet files", file=sys.stderr)
-    read = conversion.get("sequences_read", 0)  # where the layout has them all read
+    read = conversion.get("sequences_read", 0)  # where the layout reads them all
     unused = read - conversion["sequences_found"] if read else 0
     if unused:
         print(f"not used: {unused:,} of {read:,} sequences, which no member to be written names", file=sys.stderr)

@@ -2,8 +2,8 @@
 
 FASTA is a file, plain, gzip or zstd; PATH a Composer checkpoint, a Hugging Face folder or hub name, or a fair-esm
 file. A row of FILE is a protein, in the order of FASTA: its id, its length, the windows it was cut into, and as
-`embedding` the mean over its residues, <cls> and <eos> left out; with --per-residue also `residue_embeddings`, a
-vector per residue. Computed in bf16 on a GPU, in fp32 on a CPU. After a kill the same command goes on.
+`embedding` the mean over its residues, without <cls> and <eos>; with --per-residue also `residue_embeddings`, a
+vector per residue. Computed in bf16 on a GPU, in fp32 on a CPU. After a kill the same command resumes.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def main() -> None:
     from esm2_composer.floors import data_floors
     from esm2_composer.model import ESM2
 
-    net = ESM2.from_pretrained(args.checkpoint)  # each rank for itself, before they meet
+    net = ESM2.from_pretrained(args.checkpoint)  # each rank for itself, before they connect
     on_gpu = torch.cuda.is_available()
     ranks, rank = dist.get_world_size(), dist.get_global_rank()
     if ranks > 1:
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def check(args: argparse.Namespace, data: DataSection) -> None:
-    """Raises UserError for what can be seen to be wrong before anything is loaded."""
+    """Raises UserError for mistakes that show before anything is loaded."""
     if args.microbatch_tokens < args.max_length:
         raise UserError(f"--microbatch-tokens {args.microbatch_tokens} must hold a sequence of {args.max_length}")
     if args.split in (".", "..") or "/" in args.split:
@@ -110,7 +110,7 @@ def check(args: argparse.Namespace, data: DataSection) -> None:
 
 
 def checked(shares: Iterable[dict[str, Any]], data: str) -> Iterator[dict[str, Any]]:
-    """Raises UserError if a share holds what is no token of ESM-2: its scores would mean nothing."""
+    """Raises UserError if a share holds an id that is not a token of ESM-2: its scores would mean nothing."""
     from esm2_composer.alphabet import PAD, UNK
 
     for share in shares:

@@ -40,7 +40,7 @@ def export(model, out: Path) -> None:
     with appearing_whole(out) as partial:
         try:
             model.save_hf(partial)
-        except SafetensorError as error:  # in which is what the system says
+        except SafetensorError as error:  # which contains the system's message
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else None, str(error)) from error
 

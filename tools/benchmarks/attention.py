@@ -1,8 +1,8 @@
 """Rotary embedding and attention of one layer, forward and backward, by every backend that runs here, on the same
-flat batch of UniRef-like lengths: milliseconds, and operations a second.
+flat batch of UniRef-like lengths: milliseconds, and operations per second.
 
-In turns, so that none profits from a quiet moment of the machine. On a GPU bf16, and the rotation compiled for
-kernels that do not rotate, as in training; timed on the GPU, without the time that launching takes.
+In turns, so that none profits from a quiet moment of the machine. On a GPU in bf16, with the rotation compiled for
+kernels that do not rotate, as in training; timed on the GPU, without launching.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def rotation(device: str) -> Callable[..., tuple]:
 
 
 def moment(device: str) -> float | torch.cuda.Event:
-    """Now; on a GPU when it comes there in its queue."""
+    """Now; on a GPU, when its queue gets there."""
     if device == "cpu":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

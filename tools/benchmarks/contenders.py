@@ -2,8 +2,9 @@
 
 All get the same random sequences under the same masks, clip the gradient's norm and step AdamW with the recipe's
 settings; on a GPU all compute under bf16 autocast on fp32 weights. This project trains through Composer's Trainer,
-with all that its runs do in a step; the others in the shortest loop that is right: microbatches of at most so many
-slots, padding counted, each weighted by its masked tokens, and the loss read once a step, as the Trainer does.
+with all that its runs do in a step; the others in the shortest correct loop: microbatches of at most a given
+number of slots, padding counted, each weighted by its masked tokens, and the loss read once per step, as the
+Trainer does.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def contenders(device: str, size: str) -> dict[str, Callable[[Work], Outcome]]:
 
 
 def run_contender(name: str, work: Work) -> Outcome | Failure:
-    """What came of it, whatever that is: peers fail in their own ways."""
+    """Its outcome, whatever that is: peers fail in their own ways."""
     torch.manual_seed(0)
     try:
         return contenders(work.device, work.size)[name](work)
@@ -141,7 +142,8 @@ def make_trainer(
     callbacks: tuple = (),
     loggers: list | None = None,
 ) -> Any:
-    """Composer's Trainer, with all that runs do in a step, TensorBoard included, unless others are given."""
+    """Composer's Trainer, with all that runs do in a step, including TensorBoard unless other loggers are
+    given."""
     from composer import Trainer
 
     from esm2_composer.data.pool import data_spec
@@ -185,7 +187,7 @@ def make_trainer(
         progress_bar=False,
         seed=0,
     )
-    trainer.events = events  # a folder that goes with it
+    trainer.events = events  # a folder that is deleted with it
     return trainer
 
 
@@ -213,7 +215,7 @@ def ours(
 
 
 def knows_sdpa() -> bool:
-    """Whether the installed transformers has sdpa for ESM, which it then takes by itself; 4.53 has not."""
+    """Whether the installed transformers has sdpa for ESM, which is then its default; 4.53 has not."""
     from transformers import EsmForMaskedLM
 
     return EsmForMaskedLM._supports_sdpa
@@ -232,7 +234,7 @@ def transformers_esm(size: str, attention: str | None) -> tuple[torch.nn.Module,
 
 
 def patch_sdpa_in(model: torch.nn.Module) -> None:
-    """Exchange the attention of a transformers that has only plain products for torch's function."""
+    """Replace the attention of a transformers that has only plain products by torch's function."""
     from transformers.models.esm.modeling_esm import EsmSelfAttention
 
     class SdpaSelfAttention(EsmSelfAttention):
@@ -251,7 +253,7 @@ def faesm(size: str, _: str | None) -> tuple[torch.nn.Module, str]:
     """On flash-attn if that is installed, else on torch's sdpa."""
     from faesm.esm import FAEsmForMaskedLM, flash_attn_installed
 
-    with tempfile.TemporaryDirectory() as folder:  # it wants a tokenizer beside the weights
+    with tempfile.TemporaryDirectory() as folder:  # it needs a tokenizer next to the weights
         ESM2(SIZES[size]).save_hf(folder)
         model = FAEsmForMaskedLM.from_pretrained(folder, flash_attn_installed, 0.0)
     return model, "flash-attn" if flash_attn_installed else "sdpa"
@@ -309,7 +311,7 @@ def stand_in_for_flash_attn(work: Work) -> str:
     package.flash_attn_varlen_func = flash_attn_varlen_func
     padding.pad_input = padding.unpad_input = None  # nothing is padded
     for module in (package, padding):
-        module.__spec__ = ModuleSpec(module.__name__, None)  # others ask whether there is one
+        module.__spec__ = ModuleSpec(module.__name__, None)  # others check whether there is one
         sys.modules[module.__name__] = module
     return attention.name
 

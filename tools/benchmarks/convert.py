@@ -1,8 +1,8 @@
 """Conversion of synthetic clusters in BioNeMo's layout: clusters a second, peak memory, bytes a residue.
 
-Every measurement runs tools/convert.py as a user does, on input made for it: lengths as in UniRef50, 2.9 members a
-cluster, sequences in the database in another order than the clusters. The input has been written a moment before,
-so it lies in the page cache.
+Every measurement runs tools/convert.py as a user does, on input made for it: lengths as in UniRef50, 2.9 members
+per cluster, sequences in the database in a different order than the clusters. The input was written just before,
+so it is in the page cache.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace) -> dict:
     for size in args.batch_sizes:
         contenders[f"transformers, batches of {size}"] = lambda size=size: embed_padded(theirs, proteins, size)
 
-    embed_flat(ours, proteins[:8])  # what comes first pays for more than its work
+    embed_flat(ours, proteins[:8])  # the first call does more than its own work
     embed_padded(theirs, proteins[:8], 8)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(args.rounds):

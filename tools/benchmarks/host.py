@@ -1,10 +1,10 @@
-"""What a run's host does between two updates, when a GPU that is done has nothing to do: from the optimizer's
-return to the model's next call, without loggers, with TensorBoard's and W&B's as runs have them, and with
-Composer's two; each in its own process, in turns. And how long an update takes in all, since runs' loggers write
-later, while a GPU still computes. W&B writes to a folder that goes with the process.
+"""The host's time between two updates, when a GPU that is done has nothing to do: from the optimizer's return to
+the model's next call, without loggers, with TensorBoard's and W&B's as runs have them, and with Composer's two;
+each in its own process, in turns. Also how long a whole update takes, since runs' loggers write later, while a GPU
+still computes. W&B writes to a folder that is deleted with the process.
 
-And what an answer of all ranks costs on this machine, for which a run would wait after each update, had it not
-asked before: a number summed by gloo, by the number of ranks.
+Also what an answer of all ranks costs on this machine, for which a run would wait after each update if it did not
+ask earlier: a number summed by gloo, by the number of ranks.
 
 On a CPU the model's steps lie outside the time between two updates.
 """
@@ -104,7 +104,7 @@ def make_loggers(name: str, folder: str) -> list:
 
 
 def sum_of_ranks(ranks: int) -> float:
-    """Seconds until all of so many processes have the sum of a number, the median of many."""
+    """Seconds until all of `ranks` processes have the sum of a number, the median of many."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(_sum, (ranks, folder), ranks, start_method="fork")
         with open(f"{folder}/seconds") as file:

@@ -43,8 +43,8 @@ def compute_type(device: str) -> torch.dtype:
 
 
 def seconds_of(work: Callable[[], object], device: str) -> float:
-    """The median of several times, after some that warm up; of a GPU's, each the mean of many in a row: launching
-    takes time too, and a GPU that has rested is faster than one that works."""
+    """The median of several times, after warm-up; on a GPU each is the mean of many in a row: launching takes time
+    too, and a rested GPU is faster than a busy one."""
     times, row = [], 20 if device == "cuda" else 1
     for turn in range(13):
         synchronize(device)

@@ -1,6 +1,6 @@
-"""From local shards to balanced microbatches: real tokens a second of one core, and where its time goes; beside
-transformers' tokenizer and DataCollatorForLanguageModeling on sequences that are in memory already; with more
-loader processes; and how evenly a global batch is shared out to many ranks, and in how many milliseconds.
+"""From local shards to balanced microbatches: real tokens per second of one core, and where its time goes; versus
+transformers' tokenizer and DataCollatorForLanguageModeling on sequences already in memory; with more loader
+processes; and how evenly a global batch is divided among many ranks, and in how many milliseconds.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def endless(loader) -> Iterator[Any]:
 
 
 def rate(batches: Iterator[Any], tokens: Callable[[Any], int], seconds: float = 1.0) -> float:
-    """Tokens a second, over at least so many seconds."""
+    """Tokens per second, over at least `seconds` seconds."""
     start, count = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - start) < seconds:
         count += tokens(next(batches))
@@ -106,7 +106,7 @@ def rate(batches: Iterator[Any], tokens: Callable[[Any], int], seconds: float = 
 
 
 def measure_core(shards: Path, rounds: int) -> dict[str, Any]:
-    """One process beside transformers in turns, and the parts of its time."""
+    """One process and transformers in turns, and the parts of its time."""
     import torch
 
     torch.set_num_threads(1)
@@ -171,7 +171,7 @@ def parts_of_time(dataset, batches: Iterator[Any]) -> dict[str, float]:
 
 
 def measure_workers(shards: Path, workers: int, rounds: int, microbatch_tokens: int) -> dict[str, Any]:
-    """What a model that does nothing is fed with by so many loader processes, cut into microbatches."""
+    """How fast `workers` loader processes feed a model that does nothing, cutting into microbatches included."""
     from esm2_composer.data.pool import PooledLoader
 
     print(f"{workers} loader processes", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""How far this project's logits and gradients lie from transformers' and fair-esm's, on the same random weights
+"""How far this project's logits and gradients are from transformers' and fair-esm's, on the same random weights
 and the same sequences of very unequal lengths, with masks and every letter: fp32, on the CPU.
 """
 
@@ -79,7 +79,7 @@ def compare(model: ESM2, make_reference: Callable[[ESM2], torch.nn.Module]) -> d
             errors[key] = ((ours - gradients[key]).norm() / gradients[key].norm()).item()
     worst = max(errors, key=lambda key: math.inf if math.isnan(errors[key]) else errors[key])
     return {
-        "logits_std": expected.std().item(),  # logits of some size, or the comparison says nothing
+        "logits_std": expected.std().item(),  # logits of some size, or the comparison is meaningless
         "logit_error": (logits - expected).abs().max().item(),
         "gradient_error": errors[worst],
         "worst_gradient": worst,

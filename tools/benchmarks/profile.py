@@ -1,6 +1,6 @@
-"""Where the time of a training step goes: matrix products, attention, the optimizer, all else that computes
-(norms, GELU, rotation, casts, sums), and the time in which nothing does; and what each part would take at the
-speed of a large matrix product and of a large copy, both measured in the same run.
+"""Where the time of a training step goes: matrix products, attention, the optimizer, all other computation (norms,
+GELU, rotation, casts, sums), and idle time; and what each part would take at the speed of a large matrix product
+and of a large copy, both measured in the same run.
 
 By torch's profiler, over steps of this project through Composer's Trainer. On a GPU the parts are the kernels it
 ran and the rest is its idle time; on a CPU they are torch's operators, and the rest is Python, Composer and the
@@ -126,7 +126,7 @@ def operators(profiler: Any) -> dict[str, float]:
 
 
 def kernels(profiler: Any) -> dict[str, float]:
-    """Seconds in which a kernel of each part ran; of two that overlap the later has the rest."""
+    """Seconds in which a kernel of each part ran; of two that overlap the later gets the rest."""
     parts = dict.fromkeys([*PARTS, OTHER], 0.0)
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     end = 0.0

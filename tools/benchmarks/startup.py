@@ -1,8 +1,8 @@
 """From launch to the first global batch of a split with as many clusters as UniRef50, and on resume in mid-epoch:
-seconds, peak memory of a node's processes, and room in /dev/shm.
+seconds, peak memory of a node's processes, and space in /dev/shm.
 
-The index names a thousand shards; their files are links to one, of very short proteins, unpacked already: so this
-is the time that the order of an epoch takes, and not that of the first download.
+The index lists a thousand shards; their files are links to one, of very short proteins, already unpacked: so this
+is the time that the order of an epoch takes, not that of the first download.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ def write_split(folder: Path, clusters: int) -> None:
 def first_batch(
     rank: int, ranks: int, split: str, global_batch: int, workers: int, done: int
 ) -> dict[str, float] | None:
-    """Seconds until each rank has its first batch, with and without imports, and the most memory in the meantime;
-    rank 0 tells it of all."""
-    # A spawned process would spawn its own too, with imports of their own; those of a training run are forked.
+    """Seconds until each rank has its first batch, with and without imports, and the peak memory meanwhile; rank 0
+    reports it for all."""
+    # A spawned process would spawn its own too, with separate imports; those of a training run are forked.
     multiprocessing.set_start_method("fork", force=True)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     os.environ.update({name: str(value) for name, value in place.items()})
@@ -147,8 +147,8 @@ def first_batch(
 
 
 class Peak:
-    """The most memory, looked at every 20 ms: of the largest process, of ranks and loader processes together, and
-    of what is new in /dev/shm."""
+    """Peak memory, sampled every 20 ms: of the largest process, of ranks and loader processes together, and of
+    what is new in /dev/shm."""
 
     process = processes = shared = 0
 
@@ -182,10 +182,10 @@ class Peak:
 
 
 def memory_of(family: list[int]) -> tuple[int, int]:
-    """Bytes of the largest process, and of all together, pages that they share counted once.
+    """Bytes of the largest process, and of all together, with shared pages counted once.
 
-    Files that are mapped, which are libraries mostly, count as much as the process with most of them maps: their
-    share (PSS) would depend on who else on the machine uses the same ones.
+    Mapped files, mostly libraries, count as much as the process with most of them maps: their PSS would depend on
+    which other processes on the machine use them.
     """
     status, maps = (
         [_sizes(f"/proc/{process}/{file}") for process in family] for file in ("status", "smaps_rollup")

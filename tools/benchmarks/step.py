@@ -2,13 +2,13 @@
 this project through Composer's Trainer and by transformers' EsmForMaskedLM in plain PyTorch, padded to 1,024 and
 to the longest of a microbatch (a transformers without sdpa for ESM takes part as it is, and with sdpa patched in);
 on a GPU transformers' compiled too, layer by layer, ours under FSDP as its recipe has it, in fp8, and compiled on
-torch's attention, and with flash-attn, faesm and esm-efficient, as far as these are installed: real tokens a
-second, the model's operations as a share of the peak and of a matrix product measured in the same run (operations
-on real tokens only, the same number for all), and peak memory.
+torch's attention, and flash-attn, faesm and esm-efficient, if installed: real tokens per second, the model's
+operations as a fraction of the peak and of a matrix product measured in the same run (operations on real tokens
+only, the same number for all), and peak memory.
 
-Every contender runs in a process of its own, the contenders in turns, so that none profits from another's memory
-or from a quiet moment of the machine. On a CPU peak memory is what the steps added to the process; on a GPU it is
-what was allocated at most, weights and optimizer included. A contender that fails is a row that says why; the exit
+Every contender runs in its own process, the contenders in turns, so that none profits from another's memory or
+from a quiet moment of the machine. On a CPU peak memory is what the steps added to the process; on a GPU it is the
+most that was allocated, including weights and optimizer. A contender that fails is a row that says why; the exit
 code is 0 if this project ran.
 """
 
@@ -38,7 +38,7 @@ from esm2_composer.recipe.estimate import GPU, estimate_run, fitting_microbatch
 
 ON_CPU = 16 * LONGEST  # tokens of a microbatch: one of transformers' batches of 16
 NAME = 58  # letters of a contender's name
-ON_GPU = 64 * LONGEST  # from half of that on, more hardly speed a GPU up
+ON_GPU = 64 * LONGEST  # beyond half of that, more hardly speed a GPU up
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def attempt_in_halves(name: str, work: Work, budget: int) -> tuple[Outcome | Failure, int]:
-    """One contender's turn, with half the microbatch for as long as memory does not do; and what did."""
+    """One contender's turn, halving the microbatch as long as memory does not suffice; and what did."""
     found = attempt(name, dataclasses.replace(work, microbatch_tokens=budget))
     while isinstance(found, Failure) and found.out_of_memory and budget >= 2 * LONGEST:
         print(found.reason, file=sys.stderr, flush=True)
@@ -136,7 +136,7 @@ def make_work(args: argparse.Namespace, limits: Limits) -> Work:
 
 def _by_plan(size: str, limits: Limits) -> int:
     """The largest microbatch for which the whole training state leaves room on this GPU."""
-    gpu = GPU(limits.peak_flops or limits.product_flops, limits.memory, 1, 1)  # alone: it sends nothing
+    gpu = GPU(limits.peak_flops or limits.product_flops, limits.memory, 1, 1)  # a single one: it sends nothing
     recipe = recipe_of(size)
     fitting = fitting_microbatch(recipe, estimate_run(recipe, 1, gpu, mfu=0.4), gpu)
     if fitting < LONGEST:
@@ -193,7 +193,7 @@ def summary(
                 "mfu": peak and flops / peak,
                 "share_of_product": flops / product,
                 "peak_mib": max(found.peak_bytes for found in rounds) / 2**20,
-                "failure": failure,  # in a later round than those told of
+                "failure": failure,  # in a later round than the reported ones
             }
         )
     bins = [
