@@ -86,6 +86,7 @@ NOT_HERE = {
     "--local-dir uniref": "35 GB",
     "download_bionemo_data esm2/fulldata_esm2_pretrain:2.0 --source ngc": "80 GB, and a program of NVIDIA's",
     "sbatch docs/jobs/slurm.sh yamls/NAME.yaml key=value …": "no cluster here, see test_running.py",
+    "kubectl delete node NAME": "no cluster here",
     "kubectl apply -f docs/jobs/kubernetes.yaml": "no cluster here, see test_running.py",
 }
 APART = ("make demo", "sed ", "cut ", "awk ", "zcat ", "pkill ")  # by tests of their own, below
