@@ -48,8 +48,8 @@ def _clusters(remote: str | None, local: str) -> Iterator[dict[str, Any]]:
 def residue_frequencies(clusters: Iterable[dict[str, Any]], max_length: int, added: int = 0) -> np.ndarray:
     """Share of each of the 33 ids among residues as drawn, and `added` more of each letter.
 
-    As in training, a cluster shows one uniform member of it, and of that one uniform window of at most
-    `max_length` tokens (`data.draw.ClusterDraw`): a residue counts by how often it shows.
+    As in training without `data.min_length`, a cluster shows one uniform member of it, and of that one uniform
+    window of at most `max_length` tokens (`data.draw.ClusterDraw`): a residue counts by how often it shows.
 
     Args:
         clusters: samples of shards.

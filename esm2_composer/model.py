@@ -206,7 +206,7 @@ class ESM2(nn.Module):
             tokens: ids, any integer dtype, (T,).
             cu_seqlens: int32 (B+1,), where each sequence starts, and T at the end.
             max_seqlen: the longest sequence; read from `cu_seqlens` if not given, which makes a GPU wait.
-            positions: int64 (M,), indices into the T tokens.
+            positions: int64 (M,), indices into the T tokens, each at most once.
 
         Returns:
             Logits (T, 33) or (M, 33).

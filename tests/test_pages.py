@@ -46,6 +46,7 @@ SMALL = {
     "max_duration=200ba schedule.updates=200 schedule.warmup=20 save_interval=50ba eval_interval=100ba": "",
     "max_duration=25000ba": "max_duration=4ba",
     "max_duration=600000ba": "max_duration=6ba",
+    "ep0-ba1000-rank0.pt": "ep0-ba2-rank0.pt max_duration=4ba",
     "max_duration=20000ba schedule.updates=20000": "max_duration=2ba schedule.updates=2",
     "--sizes 8m 35m 150m 650m": "--sizes 8m --layers 1",
     "--sizes 3b 15b --layers 2": "--sizes 35m 150m --layers 1",

@@ -292,7 +292,7 @@ def test_a_run_branches_off_any_checkpoint_with_other_rates_or_windows(run, tmp_
         "data.mask_fraction=0.2",
         "compile=true",
     )
-    for name, update in (("ep0-ba10-rank0.pt", 10), ("ep0-ba20-rank0.pt", 20), ("latest-rank0.pt", 20)):
+    for name, update in (("ep0-ba10-rank0.pt", 10), ("ep0-ba20-rank0.pt", 20)):
         origin = find_branch_point(branching(tmp_path, name, *others), False)
         assert origin.update == update
         assert str(origin) == f"{run}/ep0-ba{update}-rank0.pt"
@@ -303,6 +303,7 @@ def test_a_run_branches_off_any_checkpoint_with_other_rates_or_windows(run, tmp_
     [
         ("ep0-ba30-rank0.pt", (), "ep0-ba30-rank0.pt is no whole checkpoint"),
         ("recipe.yaml", (), "recipe.yaml is no whole checkpoint"),
+        ("latest-rank0.pt", (), "such as ep0-ba1000-rank0.pt; name the one that it leads to now"),
         ("", (), "run/ is no whole checkpoint"),
         (
             "ep0-ba10-rank0.pt",
@@ -320,6 +321,21 @@ def test_where_no_run_of_this_recipe_can_branch_off_is_refused(run, tmp_path, na
     with pytest.raises(UserError, match=re.escape(complaint)) as caught:
         find_branch_point(recipe, recipe.fsdp is not None)
     assert str(caught.value).startswith("load_path: ")
+
+
+def test_a_branch_that_diverged_before_it_saved_may_branch_off_again(run, tmp_path):
+    recipe = branching(tmp_path, "ep0-ba10-rank0.pt")
+    branch = LocalFolder(recipe.save_folder)
+    branch.make()
+    branch.commit(stage(tmp_path, "ep0-ba30-rank0.pt"), f"{DIVERGED}ep0-ba30-rank0.pt")
+    with pytest.raises(UserError, match=r"to go on from .*/run/ep0-ba10-rank0\.pt all the same"):
+        find_checkpoint(branch, True, recipe, False)
+
+
+def test_a_source_whose_recipe_is_no_text_is_damaged(run, tmp_path):
+    (run.path / RECIPE).write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"load_path: save_folder .*recipe\.yaml is damaged; put back"):
+        find_branch_point(branching(tmp_path, "ep0-ba10-rank0.pt"), False)
 
 
 def test_a_run_branches_off_its_own_recipe_only(run, recipe, tmp_path):

@@ -257,7 +257,7 @@ def test_a_checkpoint_of_other_data_is_refused(shards, finished, tmp_path, chang
     index = other / changed / "index.json"
     index.write_text(index.read_text() + " ")
     result = python(*command(other, "max_duration=16ba", "schedule.updates=14"), cwd=finished)
-    assert_user_error(result, f"on other {changed} shards")
+    assert_user_error(result, f"data.remote has other {changed} shards than this run was trained on")
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from esm2_composer.errors import UserError, naming
 from esm2_composer.files import is_remote
 from esm2_composer.recipe.config import BRANCH_MAY_CHANGE, MAY_CHANGE, changes, to_yaml
 from esm2_composer.recipe.schema import Recipe
+from esm2_composer.weights import LATEST
 
 RECIPE = "recipe.yaml"
 
@@ -78,7 +79,8 @@ def find_checkpoint(folder: Folder, resume: bool, recipe: Recipe, sharded: bool)
         if (update := updates(name.removeprefix(DIVERGED))) >= newest:
             raise UserError(
                 f"save_folder {folder} holds a run that diverged at update {update}; go on as it advised then, in "
-                f"another save_folder, or remove {name} to go on from update {newest} all the same"
+                f"another save_folder, or remove {name} to go on from "
+                f"{recipe.load_path if recipe.load_path and not names else f'update {newest}'} all the same"
             )
     if not names:
         return None
@@ -100,13 +102,20 @@ def find_branch_point(recipe: Recipe, sharded: bool) -> Origin:
         StoreUnavailable: the store does not answer.
     """
     assert recipe.load_path is not None
-    path = recipe.load_path if is_remote(recipe.load_path) else os.path.realpath(recipe.load_path)  # of latest-*
-    place, _, name = path.rstrip("/").rpartition("/")
+    path = recipe.load_path if is_remote(recipe.load_path) else os.path.abspath(recipe.load_path)
+    place, name = os.path.split(path.rstrip("/"))
     with naming("load_path"):
         folder = open_folder(place)
-        names, before = ask(folder, lambda: (folder.names(), folder.read(RECIPE)))
+        try:
+            names, before = ask(folder, lambda: (folder.names(), folder.read(RECIPE)))
+        except UnicodeDecodeError as error:
+            raise damaged(folder, RECIPE, "put back the recipe of that run") from error
         if name not in names:
-            raise UserError(f"{recipe.load_path} is no whole checkpoint, such as ep0-ba1000-rank0.pt, of a run")
+            # A link moves: ranks, and starts after a kill, would branch off at different checkpoints.
+            hint = "; name the one that it leads to now" if name == LATEST else ""
+            raise UserError(
+                f"{recipe.load_path} is no whole checkpoint of a run, such as ep0-ba1000-rank0.pt{hint}"
+            )
         _check_fits(
             folder, name, before, recipe, sharded, BRANCH_MAY_CHANGE, "take its weights alone, by model.init_from"
         )

@@ -61,7 +61,7 @@ class CheckpointSaver(Callback):
             if self._index.shards.get(split, digest) != digest:
                 raise UserError(
                     f"data.remote has other {split} shards than this run was trained on so far; restore those, or "
-                    "start a new run in another save_folder"
+                    "start a new run, in another save_folder and without load_path"
                 )
         self._index.shards = shards
 
