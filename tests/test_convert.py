@@ -344,9 +344,9 @@ def test_the_commands_of_the_docs_convert_every_layout(
     write_layout(tmp_path, COLUMNS, PROTEINS)
     Path("clusters.parquet").rename("train_clusters.parquet")
     Path("proteins.db").rename("train.db")
-    Path("uniref").mkdir()
+    Path("uniref/train").mkdir(parents=True)
     columns = {"ur50_id": ["c2", "c1", "c1"], "ur90_id": ["d", "a", "b"], "sequence": ["MKVLA", "MKV", "MK"]}
-    pq.write_table(pa.table(columns), "uniref/flat.parquet")
+    pq.write_table(pa.table(columns), "uniref/train/flat.parquet")
     Path("proteins.fasta").write_text("".join(f">{name}\n{sequence}\n" for name, sequence in PROTEINS.items()))
     Path("a.fasta.gz").write_bytes(gzip.compress(b">a\nMKV\n>d\nMKVLA\n"))
     Path("b.fasta").write_text(">b\nMK\n")

@@ -22,7 +22,7 @@ def nothing_is_set(monkeypatch):
 
 
 def test_a_rank_may_open_as_many_files_as_it_can_be_given():
-    code = "import resource as r; from esm2_composer.launcher import run_on_ranks"
+    code = "import resource as r; from esm2_composer.distributed.launcher import run_on_ranks"
     code += "; print(run_on_ranks(lambda: r.getrlimit(r.RLIMIT_NOFILE)))"
     told = subprocess.run(
         ["bash", "-c", f"ulimit -S -n 256 && ulimit -H -n 2000 && exec '{sys.executable}' -c '{code}'"],
