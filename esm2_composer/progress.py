@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from esm2_composer.errors import tell
+
 SECONDS_BETWEEN_LINES = 15
 
 # Told a stage ("sequences read", "clusters"), how much is done, and the total (0: not known).
@@ -42,7 +44,7 @@ class Progress:
             text = f"{self._name}: {done:,}{f' of {total:,}' if total else ''} {stage}, {rate:,.0f} a second"
             if total and rate:
                 text += f", {(total - done) / rate / 60:.0f} min left"
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
 
     def close(self) -> None:
         if self._bar is not None:

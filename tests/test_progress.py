@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import time
@@ -38,3 +39,16 @@ def test_a_bar_with_rate_and_time_left_on_a_terminal(
     bar = capfd.readouterr().err
     assert re.search(r"valid:  60%.*600/1.00k \[00:00<00:00, [\d.]+k? clusters/s\]", bar)
     assert bar.endswith("\n")
+
+
+def test_a_full_disk_under_the_log_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        progress = Progress("train")
+        clock = iter([0, 20])
+        monkeypatch.setattr("time.monotonic", lambda: next(clock))
+        for done in (0, 500):
+            progress("clusters", done, 10_000)
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
