@@ -27,7 +27,6 @@ from esm2_composer.checkpoints.folders import (
 )
 from esm2_composer.distributed.collectives import on_every_rank, on_rank_zero
 from esm2_composer.errors import UserError, naming
-from esm2_composer.files import is_remote
 from esm2_composer.recipe.config import BRANCH_MAY_CHANGE, MAY_CHANGE, changes, to_yaml
 from esm2_composer.recipe.schema import Recipe
 from esm2_composer.weights import LATEST
@@ -102,10 +101,9 @@ def find_branch_point(recipe: Recipe, sharded: bool) -> Origin:
         StoreUnavailable: the store does not answer.
     """
     assert recipe.load_path is not None
-    path = recipe.load_path if is_remote(recipe.load_path) else os.path.abspath(recipe.load_path)
-    place, name = os.path.split(path.rstrip("/"))
+    place, name = os.path.split(recipe.load_path.rstrip("/"))
     with naming("load_path"):
-        folder = open_folder(place)
+        folder = open_folder(place or ".")
         try:
             names, before = ask(folder, lambda: (folder.names(), folder.read(RECIPE)))
         except UnicodeDecodeError as error:
