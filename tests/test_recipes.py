@@ -195,6 +195,7 @@ def test_a_dry_run_tells_the_recipe_and_what_it_asks_for(tmp_path_factory, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["told.yaml"]
 
 
+@pytest.mark.slow  # in this process: test_checks.py
 def test_a_dry_run_looks_at_shards_in_a_store(store, tmp_path):
     command = (ROOT / "train.py", ROOT / "yamls/650m.yaml", "--dry-run", f"data.local={tmp_path / 'cache'}")
     result = python(*command, "data.remote=s3://bucket/proteins", cwd=tmp_path)
@@ -227,9 +228,8 @@ def start(
     return result
 
 
-@pytest.mark.parametrize(
-    "size", ["650m", *(pytest.param(s, marks=pytest.mark.slow) for s in SIZES if s != "650m")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
 def test_a_recipe_starts_on_a_cpu_and_says_what_it_leaves_out(size, shards, tmp_path):
     result = start(size, shards, tmp_path, f"fp8={'true' if size == '650m' else 'false'}")
     assert result.stderr.count("attention on cpu: cpu\n") == 1

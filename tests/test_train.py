@@ -339,6 +339,7 @@ def test_too_few_clusters_are_one_line_and_exit_code_2(shards, tmp_path, monkeyp
         build_trainer(load_recipe(recipe, overrides, data_is_here=False))
 
 
+@pytest.mark.slow  # in this process: test_checks.py
 def test_a_cache_of_other_shards_is_refused(shards, tmp_path):
     (tmp_path / "cache/valid").mkdir(parents=True)
     (tmp_path / "cache/valid/index.json").write_text((shards / "valid/index.json").read_text() + " ")
