@@ -146,8 +146,10 @@ def test_interpolation_sees_overrides_and_the_environment(monkeypatch: pytest.Mo
 
 def test_a_folder_may_lie_in_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder))
-    recipe = load("save_folder=~/runs", "data.remote=~/shards", "data.local=~/cache", "tensorboard_folder=null")
+    folders = ("save_folder=~/runs", "data.remote=~/shards", "data.local=~/cache", "tensorboard_folder=null")
+    recipe = load(*folders, "load_path=~/run/ep0-ba9")
     assert (recipe.save_folder, recipe.data.remote) == (f"{folder}/runs", f"{folder}/shards")
+    assert recipe.load_path == f"{folder}/run/ep0-ba9"
     assert (recipe.data.local, recipe.tensorboard_folder) == (f"{folder}/cache", None)
     text = MINIMAL.replace("size: 8m", "init_from: ~/hugging_face")
     assert load(text=text).model.init_from == f"{folder}/hugging_face"
@@ -269,6 +271,9 @@ def test_what_is_nested_too_deep_is_one_line() -> None:
         ("save_folder=s3://", "'save_folder' is s3://; write a folder or s3://bucket/prefix"),
         ("tensorboard_folder=s3://bucket/logs", "'tensorboard_folder' is s3://bucket/logs; it must be a folder"),
         ("save_folder=runs/{run_name}", "'save_folder' is runs/{run_name}, with braces; write ${run_name}"),
+        ("load_path=runs/{run_name}/ep0-ba9", "'load_path' is runs/{run_name}/ep0-ba9, with braces; write"),
+        ("load_path=gs://bucket/ep0-ba9", "'load_path' is gs://bucket/ep0-ba9; write a path or s3://bucket/"),
+        ("load_path=s3://bucket", "'load_path' is s3://bucket; write a path or s3://bucket/prefix/checkpoint"),
         ("fsdp.data_parallel_replicate_degree=0", "'fsdp.data_parallel_replicate_degree' is 0; it must be"),
         ("fsdp.data_parallel_replicate_degree=-1", "'fsdp.data_parallel_replicate_degree' and"),
         ("fsdp.data_parallel_shard_degree=1", "'fsdp.data_parallel_shard_degree' is 1, which shards nothing"),
