@@ -71,6 +71,13 @@ def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[
     return out, (x_transposed, weight_transposed, x_scale, weight_scale)
 
 
+def keep(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What `forward` keeps for the backward pass, without the product."""
+    _, x_transposed, x_scale = _round(x, E4M3)
+    _, weight_transposed, weight_scale = _round(weight, E4M3)
+    return x_transposed, weight_transposed, x_scale, weight_scale
+
+
 def backward(
     grad: torch.Tensor,
     x_transposed: torch.Tensor,
@@ -114,7 +121,7 @@ def _(grad, x_transposed, weight_transposed, x_scale, weight_scale):
     return grad.new_empty(grad.shape[0], k), grad.new_empty(n, k)
 
 
-def _keep(ctx, inputs: tuple, output: tuple) -> None:
+def _set_up(ctx, inputs: tuple, output: tuple) -> None:
     _, weight, bias = inputs
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -127,9 +134,9 @@ def _gradients(ctx, grad: torch.Tensor, *_) -> tuple:
     return grad_x, grad_weight.to(ctx.weight_type), grad_bias
 
 
-fp8_product.register_autograd(_gradients, setup_context=_keep)
+fp8_product.register_autograd(_gradients, setup_context=_set_up)
 
-FP8 = Product(product, forward, backward)
+FP8 = Product(product, forward, keep, backward)
 
 
 def _round(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from esm2_composer.alphabet import MASK, PAD, VOCAB_SIZE
 from esm2_composer.attention import compute_dtype, rotate, select_attention
@@ -89,19 +90,24 @@ class Product(NamedTuple):
 
     linear: Callable[..., torch.Tensor]  # x, weight, bias -> out, for autograd
     forward: Callable[..., tuple]  # the same without it -> out, and a tuple of tensors to keep
+    keep: Callable[..., tuple]  # x, weight -> that tuple alone
     backward: Callable[..., tuple]  # the gradient of out, and those tensors -> those of x and weight
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple:
-    weight = weight.to(x.dtype)
-    return torch.addmm(bias.to(x.dtype), x, weight.t()), (x, weight)
+    x, weight = kept = _keep(x, weight)
+    return torch.addmm(bias.to(x.dtype), x, weight.t()), kept
+
+
+def _keep(x: torch.Tensor, weight: torch.Tensor) -> tuple:
+    return x, weight.to(x.dtype)
 
 
 def _backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> tuple:
     return grad @ weight, grad.t() @ x
 
 
-PLAIN = Product(F.linear, _forward, _backward)
+PLAIN = Product(F.linear, _forward, _keep, _backward)
 
 
 class Linear(nn.Linear):
@@ -120,6 +126,7 @@ class Layer(nn.Module):
         super().__init__()
         d = config.hidden_size
         self.num_heads, self.head_size = config.num_heads, config.head_size
+        self.recomputes = False
         self.attention_norm = nn.LayerNorm(d, eps=LAYER_NORM_EPS)
         self.qkv = Linear(d, 3 * d)
         self.out = Linear(d, d)
@@ -139,8 +146,14 @@ class Layer(nn.Module):
         """
         if attention.layer is not None:
             return attention.layer(self, x, update, tables, cu_seqlens, max_seqlen, positions)
+        inputs = x, update, tables, attention.kernel, cu_seqlens, max_seqlen, positions
+        if self.recomputes:
+            return checkpoint(self._compute, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self._compute(*inputs)
+
+    def _compute(self, x, update, tables, attend, cu_seqlens, max_seqlen, positions):
         x, qkv = self.project(x, update)
-        mixed = attention.kernel(*self.rotate_qkv(qkv, tables), cu_seqlens, max_seqlen)
+        mixed = attend(*self.rotate_qkv(qkv, tables), cu_seqlens, max_seqlen)
         if positions is not None:  # what follows computes each token by itself
             x, mixed = x.index_select(0, positions), mixed.index_select(0, positions)
         return self.after_attention(x, mixed)
@@ -288,12 +301,15 @@ class ESM2(nn.Module):
                 compiled = torch.compile(getattr(layer, part), dynamic=True, fullgraph=True, **options)
                 setattr(layer, part, compiled)
 
-    # Composer looks these three up when it shards a model.
+    def recompute_layers(self) -> None:
+        """Keep each layer's inputs only, and compute the layer anew in the backward pass: activation checkpointing
+        (Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016)."""
+        for layer in self.layers:
+            layer.recomputes = True
+
+    # Composer looks these two up when it shards a model.
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        return isinstance(module, Layer)
-
-    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
         return isinstance(module, Layer)
 
     def param_init_fn(self, module: nn.Module) -> None:

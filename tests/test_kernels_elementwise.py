@@ -16,7 +16,8 @@ SHAPES = [(1, 48), (33, 1280), (129, 320)]  # around the 32, 128 and, eight time
 
 
 def largest_errors(tokens: int, columns: int, stream: torch.dtype, dtype: torch.dtype, device: str) -> list[float]:
-    """Relative: of the sum, its norm, and their gradients; of GELU and its gradients; of a sum of rows."""
+    """Relative: of the sum, its norm, that of a sum by itself, and their gradients; of GELU and its gradients; of
+    a sum of rows."""
     from esm2_composer.kernels.elementwise import add_norm, add_norm_backward, gelu, gelu_backward, sum_rows
 
     generator = torch.Generator().manual_seed(tokens)
@@ -28,12 +29,24 @@ def largest_errors(tokens: int, columns: int, stream: torch.dtype, dtype: torch.
     given = draw(stream, *shape), draw(dtype, *shape), *(draw(torch.float32, columns) for _ in range(2))
     hidden, grads = draw(dtype, *shape), (draw(stream, *shape), draw(dtype, *shape))
     tall = draw(dtype, 8 * tokens, columns)
-    total, normed, mean, rstd = add_norm(*given, 1e-5)
+    total, normed, mean, rstd = add_norm(*given, 1e-5, dtype)
+    normed_again = add_norm(total, None, *given[2:], 1e-5, dtype)[1]
     grad_x, grad_update, *others = add_norm_backward(*grads, total, given[2], mean, rstd)
     activated, (grad_hidden, grad_bias) = gelu(hidden), gelu_backward(hidden, grads[1].clone())
     assert (total.dtype, normed.dtype, activated.dtype) == (stream, dtype, dtype)
     assert (grad_x.dtype, grad_update.dtype, grad_hidden.dtype) == (stream, dtype, dtype)
-    ours = total, normed, grad_x, grad_update, *others, activated, grad_hidden, grad_bias, sum_rows(tall)
+    ours = (
+        total,
+        normed,
+        normed_again,
+        grad_x,
+        grad_update,
+        *others,
+        activated,
+        grad_hidden,
+        grad_bias,
+        sum_rows(tall),
+    )
 
     exact = [one.cpu().double().requires_grad_() for one in (*given, hidden)]
     grads = [grad.cpu().double() for grad in grads]
@@ -41,7 +54,7 @@ def largest_errors(tokens: int, columns: int, stream: torch.dtype, dtype: torch.
     norms, bent = (summed, F.layer_norm(summed, (columns,), *exact[2:4])), F.gelu(exact[4])
     of_norms = torch.autograd.grad(norms, exact[:4], grads)
     (of_gelu,) = torch.autograd.grad(bent, exact[4], grads[1])
-    theirs = *norms, *of_norms, bent, of_gelu, of_gelu.sum(0), tall.cpu().double().sum(0)
+    theirs = *norms, norms[1], *of_norms, bent, of_gelu, of_gelu.sum(0), tall.cpu().double().sum(0)
     return [((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True)]
 
 
@@ -74,10 +87,10 @@ def test_their_check_sees_rounding_only_where_they_are_right(which, place, chang
     """torch's own in their place, and wrong ones."""
     from esm2_composer.kernels import elementwise as module
 
-    def add_norm(x, update, weight, bias, eps):
-        total = x + update
+    def add_norm(x, update, weight, bias, eps, dtype):
+        total = x if update is None else x + update
         normed = F.layer_norm(total.float(), weight.shape, weight.float(), bias.float(), eps)
-        return total, normed.to(update.dtype), bias, None
+        return total, normed.to(dtype), bias, None
 
     def add_norm_backward(grad_total, grad_normed, total, weight, bias, _):
         given = [x.float().requires_grad_() for x in (total, weight, bias)]
@@ -127,6 +140,7 @@ def test_they_compile_for_gpus_to_wide_loads(kernel: str, columns: int, stream: 
         "C": columns,
         "WIDE": width["WIDE"],
         "BOTH": stream == "*fp32",
+        "ADD": True,
         "BLOCK": module.BLOCK,
     }
     values["STAGES"] = module._stages(columns, 4 if stream == "*fp32" else 2)

@@ -238,33 +238,53 @@ def test_a_damaged_shard_that_one_of_two_ranks_reads_is_one_line_and_exit_code_2
     assert_user_error(result, f"{damaged}: damaged")
 
 
-@pytest.mark.parametrize(
-    ("sharding", "sums", "corrections"),
-    [("fsdp.version=2", True, [DivideByRanks]), ("fsdp.version=2", False, []), ("fsdp=null", True, [])],
-)
-def test_sharded_gradients_that_come_as_sums_are_divided(
-    shards, tmp_path, monkeypatch, sharding, sums, corrections
-):
-    """Whether the trainer is told to: what comes of it is in test_fsdp.py and test_global_batch.py."""
+@pytest.fixture
+def given_to_trainer(shards, tmp_path, monkeypatch):
+    """What `build_trainer` gives to Composer's Trainer, for overrides of the recipe."""
 
     class Told(Exception):
         pass
 
     def tell(**arguments):
-        raise Told([type(algorithm) for algorithm in arguments["algorithms"]])
+        raise Told(arguments)
 
     monkeypatch.setattr(runner, "Trainer", tell)
-    monkeypatch.setattr(runner, "means_are_sums", lambda: sums)
     monkeypatch.setattr(runner, "Preemption", Callback)  # it would take this process's signals
     monkeypatch.setenv("FSDP_VERSION", "none")  # is given back, too
     monkeypatch.chdir(tmp_path)
-    _, recipe, *overrides = command(shards, sharding)
-    try:
-        with pytest.raises(Told) as told:
-            build_trainer(load_recipe(recipe, overrides))
-    finally:
-        end_process_group()
-    assert told.value.args == (corrections,)
+
+    def arguments(*overrides):
+        _, recipe, *overrides = command(shards, *overrides)
+        try:
+            with pytest.raises(Told) as told:
+                build_trainer(load_recipe(recipe, overrides))
+        finally:
+            end_process_group()
+        return told.value.args[0]
+
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("sharding", "sums", "corrections"),
+    [("fsdp.version=2", True, [DivideByRanks]), ("fsdp.version=2", False, []), ("fsdp=null", True, [])],
+)
+def test_sharded_gradients_that_come_as_sums_are_divided(
+    given_to_trainer, monkeypatch, sharding, sums, corrections
+):
+    """Whether the trainer is told to: what comes of it is in test_fsdp.py and test_global_batch.py."""
+    monkeypatch.setattr(runner, "means_are_sums", lambda: sums)
+    assert [type(each) for each in given_to_trainer(sharding)["algorithms"]] == corrections
+
+
+@pytest.mark.parametrize(
+    ("version", "wanted", "recomputed"),
+    [(2, "true", True), (2, "false", False), (1, "true", False)],  # version 1 shards nothing here
+)
+def test_layers_are_recomputed_where_the_recipe_says(given_to_trainer, version, wanted, recomputed):
+    """What comes of it is in test_kernels_layer.py."""
+    given = given_to_trainer(f"fsdp.version={version}", f"fsdp.activation_checkpointing={wanted}")
+    assert {layer.recomputes for layer in given["model"].net.layers} == {recomputed}
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,10 @@ def parallelism_of(fsdp: FSDPSection | None, on_gpu: bool) -> dict[str, Any] | N
 
 def fsdp_options(fsdp: FSDPSection) -> dict[str, Any]:
     """The section in the terms of Composer's configuration of that version."""
-    options = {key: value for key, value in dataclasses.asdict(fsdp).items() if key != "version"}
+    options = dataclasses.asdict(fsdp)
+    for key in ("version", "activation_checkpointing"):  # the model recomputes its layers itself
+        del options[key]
     if fsdp.version == 1:
-        options["activation_checkpointing_reentrant"] = False  # the reentrant form is torch's old one
         return options
     options["reshard_after_forward"] = options.pop("sharding_strategy") == "FULL_SHARD"
     for key in ("data_parallel_shard_degree", "data_parallel_replicate_degree", "sync_module_states"):

@@ -28,16 +28,18 @@ WARPS = 4
 
 @triton.jit
 def _add_norm(
-    x, update, weight, bias, total, normed, mean, rstd, eps, D: tl.constexpr, WIDE: tl.constexpr
+    x, update, weight, bias, total, normed, mean, rstd, eps,
+    D: tl.constexpr, WIDE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """A row: total = x + update, and its layer norm."""
+    """A row: total = x + update, and its layer norm; if not ADD, that of x."""
     row, columns = tl.program_id(0), tl.arange(0, WIDE)
     offsets, inside = row.to(tl.int64) * D + columns, columns < D
     values = tl.load(x + offsets, inside, 0.0).to(tl.float32)
-    values += tl.load(update + offsets, inside, 0.0).to(tl.float32)
-    values = values.to(total.dtype.element_ty)
-    tl.store(total + offsets, values, inside)
-    values = values.to(tl.float32)
+    if ADD:
+        values += tl.load(update + offsets, inside, 0.0).to(tl.float32)
+        values = values.to(total.dtype.element_ty)
+        tl.store(total + offsets, values, inside)
+        values = values.to(tl.float32)
     level = tl.sum(values) / D
     values = tl.where(inside, values - level, 0.0)
     scale = 1 / tl.sqrt(tl.sum(values * values) / D + eps)
@@ -147,24 +149,30 @@ def _stages(columns: int, itemsize: int) -> int:
 
 
 def add_norm(
-    x: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """A sum and its layer norm (Ba, Kiros and Hinton, 2016).
 
     Args:
         x: (T, D).
-        update: (T, D), of another type perhaps.
+        update: (T, D), of another type perhaps; or None.
         weight, bias: (D,).
         eps: added to the variance.
+        dtype: of the norm.
 
     Returns:
-        x + update, (T, D) in the type of x; its norm, (T, D) in the type of update; and, for the backward pass,
-        each row's mean and 1 / deviation, fp32 (T,).
+        x + update, (T, D) in the type of x, or x if there is no update; its norm, (T, D); and, for the backward
+        pass, each row's mean and 1 / deviation, fp32 (T,).
     """
     tokens, d = x.shape
-    total, normed = torch.empty_like(x), torch.empty_like(update)
+    total = x if update is None else torch.empty_like(x)
+    normed = torch.empty_like(x, dtype=dtype)
     mean, rstd = (x.new_empty(tokens, dtype=torch.float32) for _ in range(2))
-    _add_norm[(tokens,)](x, update, weight, bias, total, normed, mean, rstd, eps, D=d, **_width(d))
+    added = x if update is None else update
+    _add_norm[(tokens,)](
+        x, added, weight, bias, total, normed, mean, rstd, eps, D=d, ADD=update is not None, **_width(d)
+    )
     return total, normed, mean, rstd
 
 
@@ -230,12 +238,13 @@ def elementwise_error(dtype: torch.dtype, columns: int, device: str) -> float:
         for stream in (torch.float32, dtype):  # as under autocast, and as under FSDP, with their weights
             given = *(draw(each, 100, columns) for each in (stream, dtype)), *(draw(stream, columns) for _ in "wb")
             grads = draw(stream, 100, columns), draw(dtype, 100, columns)
-            total, normed, mean, rstd = add_norm(*given, 1e-5)
-            ours += total, normed, *add_norm_backward(*grads, total, given[2], mean, rstd)
+            total, normed, mean, rstd = add_norm(*given, 1e-5, dtype)
+            normed_again = add_norm(total, None, *given[2:], 1e-5, dtype)[1]
+            ours += total, normed, normed_again, *add_norm_backward(*grads, total, given[2], mean, rstd)
             exact = [x.float().requires_grad_() for x in given]
             summed = exact[0] + exact[1]
             want = summed, F.layer_norm(summed, (columns,), *exact[2:])
-            theirs += *want, *torch.autograd.grad(want, exact, [grad.float() for grad in grads])
+            theirs += *want, want[1], *torch.autograd.grad(want, exact, [grad.float() for grad in grads])
         hidden, grad = draw(dtype, 300, 4 * columns), draw(dtype, 300, 4 * columns)
         exact = hidden.float().requires_grad_()
         want = F.gelu(exact)

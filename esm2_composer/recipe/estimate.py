@@ -50,11 +50,11 @@ RESERVED = 4e9  # bytes a GPU holds besides: context, communication buffers, fra
 MEAN_TOKENS, ATTENDED = 319, 456
 
 # Bytes that the backward pass keeps of a token and layer, in units of the hidden size, where attention rotates in
-# place (elsewhere 8 more), and what activation checkpointing keeps, a layer's two inputs: with an fp32 residual
-# stream, and with FSDP's bf16 one; and bytes of a token outside the layers. Peaks on an H200 meet them
-# (docs/performance.md), but for checkpointing's.
-ACTIVATION, CHECKPOINT = 36.5, 6
-ACTIVATION_BF16, CHECKPOINT_BF16 = 32.5, 4
+# place (elsewhere 8 more), and what activation checkpointing keeps, the sum of a layer's inputs (elsewhere both, 2
+# more): with an fp32 residual stream, and with FSDP's bf16 one; and bytes of a token outside the layers. Peaks on
+# an H200 meet them (docs/performance.md), but for checkpointing's.
+ACTIVATION, CHECKPOINT = 36.5, 4
+ACTIVATION_BF16, CHECKPOINT_BF16 = 32.5, 2
 OUTSIDE = 18
 
 
@@ -113,7 +113,9 @@ def estimate_run(
     head = model.flops([], round(recipe.data.mask_fraction * tokens))
     flops = recipe.global_train_batch_size * per_sequence + head
     checkpointing = recipe.fsdp is not None and recipe.fsdp.activation_checkpointing
-    repeated = 4 / 3 if checkpointing else 1  # the forward pass twice, which MFU does not count
+    # The forward pass again, but for each layer's last product; MFU does not count it.
+    last_products = 2 * config.num_layers * config.hidden_size * config.ffn_hidden_size * tokens
+    repeated = flops / 3 - last_products if checkpointing else 0
 
     bf16_stream = recipe.fsdp is not None and recipe.fsdp.mixed_precision == "DEFAULT"
     kept, kept_inputs = (ACTIVATION_BF16, CHECKPOINT_BF16) if bf16_stream else (ACTIVATION, CHECKPOINT)
@@ -121,11 +123,11 @@ def estimate_run(
     activations = recipe.device_microbatch_tokens * config.hidden_size * (held + OUTSIDE)
     share = min(1.0, tokens / gpus / recipe.device_microbatch_tokens)  # of a microbatch that a GPU's tokens fill
     rounds = max(1, math.ceil(tokens / gpus / recipe.device_microbatch_tokens))
-    compute = repeated * flops / gpus / (mfu * gpu.flops)
+    compute = (flops + repeated) / gpus / (mfu * gpu.flops)
     shards, state, unsharded = _memory(recipe.fsdp, parameters, layer, gpus)
     communication = _communication(recipe.fsdp, parameters, config.num_layers, gpus, shards, rounds, gpu)
     launching_a_layer = LAUNCHING + (LAUNCHING_FSDP if recipe.fsdp is not None else 0)
-    launching = repeated * rounds * config.num_layers * launching_a_layer
+    launching = (4 / 3 if checkpointing else 1) * rounds * config.num_layers * launching_a_layer
     return Estimate(
         gpus=gpus,
         parameters=parameters,

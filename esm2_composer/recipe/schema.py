@@ -91,7 +91,8 @@ class ScheduleSection:
 
 @dataclass(frozen=True)
 class FSDPSection:
-    """Passed to Composer as they are, except `version`: 1 needs GPUs, 2 runs anywhere."""
+    """Passed to Composer as they are, except `version`, of which 1 needs GPUs and 2 runs anywhere, and
+    `activation_checkpointing`, which is the model's."""
 
     version: Literal[1, 2] = 1
     sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP"] = "FULL_SHARD"
