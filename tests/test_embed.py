@@ -167,7 +167,7 @@ def test_the_tool_writes_rows_in_the_order_of_the_input(tool, weights, real_data
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.parquet"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_where_it_was(weights, tmp_path, number):
     proteins = random_proteins([200] * 100)
     fasta = write_fasta(tmp_path / "in.fasta", proteins)

@@ -147,7 +147,7 @@ def test_the_loss_of_compiled_bf16_follows_fp32(made: list[Microbatch], exact: n
     check(train(SMALL, made, "cpu", backend="aot_eager"), exact, 2e-3, 5e-4)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_loss_of_bf16_under_fsdp_follows_fp32(version: int, made, exact, one_rank) -> None:
     check(train(SMALL, made, "cpu", fsdp=version), exact, 2e-3, 5e-4)
 

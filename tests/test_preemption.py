@@ -109,6 +109,7 @@ def test_sigusr1_to_one_of_two_ranks_makes_both_save_and_leave(shards, tmp_path)
     assert 3 <= int(saved.split("-")[1].removeprefix("ba")) < 14
 
 
+@pytest.mark.slow
 def test_sigterm_to_every_process_makes_a_run_save_and_leave(shards, tmp_path):
     """As a machine that shuts down, and some schedulers, send it."""
     with Run("-n", "1", *command(shards, NO_SAVES, "data.num_workers=2"), cwd=tmp_path) as run:
@@ -227,6 +228,7 @@ def test_ctrl_c_is_no_preemption(shards, tmp_path, ranks, line):
     assert code == 130, "".join(run.lines)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_ranks_that_are_starting_makes_both_leave_at_once(shards, tmp_path):
     with Run("-n", "2", *command(shards), cwd=tmp_path) as run:
         run.wait_until(lambda: sum(catches(rank, signal.SIGTERM) for rank in run.ranks()) == 2)

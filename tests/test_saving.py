@@ -282,6 +282,7 @@ def test_a_checkpoint_damaged_inside_is_named_and_without_it_the_run_goes_on(sha
     assert (saved / "ep2-ba16-rank0.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_it_saved_leaves_nothing_to_the_next(shards, tmp_path):
     """Neither its data, nor the loss before its first update."""
     folder = tmp_path / "runs/demo/checkpoints"

@@ -69,6 +69,7 @@ def test_checkpoints_are_as_large_as_planned(shards, finished, tmp_path):
     assert 0 < path.stat().st_size - planned < 200_000  # what else a run keeps
 
 
+@pytest.mark.slow
 def test_a_relaunch_of_a_finished_run_exits_0_and_trains_nothing(shards, finished):
     before = losses(finished)
     result = python(*command(shards), cwd=finished)
@@ -191,6 +192,7 @@ def test_the_export_is_the_trained_model_and_scores_the_same(shards, finished, t
     assert one[:2] == other[:2]
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_weights_named_in_the_recipe(shards, finished, tmp_path):
     checkpoint = finished / "runs/demo/checkpoints/latest-rank0.pt"
     from_scratch = [o for o in command(shards) if not o.startswith("model.")]
