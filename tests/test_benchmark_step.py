@@ -279,14 +279,15 @@ def test_transformers_without_sdpa_takes_part_with_it_too(knows, monkeypatch):
 
 
 def test_transformers_layers_share_one_compiled_graph(monkeypatch):
-    """Transformers 4.53 remembers a length and is compiled anew for others; a lone sequence has its own."""
+    """Transformers 4.53 remembers a length and is compiled anew for others, by torch 2.11 for each of the seven
+    here; a lone sequence has its own. Six layers that share nothing would have 24 graphs or more."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile, backend="eager"))
     many = dataclasses.replace(TINY, batches=[[40, 9, 20, 21, 60, 80], [30, 12, 50, 51]], microbatch_tokens=100)
     assert len(padded(many, compiled=True).seconds) == 2
-    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
