@@ -95,8 +95,8 @@ class Product(NamedTuple):
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple:
-    x, weight = kept = _keep(x, weight)
-    return torch.addmm(bias.to(x.dtype), x, weight.t()), kept
+    kept = _keep(x, weight)
+    return torch.addmm(bias.to(x.dtype), x, kept[1].t()), kept
 
 
 def _keep(x: torch.Tensor, weight: torch.Tensor) -> tuple:
@@ -302,8 +302,8 @@ class ESM2(nn.Module):
                 setattr(layer, part, compiled)
 
     def recompute_layers(self) -> None:
-        """Keep each layer's inputs only, and compute the layer anew in the backward pass: activation checkpointing
-        (Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016)."""
+        """Keep only a layer's inputs, or their sum in Triton, and compute the layer anew in the backward pass:
+        activation checkpointing (Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016)."""
         for layer in self.layers:
             layer.recomputes = True
 

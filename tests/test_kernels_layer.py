@@ -126,7 +126,8 @@ def print_recomputed() -> None:
     layer = make(ESM2Config(1, 32, 2, 128), "fp32").layers[0]
     inputs = [torch.randn(7, 32, requires_grad=True) for _ in range(2)]
     found = []
-    for layer.recomputes in (False, True):
+    for recomputes in (False, True):
+        layer.recomputes = recomputes
         with FlopCounterMode(display=False) as counter:
             out = triton().layer(layer, *inputs, tables, cu_seqlens, 4)
             grads = torch.autograd.grad(out, [*inputs, *layer.parameters()], [torch.ones(7, 32)] * 2)

@@ -73,7 +73,7 @@ class TritonLayer(torch.autograd.Function):
         kept = ctx.saved_tensors
         if ctx.settings.recomputes:
             x, *others = kept
-            kept = _forward(ctx.settings, x, None, *others, with_output=False)[-1]
+            _, _, kept = _forward(ctx.settings, x, None, *others, with_output=False)
         grad_x, grad_update, *grads = _backward(
             ctx.settings, kept, grad_total.contiguous(), grad_update.contiguous()
         )
@@ -83,8 +83,11 @@ class TritonLayer(torch.autograd.Function):
 def _forward(
     settings: Settings, x, update, tables, cu_seqlens, positions, *parameters, with_output: bool = True
 ) -> tuple:
-    """x and update for the next layer, and what `_backward` needs, of which the first is the sum of those given;
-    without the output, that sum is enough, and the last product is not computed."""
+    """x and update for the next layer, and what `_backward` needs, of which the first is the sum of those given.
+
+    To compute that anew, give this sum as x and no update; without the output, update is None, and the last
+    product is not computed.
+    """
     w_norm1, b_norm1, w_qkv, b_qkv, w_out, b_out, w_norm2, b_norm2, w1, b1, w2, b2 = parameters
     heads, eps, max_seqlen, dtype, product, _ = settings
     with torch.cuda.device_of(x):  # Triton launches on the current one

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 
+from esm2_composer.alphabet import VOCAB_SIZE
 from esm2_composer.errors import UserError
 from esm2_composer.model import count_parameters
 from esm2_composer.recipe.architecture import architecture, skeleton
@@ -110,12 +111,16 @@ def estimate_run(
     layer = count_parameters(model.layers[0])
     tokens = recipe.global_train_batch_size * mean_tokens
     per_sequence = model.flops([attended], 0) * mean_tokens / attended  # every token sees `attended` others
-    head = model.flops([], round(recipe.data.mask_fraction * tokens))
+    predicted = round(recipe.data.mask_fraction * tokens)
+    head = model.flops([], predicted)
     flops = recipe.global_train_batch_size * per_sequence + head
     checkpointing = recipe.fsdp is not None and recipe.fsdp.activation_checkpointing
-    # The forward pass again, but for each layer's last product; MFU does not count it.
-    last_products = 2 * config.num_layers * config.hidden_size * config.ffn_hidden_size * tokens
-    repeated = flops / 3 - last_products if checkpointing else 0
+    # The layers' forward pass again, but for each one's last product (which compiled layers on torch's attention
+    # repeat, too), and not the head's; MFU does not count it.
+    d, f = config.hidden_size, config.ffn_hidden_size
+    last_products = 2 * d * f * ((config.num_layers - 1) * tokens + predicted)
+    of_head = 2 * d * (d + VOCAB_SIZE) * predicted
+    repeated = flops / 3 - last_products - of_head if checkpointing else 0
 
     bf16_stream = recipe.fsdp is not None and recipe.fsdp.mixed_precision == "DEFAULT"
     kept, kept_inputs = (ACTIVATION_BF16, CHECKPOINT_BF16) if bf16_stream else (ACTIVATION, CHECKPOINT)
