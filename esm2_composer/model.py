@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from esm2_composer.alphabet import MASK, PAD, VOCAB_SIZE
 from esm2_composer.attention import compute_dtype, rotate, select_attention
@@ -126,7 +126,7 @@ class Layer(nn.Module):
         super().__init__()
         d = config.hidden_size
         self.num_heads, self.head_size = config.num_heads, config.head_size
-        self.recomputes = False
+        self.recomputes: bool | Literal["selective"] = False  # see `ESM2.recompute`
         self.attention_norm = nn.LayerNorm(d, eps=LAYER_NORM_EPS)
         self.qkv = Linear(d, 3 * d)
         self.out = Linear(d, d)
@@ -147,8 +147,10 @@ class Layer(nn.Module):
         if attention.layer is not None:
             return attention.layer(self, x, update, tables, cu_seqlens, max_seqlen, positions)
         inputs = x, update, tables, attention.kernel, cu_seqlens, max_seqlen, positions
-        if self.recomputes:
-            return checkpoint(self._compute, *inputs, use_reentrant=False, preserve_rng_state=False)
+        if self.recomputes is True:
+            # Stopped early, what compiled code has recomputed stays in memory until Python collects garbage.
+            with set_checkpoint_early_stop(False):
+                return _recomputed(self._compute, *inputs)
         return self._compute(*inputs)
 
     def _compute(self, x, update, tables, attend, cu_seqlens, max_seqlen, positions):
@@ -161,7 +163,7 @@ class Layer(nn.Module):
     def project(self, x: torch.Tensor, update: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """x and update (T, D) -> their sum (T, D), and its q, k and v, (T, 3, H, K)."""
         x = add(x, update)
-        return x, self.qkv(self.attention_norm(x)).view(-1, 3, self.num_heads, self.head_size)
+        return x, self._product_of(self.attention_norm, self.qkv, x).view(-1, 3, self.num_heads, self.head_size)
 
     def rotate_qkv(self, qkv: torch.Tensor, tables: torch.Tensor) -> tuple:
         """qkv (T, 3, H, K) -> q, k, v (T, H, K), q and k rotated."""
@@ -173,7 +175,18 @@ class Layer(nn.Module):
     def after_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (T, D) and the attention's output (T, H, K) -> x (T, D), and what is to be added to it (T, D)."""
         x = x + self.out(mixed.flatten(1))
-        return x, self.fc2(F.gelu(self.fc1(self.ffn_norm(x))))
+        return x, self._product_of(F.gelu, self.fc2, self._product_of(self.ffn_norm, self.fc1, x))
+
+    def _product_of(self, function: Callable, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        def compute(x: torch.Tensor) -> torch.Tensor:
+            return linear(function(x))
+
+        # In the backward pass torch computes `function` again, and not the product, which nothing there needs.
+        return _recomputed(compute, x) if self.recomputes == "selective" else compute(x)
+
+
+def _recomputed(function: Callable, *inputs: Any) -> Any:
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Head(nn.Module):
@@ -301,11 +314,16 @@ class ESM2(nn.Module):
                 compiled = torch.compile(getattr(layer, part), dynamic=True, fullgraph=True, **options)
                 setattr(layer, part, compiled)
 
-    def recompute_layers(self) -> None:
-        """Keep only a layer's inputs, or their sum in Triton, and compute the layer anew in the backward pass:
-        activation checkpointing (Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016)."""
+    def recompute(self, what: Literal[True, "selective"]) -> None:
+        """Keep less of the layers for the backward pass, and compute it anew there.
+
+        Args:
+            what: "selective", what takes memory but little time, norms and GELU (cf. Korthikanti et al., Reducing
+                Activation Recomputation in Large Transformer Models, 2022); or True, whole layers, of which only
+                the inputs are kept (Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016).
+        """
         for layer in self.layers:
-            layer.recomputes = True
+            layer.recomputes = what
 
     # Composer looks these two up when it shards a model.
 

@@ -122,7 +122,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     if compiles(recipe.compile, on_gpu):
         net.compile_layers()
     if parallelism is not None and recipe.fsdp.activation_checkpointing:
-        net.recompute_layers()
+        net.recompute(recipe.fsdp.activation_checkpointing)
     model = MaskedLanguageModel(net)
     o = recipe.optimizer
     optimizer = build_adamw(net, o.lr, o.betas, o.eps, o.weight_decay)

@@ -64,10 +64,13 @@ def test_measured_peaks_are_met_within_two_per_cent(size, overrides, tokens, pea
     assert (plan.memory - gradients - RESERVED) / 2**20 == pytest.approx(peak, rel=0.02)
 
 
-def test_the_backward_pass_keeps_no_more_than_it_did():
+@pytest.mark.parametrize(("recomputes", "most"), [(False, 45.2), ("selective", 30.4), (True, 6)])
+def test_the_backward_pass_keeps_no_more_than_it_did(recomputes, most):
     def kept(layers: int) -> float:
-        """Bytes a token that autograd saves on a CPU, besides weights."""
+        """Bytes a token that autograd saves on a CPU, besides weights but with their casts."""
         net, tokens = ESM2(ESM2Config(layers, 256, 4, 1024)), 2048
+        if recomputes:
+            net.recompute(recomputes)
         weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
         storages = {}
 
@@ -82,7 +85,7 @@ def test_the_backward_pass_keeps_no_more_than_it_did():
             net(torch.randint(4, 24, (tokens,)), torch.arange(0, tokens + 1, 256).int(), 256, torch.arange(300))
         return sum(size for size, _ in storages.values()) / tokens
 
-    assert (kept(3) - kept(1)) / 2 / 256 == pytest.approx(44, rel=0.03)
+    assert (kept(3) - kept(1)) / 2 / 256 == pytest.approx(most, rel=0.01)
 
 
 def test_proteins_are_no_longer_than_what_is_shown_of_them():
@@ -154,9 +157,11 @@ def test_a_host_that_has_too_many_layers_to_launch_for_few_tokens_is_told_of():
     assert "waits" not in report(recipe("650m", "fsdp=null"), 64, "h100")[0]
     network = replace(GPUS["h100"], node_link=20e9)
     assert estimate_run(recipe("650m"), 64, network, 0.4).communication_seconds > told[64][1]["launching_seconds"]
-    twice = recipe("15b", "fsdp.activation_checkpointing=false")
-    repeated, once = (estimate_run(r, 64, GPUS["h100"], 0.4).launching_seconds for r in (recipe("15b"), twice))
-    assert repeated == pytest.approx(once * 4 / 3)
+    once, repeated = (
+        estimate_run(recipe("650m", f"fsdp.activation_checkpointing={w}"), 64, GPUS["h100"], 0.4).launching_seconds
+        for w in ("selective", "true")
+    )
+    assert repeated == pytest.approx(once * (1.6 * 4 / 3 + 2.7) / (1.6 + 2.7))  # FSDP's part is not
 
 
 def test_more_gpus_stop_helping_where_the_network_or_the_step_itself_takes_over():
@@ -247,8 +252,7 @@ def test_a_share_of_the_peak_that_is_none_is_refused(mfu):
 @pytest.mark.parametrize(
     ("size", "gpus", "change"),
     [
-        ("15b", 256, "fsdp.activation_checkpointing=false"),
-        ("15b", 16, None),  # does not fit without
+        ("15b", 64, None),  # what is recomputed there takes less than 5 %
         ("650m", 64, "fsdp=null"),  # launching its kernels under FSDP takes longer than computing
         ("650m", 8, None),
         ("3b", 128, None),
@@ -264,3 +268,25 @@ def test_a_faster_way_to_spread_the_model_is_told_where_it_fits(size, gpus, chan
         assert changed["step_seconds"] < 0.95 * data["step_seconds"]
         assert changed["memory_bytes"] < 0.9 * GPUS["h100"].memory
         assert f"{change}: {changed['step_seconds']:.3f} s a step" in text
+
+
+@pytest.mark.parametrize(
+    ("gpus", "change"),
+    [(8, None), (64, "selective"), (128, "false")],  # as much as fits, in a microbatch of 16,384 tokens
+)
+def test_layers_are_recomputed_only_where_nothing_less_fits(gpus, change):
+    whole = recipe("15b", "fsdp.activation_checkpointing=true", "device_microbatch_tokens=16384")
+    _, data = report(whole, gpus, "h100")
+    assert data["faster"] == (change and f"fsdp.activation_checkpointing={change}")
+
+
+def test_more_is_recomputed_where_activations_do_not_fit():
+    for now, then in (("false", "selective"), ("selective", "true")):
+        kept = recipe(
+            "3b",
+            "data.max_length=65536",
+            "device_microbatch_tokens=262144",
+            "fsdp.activation_checkpointing=" + now,
+        )
+        change = remedy(kept, estimate_run(kept, 8, GPUS["h100"], 0.4, mean_tokens=65536), GPUS["h100"])
+        assert change == f"fsdp.activation_checkpointing={then}"

@@ -127,7 +127,7 @@ def test_losses_gradients_and_weights_are_those_of_one_rank_on_two_sharded_or_no
     one = train(shards, tmp_path / "one.pt")
     assert len(one["losses"]) == len(one["norms"]) == 50
     parts, sharded = ("device_microbatch_tokens=256",), ("fsdp.version=1", "precision=fp32")
-    recomputed = "fsdp.activation_checkpointing=true"
+    recomputed, selective = (f"fsdp.activation_checkpointing={what}" for what in ("true", "selective"))
     others = {
         "in small parts": train(shards, tmp_path / "parts.pt", *parts),
         "replicated": train(shards, tmp_path / "replicated.pt", *parts, ranks=2),
@@ -136,6 +136,7 @@ def test_losses_gradients_and_weights_are_those_of_one_rank_on_two_sharded_or_no
         "sharded, copied": train(shards, tmp_path / "copied.pt", *parts, *sharded, *COPIES, ranks=4),
         "sharded by version 2": train(shards, tmp_path / "sharded2.pt", *parts, "fsdp.version=2", ranks=2),
         "that, recomputed": train(shards, tmp_path / "again2.pt", *parts, "fsdp.version=2", recomputed, ranks=2),
+        "that, in parts": train(shards, tmp_path / "again3.pt", *parts, "fsdp.version=2", selective, ranks=2),
     }
     for name, other in others.items():
         assert other["losses"] == pytest.approx(one["losses"], rel=1e-5)

@@ -23,9 +23,20 @@ from esm2_composer.attention import Attention, select_attention
 from esm2_composer.fp8 import use_fp8
 from esm2_composer.kernels.checks import relative_error
 from esm2_composer.model import ESM2, ESM2Config
+from esm2_composer.recipe.estimate import ACTIVATION_BF16, CHECKPOINT_BF16, SELECTIVE_BF16
 
 BATCHES = [3, 31], [7]  # lengths: more rows than the 32 of a program, and fewer
-CASES = ["fp32", "autocast", "half", "fp8", "recomputed", "fp8, recomputed", "frozen"]
+CASES = [
+    "fp32",
+    "autocast",
+    "half",
+    "fp8",
+    "selective",
+    "recomputed",
+    "fp8, selective",
+    "fp8, recomputed",
+    "frozen",
+]
 
 
 def make(config: ESM2Config, case: str, device: str = "cpu") -> ESM2:
@@ -40,8 +51,8 @@ def make(config: ESM2Config, case: str, device: str = "cpu") -> ESM2:
     if case == "frozen":
         net.layers[0].requires_grad_(False)
         net.embed.requires_grad_(False)
-    if "recomputed" in case:
-        net.recompute_layers()
+    if "recomputed" in case or "selective" in case:
+        net.recompute("recomputed" in case or "selective")
     return net.to(device)
 
 
@@ -113,31 +124,53 @@ def print_other_errors() -> None:
         grad.sum().backward()
 
 
-def test_interpreted_recomputing_changes_no_bit_and_leaves_out_the_last_product() -> None:
-    gradients, operations = interpreted("test_kernels_layer.print_recomputed()").split()
-    assert gradients == "equal"
+def test_interpreted_recomputing_changes_no_bit_and_keeps_and_repeats_what_the_plan_says() -> None:
+    printed = interpreted("test_kernels_layer.print_recomputed()").splitlines()
+    kept, operations = zip(*(map(float, line.split()) for line in printed), strict=True)
+    statistics = 0.5  # of the norms' rows and attention's heads, in fp32, by the plan
+    assert kept == (ACTIVATION_BF16 - statistics, SELECTIVE_BF16 - statistics, CHECKPOINT_BF16)
     forward, last = 12, 4  # products of 32 x 32 a token, where the feed-forward has 4 times as many columns
-    assert float(operations) == (3 * forward + forward - last) / (3 * forward)
+    assert operations == (1, 1, (3 * forward + forward - last) / (3 * forward))
 
 
 def print_recomputed() -> None:
-    """Whether the gradients are those without, and how many times as many operations the products take."""
+    """What is kept, and how many times as many operations the products take; the gradients are the same."""
     cu_seqlens, tables = torch.tensor([0, 3, 7], dtype=torch.int32), torch.zeros(2, 7, 1, 8, dtype=torch.int32)
-    layer = make(ESM2Config(1, 32, 2, 128), "fp32").layers[0]
-    inputs = [torch.randn(7, 32, requires_grad=True) for _ in range(2)]
-    found = []
-    for recomputes in (False, True):
-        layer.recomputes = recomputes
+    layer = make(ESM2Config(1, 32, 2, 128), "half").layers[0]
+    inputs = [torch.randn(7, 32, dtype=torch.half, requires_grad=True) for _ in range(2)]
+    parameters = {p.data_ptr() for p in layer.parameters()}
+
+    def step(recomputes: bool | str) -> tuple[int, int, tuple]:
+        layer.recomputes, kept = recomputes, {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.dtype == torch.half and tensor.data_ptr() not in parameters:
+                kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
         with FlopCounterMode(display=False) as counter:
-            out = triton().layer(layer, *inputs, tables, cu_seqlens, 4)
-            grads = torch.autograd.grad(out, [*inputs, *layer.parameters()], [torch.ones(7, 32)] * 2)
-        found.append((grads, counter.get_total_flops()))
-    (once, few), (again, many) = found
-    print("equal" if all(map(torch.equal, once, again)) else "differ", many / few)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                out = triton().layer(layer, *inputs, tables, cu_seqlens, 4)
+            grads = torch.autograd.grad(out, [*inputs, *layer.parameters()], [torch.ones(7, 32).half()] * 2)
+        return sum(kept.values()), counter.get_total_flops(), grads
+
+    _, fewest, once = step(False)
+    for recomputes in (False, "selective", True):
+        kept, operations, grads = step(recomputes)
+        assert all(map(torch.equal, grads, once))
+        print(kept / 7 / 32, operations / fewest)
 
 
 @pytest.mark.parametrize(
-    ("version", "case"), [(1, "fp32"), (1, "recomputed"), pytest.param(2, "recomputed", marks=pytest.mark.slow)]
+    ("version", "case"),
+    [
+        (1, "fp32"),
+        (1, "recomputed"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in ((1, "selective"), (2, "selective"), (2, "recomputed"))
+        ),
+    ],
 )
 def test_interpreted_it_can_be_sharded_over_two_ranks(version: int, case: str) -> None:
     """Where a layer's weights are freed between its forward and its backward pass."""
@@ -181,7 +214,7 @@ def train_sharded(rank: int, folder: str, version: int, case: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ["autocast", "recomputed"])
+@pytest.mark.parametrize("case", ["autocast", "selective", "recomputed"])
 @pytest.mark.parametrize("size", ["8m", "650m"])
 def test_on_a_gpu_a_model_on_it_trains_as_on_torchs(size: str, case: str) -> None:
     if not torch.cuda.is_available():

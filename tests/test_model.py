@@ -1,6 +1,7 @@
 """ESM2 is ESM-2: logits and gradients equal those of transformers and fair-esm; sizes, init, FLOPs."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -263,13 +264,15 @@ def test_a_meta_device_model_initialises_as_a_real_one():
             assert torch.equal(a, b) or name == "embed.weight", name
 
 
-def check_compiled_layers(bf16=False, **options):
+def check_compiled_layers(bf16=False, recomputes=False, **options):
     """Batches of several sizes: equal to eager, and four graphs for all layers and sizes: one a part, and one for
     what the first layer does otherwise."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model, compiled = random_model(CONFIGS[16]), random_model(CONFIGS[16])
     compiled.compile_layers(**options)
+    if recomputes:
+        compiled.recompute(recomputes)
     for lengths in ([20, 30], [7], LENGTHS, [100, 3, 5]):
         tokens, cu_seqlens = random_batch(lengths)
         for each in (model, compiled):
@@ -284,9 +287,9 @@ def check_compiled_layers(bf16=False, **options):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_layers_compile_once_for_all_batches_without_a_graph_break(bf16):
-    check_compiled_layers(bf16, backend="aot_eager")
+@pytest.mark.parametrize(("bf16", "recomputes"), [(False, False), (True, False), (False, "selective")])
+def test_layers_compile_once_for_all_batches_without_a_graph_break(bf16, recomputes):
+    check_compiled_layers(bf16, recomputes, backend="aot_eager")
 
 
 def test_compiled_layers_run_in_all_modes_one_after_the_other():
@@ -302,8 +305,55 @@ def test_compiled_layers_run_in_all_modes_one_after_the_other():
 
 
 @pytest.mark.slow
-def test_layers_compiled_to_machine_code_train_as_eager_ones():
-    check_compiled_layers()
+@pytest.mark.parametrize("recomputes", [False, "selective", True])
+def test_layers_compiled_to_machine_code_train_as_eager_ones(recomputes):
+    check_compiled_layers(recomputes=recomputes)
+
+
+def test_what_is_recomputed_has_the_same_gradients():
+    tokens, cu_seqlens = random_batch(LENGTHS)
+
+    def gradients(recomputes):
+        model = random_model(CONFIGS[16])
+        if recomputes:
+            model.recompute(recomputes)
+        F.cross_entropy(model(tokens, cu_seqlens, max(LENGTHS), torch.arange(0, 40, 3)), tokens[:40:3]).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    once = gradients(False)
+    for recomputes in ("selective", True):
+        assert all(map(torch.equal, gradients(recomputes), once))
+
+
+def bytes_left(step):
+    """Of tensors that are still there after a second step, before Python collects garbage."""
+    step()
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(each) for each in gc.get_objects()}
+        step()
+        left = [each for each in gc.get_objects() if id(each) not in before and isinstance(each, torch.Tensor)]
+        return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in left}.values())
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("recomputes", ["selective", True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_was_recomputed_is_freed_without_collecting_garbage(compiled, recomputes):
+    torch._dynamo.reset()
+    model = random_model(CONFIGS[16])
+    model.recompute(recomputes)
+    if compiled:
+        model.compile_layers(backend="aot_eager")
+    tokens, cu_seqlens = random_batch(LENGTHS)
+
+    def step():
+        model(tokens, cu_seqlens, max(LENGTHS)).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    assert bytes_left(step) < 4 * sum(LENGTHS) * model.config.hidden_size  # one matrix
 
 
 def a_training_step(model, device, bf16=False):

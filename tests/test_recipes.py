@@ -96,8 +96,12 @@ def test_the_table_in_the_readme_is_that_of_the_recipes_and_of_the_published_cur
         recipe, model = load(size, shards), SIZES[size]
         assert (int(layers), int(width), int(heads)) == (model.num_layers, model.hidden_size, model.num_heads)
         assert (float(rate), int(warmup.replace(",", ""))) == (recipe.optimizer.lr, recipe.schedule.warmup)
-        recomputing = ", recomputing layers" if recipe.fsdp and recipe.fsdp.activation_checkpointing else ""
-        expected = "none (DDP)" if recipe.fsdp is None else sharding[recipe.fsdp.sharding_strategy] + recomputing
+        recomputing = {False: "", "selective": ", recomputing norms and GELU"}
+        expected = (
+            sharding[recipe.fsdp.sharding_strategy] + recomputing[recipe.fsdp.activation_checkpointing]
+            if recipe.fsdp
+            else "none (DDP)"
+        )
         assert sharded == expected
         assert perplexity == (f"{PUBLISHED[size][500_000]:.2f}" if size in PUBLISHED else "\N{EN DASH}")
 

@@ -35,7 +35,7 @@ def parallelism_of(fsdp: FSDPSection | None, on_gpu: bool) -> dict[str, Any] | N
 def fsdp_options(fsdp: FSDPSection) -> dict[str, Any]:
     """The section in the terms of Composer's configuration of that version."""
     options = dataclasses.asdict(fsdp)
-    for key in ("version", "activation_checkpointing"):  # the model recomputes its layers itself
+    for key in ("version", "activation_checkpointing"):  # the model recomputes by itself
         del options[key]
     if fsdp.version == 1:
         return options

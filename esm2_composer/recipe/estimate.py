@@ -50,12 +50,12 @@ RESERVED = 4e9  # bytes a GPU holds besides: context, communication buffers, fra
 # UniRef50, cropped to 1,024 tokens: the mean, and the mean length that a token sees (of 10,000 sequences).
 MEAN_TOKENS, ATTENDED = 319, 456
 
-# Bytes that the backward pass keeps of a token and layer, in units of the hidden size, where attention rotates in
-# place (elsewhere 8 more), and what activation checkpointing keeps, the sum of a layer's inputs (elsewhere both, 2
-# more): with an fp32 residual stream, and with FSDP's bf16 one; and bytes of a token outside the layers. Peaks on
-# an H200 meet them (docs/performance.md), but for checkpointing's.
-ACTIVATION, CHECKPOINT = 36.5, 4
-ACTIVATION_BF16, CHECKPOINT_BF16 = 32.5, 2
+# Bytes that the backward pass needs of a token and layer, in units of the hidden size, where attention rotates in
+# place (elsewhere 8 more); what is kept of them where norms and GELU are recomputed; and where whole layers are, the
+# sum of their inputs (elsewhere both, 2 more): with an fp32 residual stream, and with FSDP's bf16 one; and bytes of a
+# token outside the layers. Peaks on an H200 meet them (docs/performance.md), but where something is recomputed.
+ACTIVATION, SELECTIVE, CHECKPOINT = 36.5, 24.5, 4
+ACTIVATION_BF16, SELECTIVE_BF16, CHECKPOINT_BF16 = 32.5, 20.5, 2
 OUTSIDE = 18
 
 
@@ -114,25 +114,28 @@ def estimate_run(
     predicted = round(recipe.data.mask_fraction * tokens)
     head = model.flops([], predicted)
     flops = recipe.global_train_batch_size * per_sequence + head
-    checkpointing = recipe.fsdp is not None and recipe.fsdp.activation_checkpointing
-    # The layers' forward pass again, but for each one's last product (which compiled layers on torch's attention
-    # repeat, too), and not the head's; MFU does not count it.
+    recomputing = recipe.fsdp is not None and recipe.fsdp.activation_checkpointing
+    # The layers' forward pass again, but for each one's last product (elsewhere than in Triton, repeated too), and
+    # not the head's; MFU does not count it.
     d, f = config.hidden_size, config.ffn_hidden_size
     last_products = 2 * d * f * ((config.num_layers - 1) * tokens + predicted)
     of_head = 2 * d * (d + VOCAB_SIZE) * predicted
-    repeated = flops / 3 - last_products - of_head if checkpointing else 0
+    repeated = flops / 3 - last_products - of_head if recomputing is True else 0
 
     bf16_stream = recipe.fsdp is not None and recipe.fsdp.mixed_precision == "DEFAULT"
-    kept, kept_inputs = (ACTIVATION_BF16, CHECKPOINT_BF16) if bf16_stream else (ACTIVATION, CHECKPOINT)
-    held = config.num_layers * kept_inputs + kept if checkpointing else config.num_layers * kept
+    in_bf16 = ACTIVATION_BF16, SELECTIVE_BF16, CHECKPOINT_BF16
+    needed, selected, inputs = in_bf16 if bf16_stream else (ACTIVATION, SELECTIVE, CHECKPOINT)
+    kept = {False: needed, "selective": selected, True: inputs}[recomputing]
+    held = config.num_layers * kept + needed - kept  # what one layer computes anew
     activations = recipe.device_microbatch_tokens * config.hidden_size * (held + OUTSIDE)
     share = min(1.0, tokens / gpus / recipe.device_microbatch_tokens)  # of a microbatch that a GPU's tokens fill
     rounds = max(1, math.ceil(tokens / gpus / recipe.device_microbatch_tokens))
     compute = (flops + repeated) / gpus / (mfu * gpu.flops)
     shards, state, unsharded = _memory(recipe.fsdp, parameters, layer, gpus)
     communication = _communication(recipe.fsdp, parameters, config.num_layers, gpus, shards, rounds, gpu)
-    launching_a_layer = LAUNCHING + (LAUNCHING_FSDP if recipe.fsdp is not None else 0)
-    launching = (4 / 3 if checkpointing else 1) * rounds * config.num_layers * launching_a_layer
+    launching_a_layer = LAUNCHING * (4 / 3 if recomputing is True else 1)
+    launching_a_layer += LAUNCHING_FSDP if recipe.fsdp is not None else 0
+    launching = rounds * config.num_layers * launching_a_layer
     return Estimate(
         gpus=gpus,
         parameters=parameters,
@@ -228,8 +231,9 @@ def remedy(recipe: Recipe, estimate: Estimate, gpu: GPU) -> str | None:
         return "shard it: fsdp.sharding_strategy=SHARD_GRAD_OP, then FULL_SHARD"
     if recipe.fsdp.sharding_strategy != "FULL_SHARD":
         return "fsdp.sharding_strategy=FULL_SHARD"
-    if not recipe.fsdp.activation_checkpointing and estimate.activation_bytes > fixed:
-        return "fsdp.activation_checkpointing=true"
+    more = {False: "selective", "selective": "true"}.get(recipe.fsdp.activation_checkpointing)
+    if more and estimate.activation_bytes > fixed:
+        return f"fsdp.activation_checkpointing={more}"
     smaller = f"device_microbatch_tokens={fitting}, or " if fitting >= recipe.data.max_length else ""
     return f"{smaller}more GPUs, or ones with more memory"
 
@@ -242,6 +246,7 @@ def faster(recipe: Recipe, estimate: Estimate, gpu: GPU, mfu: float) -> tuple[st
     found = []
     for change, fsdp in (
         ("fsdp.activation_checkpointing=false", replace(recipe.fsdp, activation_checkpointing=False)),
+        ("fsdp.activation_checkpointing=selective", replace(recipe.fsdp, activation_checkpointing="selective")),
         ("fsdp=null", None),
     ):
         other = estimate_run(replace(recipe, fsdp=fsdp), estimate.gpus, gpu, mfu)

@@ -99,7 +99,7 @@ class FSDPSection:
     data_parallel_shard_degree: int = -1
     data_parallel_replicate_degree: int | None = None
     mixed_precision: Literal["DEFAULT", "FULL"] = "DEFAULT"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal[True, False, "selective"] = False
     sync_module_states: bool = False
     state_dict_type: Literal["full", "sharded"] = "full"
 
