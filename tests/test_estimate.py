@@ -290,3 +290,13 @@ def test_more_is_recomputed_where_activations_do_not_fit():
         )
         change = remedy(kept, estimate_run(kept, 8, GPUS["h100"], 0.4, mean_tokens=65536), GPUS["h100"])
         assert change == f"fsdp.activation_checkpointing={then}"
+
+
+@pytest.mark.parametrize(("recomputed", "more"), [("false", 48 * 8), ("selective", 48 * 8), ("true", 48 * 2 + 6)])
+def test_layers_in_torch_keep_and_repeat_more(recomputed, more):
+    """On an A100 those with heads of more than 64, as 15B's."""
+    changed = recipe("15b", f"fsdp.activation_checkpointing={recomputed}", "device_microbatch_tokens=4096")
+    a100, h100 = (estimate_run(changed, 8, GPUS[name], 0.4) for name in ("a100", "h100"))
+    assert a100.activation_bytes - h100.activation_bytes == pytest.approx(4096 * 5120 * more)
+    on_a100, on_h100 = (p.compute_seconds * GPUS[name].flops for p, name in ((a100, "a100"), (h100, "h100")))
+    assert on_a100 / on_h100 == pytest.approx(1.09 if recomputed == "true" else 1, abs=0.01)

@@ -23,20 +23,10 @@ from esm2_composer.attention import Attention, select_attention
 from esm2_composer.fp8 import use_fp8
 from esm2_composer.kernels.checks import relative_error
 from esm2_composer.model import ESM2, ESM2Config
-from esm2_composer.recipe.estimate import ACTIVATION_BF16, CHECKPOINT_BF16, SELECTIVE_BF16
+from esm2_composer.recipe.estimate import KEPT_BF16
 
 BATCHES = [3, 31], [7]  # lengths: more rows than the 32 of a program, and fewer
-CASES = [
-    "fp32",
-    "autocast",
-    "half",
-    "fp8",
-    "selective",
-    "recomputed",
-    "fp8, selective",
-    "fp8, recomputed",
-    "frozen",
-]
+CASES = ["fp32", "autocast", "half", "fp8", "fp8, selective", "fp8, recomputed", "frozen"]
 
 
 def make(config: ESM2Config, case: str, device: str = "cpu") -> ESM2:
@@ -128,7 +118,7 @@ def test_interpreted_recomputing_changes_no_bit_and_keeps_and_repeats_what_the_p
     printed = interpreted("test_kernels_layer.print_recomputed()").splitlines()
     kept, operations = zip(*(map(float, line.split()) for line in printed), strict=True)
     statistics = 0.5  # of the norms' rows and attention's heads, in fp32, by the plan
-    assert kept == (ACTIVATION_BF16 - statistics, SELECTIVE_BF16 - statistics, CHECKPOINT_BF16)
+    assert kept == (KEPT_BF16[False] - statistics, KEPT_BF16["selective"] - statistics, KEPT_BF16[True])
     forward, last = 12, 4  # products of 32 x 32 a token, where the feed-forward has 4 times as many columns
     assert operations == (1, 1, (3 * forward + forward - last) / (3 * forward))
 

@@ -20,17 +20,19 @@ from esm2_composer.recipe.schema import FSDPSection, Recipe, batches
 
 @dataclass(frozen=True)
 class GPU:
-    """Peak dense bf16 operations a second; memory, bytes; and bytes a second that a GPU sends to others in its
-    node, and that it sends to other nodes, with a network port for each GPU."""
+    """Peak dense bf16 operations a second; memory, bytes; bytes a second that a GPU sends to others in its node,
+    and that it sends to other nodes, with a network port for each GPU; and the largest heads of which Triton
+    computes layers (see `attention`)."""
 
     flops: float
     memory: float
     node_link: float
     network: float
+    triton_heads: int = 256
 
 
 GPUS = {
-    "a100": GPU(312e12, 80e9, 300e9, 25e9),
+    "a100": GPU(312e12, 80e9, 300e9, 25e9, triton_heads=64),
     "h100": GPU(989e12, 80e9, 450e9, 50e9),
     "h200": GPU(989e12, 141e9, 450e9, 50e9),
     "b200": GPU(2250e12, 180e9, 900e9, 50e9),
@@ -50,12 +52,13 @@ RESERVED = 4e9  # bytes a GPU holds besides: context, communication buffers, fra
 # UniRef50, cropped to 1,024 tokens: the mean, and the mean length that a token sees (of 10,000 sequences).
 MEAN_TOKENS, ATTENDED = 319, 456
 
-# Bytes that the backward pass needs of a token and layer, in units of the hidden size, where attention rotates in
-# place (elsewhere 8 more); what is kept of them where norms and GELU are recomputed; and where whole layers are, the
-# sum of their inputs (elsewhere both, 2 more): with an fp32 residual stream, and with FSDP's bf16 one; and bytes of a
-# token outside the layers. Peaks on an H200 meet them (docs/performance.md), but where something is recomputed.
-ACTIVATION, SELECTIVE, CHECKPOINT = 36.5, 24.5, 4
-ACTIVATION_BF16, SELECTIVE_BF16, CHECKPOINT_BF16 = 32.5, 20.5, 2
+# Bytes that a layer in Triton keeps of a token for the backward pass, in units of the hidden size, by what is
+# recomputed, with an fp32 residual stream and with FSDP's bf16 one; what a layer in torch keeps besides: q and k
+# before they are rotated and after, and both of its inputs; and bytes of a token outside the layers. Peaks on an
+# H200 meet those of Triton where nothing is recomputed (docs/performance.md); the others were not measured.
+KEPT = {False: 36.5, "selective": 24.5, True: 4}
+KEPT_BF16 = {False: 32.5, "selective": 20.5, True: 2}
+KEPT_IN_TORCH = {False: 8, "selective": 8, True: 2}
 OUTSIDE = 18
 
 
@@ -115,18 +118,19 @@ def estimate_run(
     head = model.flops([], predicted)
     flops = recipe.global_train_batch_size * per_sequence + head
     recomputing = recipe.fsdp is not None and recipe.fsdp.activation_checkpointing
-    # The layers' forward pass again, but for each one's last product (elsewhere than in Triton, repeated too), and
-    # not the head's; MFU does not count it.
+    in_triton = config.head_size <= gpu.triton_heads
+    # The layers' forward pass again, but for each one's last product (in torch, with it), and not the head's; MFU
+    # does not count it. Norms and GELU alone, some 1 % of a 15B's time, are not counted.
     d, f = config.hidden_size, config.ffn_hidden_size
     last_products = 2 * d * f * ((config.num_layers - 1) * tokens + predicted)
     of_head = 2 * d * (d + VOCAB_SIZE) * predicted
-    repeated = flops / 3 - last_products - of_head if recomputing is True else 0
+    repeated = flops / 3 - (last_products if in_triton else 0) - of_head if recomputing is True else 0
 
     bf16_stream = recipe.fsdp is not None and recipe.fsdp.mixed_precision == "DEFAULT"
-    in_bf16 = ACTIVATION_BF16, SELECTIVE_BF16, CHECKPOINT_BF16
-    needed, selected, inputs = in_bf16 if bf16_stream else (ACTIVATION, SELECTIVE, CHECKPOINT)
-    kept = {False: needed, "selective": selected, True: inputs}[recomputing]
-    held = config.num_layers * kept + needed - kept  # what one layer computes anew
+    kept = KEPT_BF16 if bf16_stream else KEPT
+    if not in_triton:
+        kept = {what: size + KEPT_IN_TORCH[what] for what, size in kept.items()}
+    held = config.num_layers * kept[recomputing] + kept[False] - kept[recomputing]  # what one layer computes anew
     activations = recipe.device_microbatch_tokens * config.hidden_size * (held + OUTSIDE)
     share = min(1.0, tokens / gpus / recipe.device_microbatch_tokens)  # of a microbatch that a GPU's tokens fill
     rounds = max(1, math.ceil(tokens / gpus / recipe.device_microbatch_tokens))
