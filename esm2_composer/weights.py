@@ -348,10 +348,13 @@ def _from_hub(name: str) -> tuple[dict, Callable[[], State]]:
 
 def _download(name: str, *patterns: str, revision: str | None = None) -> Path:
     """The folder of a snapshot, named after its revision."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    offline = constants.HF_HUB_OFFLINE  # newer ones would ask the hub for its list of a revision's files even so
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=offline)
+        )
     except Exception as error:  # network, permission and spelling all arrive as different types
         raise UserError(f"{name}: neither a path here nor a model on the hub ({error})") from error
 

@@ -384,7 +384,10 @@ def test_a_configuration_on_the_hub_is_read_without_its_weights(model, tmp_path,
         shutil.copy(first, cache)
     before = set(cache.iterdir())
 
-    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(
+        name: str, revision: str | None, allow_patterns: list[str], local_files_only: bool
+    ) -> str:
+        assert not local_files_only
         assert revision in (None, cache.name)  # weights of the configuration that was read, whatever is newest
         for path in (path for pattern in allow_patterns for path in hub.glob(pattern)):
             shutil.copy(path, cache)
