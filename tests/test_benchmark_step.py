@@ -159,7 +159,7 @@ def test_impossible_measurements_are_refused(given, complaint, monkeypatch):
         step.measure(arguments(*given))
 
 
-@pytest.mark.parametrize("contender", [ours, padded])
+@pytest.mark.parametrize("contender", [ours, pytest.param(padded, marks=pytest.mark.slow)])
 def test_a_contender_times_the_steps_that_count(contender):
     found = step.in_own_process(contender, TINY)  # the peak of this one may lie behind it
     assert len(found.seconds) == TINY.steps

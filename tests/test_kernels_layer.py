@@ -151,16 +151,11 @@ def print_recomputed() -> None:
         print(kept / 7 / 32, operations / fewest)
 
 
+SLOW = (1, "fp32"), (1, "selective"), (2, "selective"), (2, "recomputed")
+
+
 @pytest.mark.parametrize(
-    ("version", "case"),
-    [
-        (1, "fp32"),
-        (1, "recomputed"),
-        *(
-            pytest.param(*each, marks=pytest.mark.slow)
-            for each in ((1, "selective"), (2, "selective"), (2, "recomputed"))
-        ),
-    ],
+    ("version", "case"), [(1, "recomputed"), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
 )
 def test_interpreted_it_can_be_sharded_over_two_ranks(version: int, case: str) -> None:
     """Where a layer's weights are freed between its forward and its backward pass."""

@@ -33,6 +33,9 @@ needs_java = pytest.mark.skipif(
 )
 
 
+pytestmark = pytest.mark.xdist_group("spark")  # one session for all
+
+
 @pytest.fixture(scope="module")
 def spark() -> Iterator[Spark]:
     with pytest.MonkeyPatch.context() as patch:
@@ -76,7 +79,7 @@ def make_layouts(folder: Path, clusters: int = 150) -> dict[str, Layout]:
 
 
 @needs_java
-@pytest.mark.parametrize("layout", ["bionemo", "flat", "tsv"])
+@pytest.mark.parametrize("layout", ["bionemo", "flat", pytest.param("tsv", marks=pytest.mark.slow)])
 def test_shards_and_counts_are_those_of_one_machine(
     tmp_path: Path, spark: Spark, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
