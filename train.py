@@ -11,6 +11,7 @@ if __name__ == "__main__":
     preemption.watch_signals()  # before anything that takes time
 
 import argparse
+import gc
 import os
 import sys
 
@@ -36,6 +37,7 @@ def train() -> int:
         raise UserError("give a recipe, such as yamls/8m.yaml")
 
     # Slow imports come last: signals and mistakes are handled at once.
+    gc.disable()  # there is no garbage, and to look for it would take a sixth of their time
     from esm2_composer.recipe.config import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
@@ -56,6 +58,7 @@ def train() -> int:
     from esm2_composer.divergence import Diverged, advice
     from esm2_composer.runner import Done, build_trainer
 
+    gc.enable()
     preemption.watch_signals()  # again: Composer, imported since, has a handler that would exit at once
     try:
         trainer, saver = build_trainer(recipe)

@@ -148,9 +148,10 @@ class Layer(nn.Module):
             return attention.layer(self, x, update, tables, cu_seqlens, max_seqlen, positions)
         inputs = x, update, tables, attention.kernel, cu_seqlens, max_seqlen, positions
         if self.recomputes is True:
-            # Stopped early, what compiled code has recomputed stays in memory until Python collects garbage.
+            # Else what compiled code has recomputed stays in memory until Python collects garbage. The price:
+            # code that is not compiled repeats its last product, too.
             with set_checkpoint_early_stop(False):
-                return _recomputed(self._compute, *inputs)
+                return _checkpointed(self._compute, *inputs)
         return self._compute(*inputs)
 
     def _compute(self, x, update, tables, attend, cu_seqlens, max_seqlen, positions):
@@ -181,11 +182,14 @@ class Layer(nn.Module):
         def compute(x: torch.Tensor) -> torch.Tensor:
             return linear(function(x))
 
-        # In the backward pass torch computes `function` again, and not the product, which nothing there needs.
-        return _recomputed(compute, x) if self.recomputes == "selective" else compute(x)
+        # In the backward pass torch computes `function` again, and not the product, which nothing there needs;
+        # but that of fp8 it would repeat, for the rounded copies of x that are kept of it.
+        return (
+            _checkpointed(compute, x) if self.recomputes == "selective" and linear.product is PLAIN else compute(x)
+        )
 
 
-def _recomputed(function: Callable, *inputs: Any) -> Any:
+def _checkpointed(function: Callable, *inputs: Any) -> Any:
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 

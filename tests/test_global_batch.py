@@ -136,7 +136,7 @@ def test_losses_gradients_and_weights_are_those_of_one_rank_on_two_sharded_or_no
         "sharded, copied": train(shards, tmp_path / "copied.pt", *parts, *sharded, *COPIES, ranks=4),
         "sharded by version 2": train(shards, tmp_path / "sharded2.pt", *parts, "fsdp.version=2", ranks=2),
         "that, recomputed": train(shards, tmp_path / "again2.pt", *parts, "fsdp.version=2", recomputed, ranks=2),
-        "that, in parts": train(shards, tmp_path / "again3.pt", *parts, "fsdp.version=2", selective, ranks=2),
+        "that, selective": train(shards, tmp_path / "again3.pt", *parts, "fsdp.version=2", selective, ranks=2),
     }
     for name, other in others.items():
         assert other["losses"] == pytest.approx(one["losses"], rel=1e-5)

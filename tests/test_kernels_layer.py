@@ -23,7 +23,7 @@ from esm2_composer.attention import Attention, select_attention
 from esm2_composer.fp8 import use_fp8
 from esm2_composer.kernels.checks import relative_error
 from esm2_composer.model import ESM2, ESM2Config
-from esm2_composer.recipe.estimate import KEPT_BF16
+from esm2_composer.recipe.estimate import KEPT, KEPT_BF16
 
 BATCHES = [3, 31], [7]  # lengths: more rows than the 32 of a program, and fewer
 CASES = ["fp32", "autocast", "half", "fp8", "fp8, both recomputed", "frozen"]
@@ -44,7 +44,7 @@ def make(config: ESM2Config, case: str, device: str = "cpu") -> ESM2:
     if case == "fp8, both recomputed":  # the last one differs, too
         net.layers[0].recomputes, net.layers[1].recomputes = True, "selective"
     elif case in ("selective", "recomputed"):
-        net.recompute(case == "recomputed" or "selective")
+        net.recompute({"selective": "selective", "recomputed": True}[case])
     return net.to(device)
 
 
@@ -116,34 +116,38 @@ def print_other_errors() -> None:
         grad.sum().backward()
 
 
-def test_interpreted_recomputing_changes_no_bit_and_keeps_and_repeats_what_the_plan_says() -> None:
-    printed = interpreted("test_kernels_layer.print_recomputed()").splitlines()
+@pytest.mark.parametrize(("case", "by_plan"), [("half", KEPT_BF16), ("autocast", KEPT)])
+def test_interpreted_recomputing_changes_no_bit_and_keeps_and_repeats_what_the_plan_says(
+    case: str, by_plan: dict
+) -> None:
+    printed = interpreted(f"test_kernels_layer.print_recomputed('{case}')").splitlines()
     kept, operations = zip(*(map(float, line.split()) for line in printed), strict=True)
-    statistics = 0.5  # of the norms' rows and attention's heads, in fp32, by the plan
-    assert kept == (KEPT_BF16[False] - statistics, KEPT_BF16["selective"] - statistics, KEPT_BF16[True])
+    statistics = 0.5  # of the norms' rows and attention's heads, by the plan
+    assert kept == (by_plan[False] - statistics, by_plan["selective"] - statistics, by_plan[True])
     forward, last = 12, 4  # products of 32 x 32 a token, where the feed-forward has 4 times as many columns
     assert operations == (1, 1, (3 * forward + forward - last) / (3 * forward))
 
 
-def print_recomputed() -> None:
+def print_recomputed(case: str) -> None:
     """What is kept, and how many times as many operations the products take; the gradients are the same."""
     cu_seqlens, tables = torch.tensor([0, 3, 7], dtype=torch.int32), torch.zeros(2, 7, 1, 8, dtype=torch.int32)
-    layer = make(ESM2Config(1, 32, 2, 128), "half").layers[0]
-    inputs = [torch.randn(7, 32, dtype=torch.half, requires_grad=True) for _ in range(2)]
-    parameters = {p.data_ptr() for p in layer.parameters()}
+    layer = make(ESM2Config(1, 32, 2, 128), case).layers[0]
+    x = torch.randn(7, 32, dtype=torch.half if case == "half" else torch.float, requires_grad=True)
+    inputs = [x, torch.randn(7, 32, dtype=torch.half, requires_grad=True)]
 
     def step(recomputes: bool | str) -> tuple[int, int, tuple]:
         layer.recomputes, kept = recomputes, {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.dtype == torch.half and tensor.data_ptr() not in parameters:
+            if len(tensor) == 7 and tensor.ndim > 1:  # of tokens, and no statistics
                 kept[tensor.data_ptr()] = tensor.nbytes
             return tensor
 
         with FlopCounterMode(display=False) as counter:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+            with hooks, torch.autocast("cpu", torch.half, enabled=case == "autocast"):
                 out = triton().layer(layer, *inputs, tables, cu_seqlens, 4)
-            grads = torch.autograd.grad(out, [*inputs, *layer.parameters()], [torch.ones(7, 32).half()] * 2)
+            grads = torch.autograd.grad(out, [*inputs, *layer.parameters()], [*map(torch.ones_like, out)])
         return sum(kept.values()), counter.get_total_flops(), grads
 
     _, fewest, once = step(False)

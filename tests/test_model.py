@@ -10,6 +10,7 @@ from benchmarks.parity import LENGTHS, compare, fair_esm, hugging_face, random_b
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
 from esm2_composer import alphabet
 from esm2_composer.attention import Attention, _torch_varlen_operator
@@ -310,19 +311,25 @@ def test_layers_compiled_to_machine_code_train_as_eager_ones(recomputes):
     check_compiled_layers(recomputes=recomputes)
 
 
-def test_what_is_recomputed_has_the_same_gradients():
+def test_what_is_recomputed_has_the_same_gradients_and_norms_and_gelu_no_products():
     tokens, cu_seqlens = random_batch(LENGTHS)
 
-    def gradients(recomputes):
+    def step(recomputes):
         model = random_model(CONFIGS[16])
         if recomputes:
             model.recompute(recomputes)
-        F.cross_entropy(model(tokens, cu_seqlens, max(LENGTHS), torch.arange(0, 40, 3)), tokens[:40:3]).backward()
-        return [p.grad for p in model.parameters() if p.grad is not None]
+        with FlopCounterMode(display=False) as counter:
+            logits = model(tokens, cu_seqlens, max(LENGTHS), torch.arange(0, 40, 3))
+            F.cross_entropy(logits, tokens[:40:3]).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None], counter.get_total_flops()
 
-    once = gradients(False)
-    for recomputes in ("selective", True):
-        assert all(map(torch.equal, gradients(recomputes), once))
+    (once, operations), (selective, as_many), (whole, more) = map(step, (False, "selective", True))
+    assert all(map(torch.equal, selective, once))
+    assert all(map(torch.equal, whole, once))
+    assert as_many == operations < more
+
+
+RECOMPUTED = (True, "selective"), (False, True), (False, "selective")
 
 
 def bytes_left(step):
@@ -339,8 +346,10 @@ def bytes_left(step):
         gc.enable()
 
 
-@pytest.mark.parametrize("recomputes", ["selective", True])
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("compiled", "recomputes"),
+    [(True, True), *(pytest.param(*each, marks=pytest.mark.slow) for each in RECOMPUTED)],
+)
 def test_what_was_recomputed_is_freed_without_collecting_garbage(compiled, recomputes):
     torch._dynamo.reset()
     model = random_model(CONFIGS[16])

@@ -7,8 +7,7 @@ but launch them, forward in one function and backward in another. The numbers ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Literal, NamedTuple
 
 import torch
@@ -58,6 +57,27 @@ class Settings(NamedTuple):
     recomputes: bool | Literal["selective"]
 
 
+class Batch(NamedTuple):
+    tables: torch.Tensor
+    cu_seqlens: torch.Tensor
+    positions: torch.Tensor | None
+
+
+class Parameters(NamedTuple):
+    w_norm1: torch.Tensor
+    b_norm1: torch.Tensor
+    w_qkv: torch.Tensor
+    b_qkv: torch.Tensor
+    w_out: torch.Tensor
+    b_out: torch.Tensor
+    w_norm2: torch.Tensor
+    b_norm2: torch.Tensor
+    w1: torch.Tensor
+    b1: torch.Tensor
+    w2: torch.Tensor
+    b2: torch.Tensor
+
+
 class Kept(NamedTuple):
     """What the backward pass needs besides what the products keep; M tokens have results that are wanted."""
 
@@ -78,95 +98,105 @@ class TritonLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, settings, x, update, tables, cu_seqlens, positions, *parameters) -> tuple:
-        batch = tables, cu_seqlens, positions
+        batch, parameters = Batch(tables, cu_seqlens, positions), Parameters(*parameters)
         with torch.cuda.device_of(x):  # Triton launches on the current one
             kept, of_products = _forward_to_hidden(settings, x, update, batch, parameters)
-            out, of_last = settings.product.forward(gelu(kept.hidden), *parameters[-2:])
-        saved = {False: (*kept, *chain(*of_products, of_last)), "selective": kept, True: kept[:1]}
+            out, of_last = settings.product.forward(gelu(kept.hidden), parameters.w2, parameters.b2)
+        if settings.recomputes is True:
+            saved = (kept.x,)
+        elif settings.recomputes == "selective":
+            saved = kept
+        else:
+            saved = (*kept, *chain(*of_products, of_last))
         ctx.settings, ctx.has_update = settings, update is not None
-        ctx.save_for_backward(*batch, *parameters, *saved[settings.recomputes])
+        ctx.save_for_backward(*batch, *parameters, *saved)
         return kept.total, out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total, grad_update) -> tuple:
-        settings, tensors = ctx.settings, ctx.saved_tensors
-        batch, parameters, saved = tensors[:3], tensors[3:15], tensors[15:]
+        settings, saved = ctx.settings, iter(ctx.saved_tensors)
+        batch, parameters = Batch(*islice(saved, 3)), Parameters(*islice(saved, 12))
         with torch.cuda.device_of(grad_total):
-            if settings.recomputes == "selective":
-                kept = Kept(*saved)
-                of_products = _of_products(settings, kept, batch, parameters)
-            elif settings.recomputes:
-                kept, of_products = _forward_to_hidden(settings, *saved, None, batch, parameters)
-                of_products = reversed([*of_products, settings.product.keep(gelu(kept.hidden), parameters[-2])])
+            if settings.recomputes is True:
+                (x,) = saved
+                kept, of_products = _forward_to_hidden(settings, x, None, batch, parameters)
+                of_products.append(settings.product.keep(gelu(kept.hidden), parameters.w2))
             else:
-                kept, rest = Kept(*saved[:10]), saved[10:]
+                kept, rest = Kept(*islice(saved, 10)), list(saved)
                 each = len(rest) // 4
-                of_products = (rest[i : i + each] for i in (3 * each, 2 * each, each, 0))
+                of_products = [rest[i * each : (i + 1) * each] for i in range(4)]
+                if settings.recomputes == "selective":
+                    of_products = _of_products(settings, kept, batch, parameters)
             grad_x, grad_update, *grads = _backward(
                 settings, kept, of_products, batch, parameters, grad_total.contiguous(), grad_update.contiguous()
             )
         return None, grad_x, grad_update if ctx.has_update else None, None, None, None, *grads
 
 
-def _forward_to_hidden(settings: Settings, x, update, batch: tuple, parameters: tuple) -> tuple[Kept, list[tuple]]:
+def _forward_to_hidden(
+    settings: Settings, x: torch.Tensor, update: torch.Tensor | None, batch: Batch, parameters: Parameters
+) -> tuple[Kept, list[tuple]]:
     """The layer without GELU and the last product; and what each of the other three products keeps.
 
     To compute that anew, give the sum of x and update as x, and no update.
     """
-    w_norm1, b_norm1, w_qkv, b_qkv, w_out, b_out, w_norm2, b_norm2, w1, b1, _, _ = parameters
-    tables, cu_seqlens, positions = batch
     heads, eps, max_seqlen, dtype, product, _ = settings
-    x, normed, mean1, rstd1 = add_norm(x, update, w_norm1, b_norm1, eps, dtype)
-    qkv, of_qkv = product.forward(normed, w_qkv, b_qkv)
+    p, positions = parameters, batch.positions
+    x, normed, mean1, rstd1 = add_norm(x, update, p.w_norm1, p.b_norm1, eps, dtype)
+    qkv, of_qkv = product.forward(normed, p.w_qkv, p.b_qkv)
     qkv = qkv.view(len(x), 3, heads, -1)
-    mixed, lse = attend_forward(qkv, tables, cu_seqlens, max_seqlen)
-    out, of_out = product.forward(_wanted(mixed.view(x.shape), positions), w_out, b_out)
-    total, normed, mean2, rstd2 = add_norm(_wanted(x, positions), out, w_norm2, b_norm2, eps, dtype)
-    hidden, of_hidden = product.forward(normed, w1, b1)
+    mixed, lse = attend_forward(qkv, batch.tables, batch.cu_seqlens, max_seqlen)
+    out, of_out = product.forward(_wanted(mixed.view(x.shape), positions), p.w_out, p.b_out)
+    total, normed, mean2, rstd2 = add_norm(_wanted(x, positions), out, p.w_norm2, p.b_norm2, eps, dtype)
+    hidden, of_hidden = product.forward(normed, p.w1, p.b1)
     return Kept(x, mean1, rstd1, qkv, mixed, lse, total, mean2, rstd2, hidden), [of_qkv, of_out, of_hidden]
 
 
 def _wanted(rows: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """Of the rows (T, D) those of tokens whose results are wanted, (M, D)."""
     return rows if positions is None else rows.index_select(0, positions)
 
 
-def _of_products(settings: Settings, kept: Kept, batch: tuple, parameters: tuple) -> Iterator[tuple]:
-    """What the products keep, the last one's first, each computed anew when it is asked for."""
-    w_norm1, b_norm1, w_qkv, _, w_out, _, w_norm2, b_norm2, w1, _, w2, _ = parameters
+def _of_products(settings: Settings, kept: Kept, batch: Batch, parameters: Parameters) -> list[tuple]:
+    """What the four products keep, from what they are given, computed anew."""
     _, eps, _, dtype, product, _ = settings
-    yield product.keep(gelu(kept.hidden), w2)
-    yield product.keep(add_norm(kept.total, None, w_norm2, b_norm2, eps, dtype)[1], w1)
-    yield product.keep(_wanted(kept.mixed.view(kept.x.shape), batch[-1]), w_out)
-    yield product.keep(add_norm(kept.x, None, w_norm1, b_norm1, eps, dtype)[1], w_qkv)
+    p = parameters
+    return [
+        product.keep(add_norm(kept.x, None, p.w_norm1, p.b_norm1, eps, dtype)[1], p.w_qkv),
+        product.keep(_wanted(kept.mixed.view(kept.x.shape), batch.positions), p.w_out),
+        product.keep(add_norm(kept.total, None, p.w_norm2, p.b_norm2, eps, dtype)[1], p.w1),
+        product.keep(gelu(kept.hidden), p.w2),
+    ]
 
 
 def _backward(
     settings: Settings,
     kept: Kept,
-    of_products: Iterator[tuple],
-    batch: tuple,
-    parameters: tuple,
+    of_products: list[tuple],
+    batch: Batch,
+    parameters: Parameters,
     grad_total: torch.Tensor,
     grad_update: torch.Tensor,
 ) -> tuple:
-    """The gradients of x, of what was added to it, and of the parameters; `of_products` as of `_of_products`."""
+    """The gradients of x, of what was added to it, and of the parameters."""
     x, mean1, rstd1, qkv, mixed, lse, total, mean2, rstd2, hidden = kept
     tables, cu_seqlens, positions = batch
+    of_qkv, of_out, of_hidden, of_last = of_products
     backward = settings.product.backward
-    grad, grad_w2 = backward(grad_update, *next(of_products))
+    grad, grad_w2 = backward(grad_update, *of_last)
     grad_b2 = sum_rows(grad_update)
     grad, grad_b1 = gelu_backward(hidden, grad)
-    grad, grad_w1 = backward(grad, *next(of_products))
-    grad_total, grad, *grads_norm2 = add_norm_backward(grad_total, grad, total, parameters[6], mean2, rstd2)
+    grad, grad_w1 = backward(grad, *of_hidden)
+    grad_total, grad, *grads_norm2 = add_norm_backward(grad_total, grad, total, parameters.w_norm2, mean2, rstd2)
     grad_b_out = sum_rows(grad)
-    grad, grad_w_out = backward(grad, *next(of_products))
+    grad, grad_w_out = backward(grad, *of_out)
     if positions is not None:
         grad_total, grad = (each.new_zeros(x.shape).index_copy_(0, positions, each) for each in (grad_total, grad))
     grad = attend_backward(grad, qkv, tables, mixed, lse, cu_seqlens, settings.max_seqlen).flatten(1)
     grad_b_qkv = sum_rows(grad)
-    grad, grad_w_qkv = backward(grad, *next(of_products))
-    grad_x, grad_update, *grads_norm1 = add_norm_backward(grad_total, grad, x, parameters[0], mean1, rstd1)
+    grad, grad_w_qkv = backward(grad, *of_qkv)
+    grad_x, grad_update, *grads_norm1 = add_norm_backward(grad_total, grad, x, parameters.w_norm1, mean1, rstd1)
     return (
         grad_x, grad_update, *grads_norm1, grad_w_qkv, grad_b_qkv, grad_w_out, grad_b_out,
         *grads_norm2, grad_w1, grad_b1, grad_w2, grad_b2,

@@ -21,18 +21,18 @@ from esm2_composer.recipe.schema import FSDPSection, Recipe, batches
 @dataclass(frozen=True)
 class GPU:
     """Peak dense bf16 operations a second; memory, bytes; bytes a second that a GPU sends to others in its node,
-    and that it sends to other nodes, with a network port for each GPU; and the largest heads of which Triton
-    computes layers (see `attention`)."""
+    and that it sends to other nodes, with a network port for each GPU; and whether Triton has too few registers
+    there for heads of more than 64, so that torch computes the layers (see `attention`)."""
 
     flops: float
     memory: float
     node_link: float
     network: float
-    triton_heads: int = 256
+    spills: bool = False
 
 
 GPUS = {
-    "a100": GPU(312e12, 80e9, 300e9, 25e9, triton_heads=64),
+    "a100": GPU(312e12, 80e9, 300e9, 25e9, spills=True),
     "h100": GPU(989e12, 80e9, 450e9, 50e9),
     "h200": GPU(989e12, 141e9, 450e9, 50e9),
     "b200": GPU(2250e12, 180e9, 900e9, 50e9),
@@ -54,11 +54,11 @@ MEAN_TOKENS, ATTENDED = 319, 456
 
 # Bytes that a layer in Triton keeps of a token for the backward pass, in units of the hidden size, by what is
 # recomputed, with an fp32 residual stream and with FSDP's bf16 one; what a layer in torch keeps besides: q and k
-# before they are rotated and after, and both of its inputs; and bytes of a token outside the layers. Peaks on an
-# H200 meet those of Triton where nothing is recomputed (docs/performance.md); the others were not measured.
+# before they are rotated, or both inputs instead of their sum; and bytes of a token outside the layers. Peaks on
+# an H200 meet those of Triton where nothing is recomputed (docs/performance.md); others were not measured on GPUs.
 KEPT = {False: 36.5, "selective": 24.5, True: 4}
 KEPT_BF16 = {False: 32.5, "selective": 20.5, True: 2}
-KEPT_IN_TORCH = {False: 8, "selective": 8, True: 2}
+KEPT_IN_TORCH = {False: 4, "selective": 4, True: 2}
 OUTSIDE = 18
 
 
@@ -118,7 +118,9 @@ def estimate_run(
     head = model.flops([], predicted)
     flops = recipe.global_train_batch_size * per_sequence + head
     recomputing = recipe.fsdp is not None and recipe.fsdp.activation_checkpointing
-    in_triton = config.head_size <= gpu.triton_heads
+    in_triton = recipe.model.attention == "triton" or (
+        recipe.model.attention == "auto" and not (gpu.spills and config.head_size > 64)
+    )
     # The layers' forward pass again, but for each one's last product (in torch, with it), and not the head's; MFU
     # does not count it. Norms and GELU alone, some 1 % of a 15B's time, are not counted.
     d, f = config.hidden_size, config.ffn_hidden_size
@@ -130,7 +132,7 @@ def estimate_run(
     kept = KEPT_BF16 if bf16_stream else KEPT
     if not in_triton:
         kept = {what: size + KEPT_IN_TORCH[what] for what, size in kept.items()}
-    held = config.num_layers * kept[recomputing] + kept[False] - kept[recomputing]  # what one layer computes anew
+    held = config.num_layers * kept[recomputing] + kept[False] - kept[recomputing]  # and what one computes anew
     activations = recipe.device_microbatch_tokens * config.hidden_size * (held + OUTSIDE)
     share = min(1.0, tokens / gpus / recipe.device_microbatch_tokens)  # of a microbatch that a GPU's tokens fill
     rounds = max(1, math.ceil(tokens / gpus / recipe.device_microbatch_tokens))
@@ -235,9 +237,10 @@ def remedy(recipe: Recipe, estimate: Estimate, gpu: GPU) -> str | None:
         return "shard it: fsdp.sharding_strategy=SHARD_GRAD_OP, then FULL_SHARD"
     if recipe.fsdp.sharding_strategy != "FULL_SHARD":
         return "fsdp.sharding_strategy=FULL_SHARD"
-    more = {False: "selective", "selective": "true"}.get(recipe.fsdp.activation_checkpointing)
-    if more and estimate.activation_bytes > fixed:
-        return f"fsdp.activation_checkpointing={more}"
+    for what in ("selective", True):
+        recomputing = replace(recipe, fsdp=replace(recipe.fsdp, activation_checkpointing=what))
+        if estimate_run(recomputing, estimate.gpus, gpu, mfu=1).memory <= gpu.memory:
+            return f"fsdp.activation_checkpointing={str(what).lower()}"
     smaller = f"device_microbatch_tokens={fitting}, or " if fitting >= recipe.data.max_length else ""
     return f"{smaller}more GPUs, or ones with more memory"
 
