@@ -81,6 +81,8 @@ class Parameters(NamedTuple):
 class Kept(NamedTuple):
     """What the backward pass needs besides what the products keep; M tokens have results that are wanted."""
 
+    w_norm1: torch.Tensor
+    w_norm2: torch.Tensor
     x: torch.Tensor  # (T, D), the sum of the inputs
     mean1: torch.Tensor  # fp32 (T,), as rstd1
     rstd1: torch.Tensor
@@ -103,33 +105,34 @@ class TritonLayer(torch.autograd.Function):
             kept, of_products = _forward_to_hidden(settings, x, update, batch, parameters)
             out, of_last = settings.product.forward(gelu(kept.hidden), parameters.w2, parameters.b2)
         if settings.recomputes is True:
-            saved = (kept.x,)
+            saved = (kept.x, *parameters)
         elif settings.recomputes == "selective":
-            saved = kept
+            saved = (*kept, *parameters)
         else:
             saved = (*kept, *chain(*of_products, of_last))
         ctx.settings, ctx.has_update = settings, update is not None
-        ctx.save_for_backward(*batch, *parameters, *saved)
+        ctx.save_for_backward(*batch, *saved)
         return kept.total, out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total, grad_update) -> tuple:
         settings, saved = ctx.settings, iter(ctx.saved_tensors)
-        batch, parameters = Batch(*islice(saved, 3)), Parameters(*islice(saved, 12))
+        batch = Batch(*islice(saved, 3))
         with torch.cuda.device_of(grad_total):
             if settings.recomputes is True:
-                (x,) = saved
+                x, parameters = next(saved), Parameters(*saved)
                 kept, of_products = _forward_to_hidden(settings, x, None, batch, parameters)
                 of_products.append(settings.product.keep(gelu(kept.hidden), parameters.w2))
+            elif settings.recomputes == "selective":
+                kept, parameters = Kept(*islice(saved, 12)), Parameters(*saved)
+                of_products = _of_products(settings, kept, batch, parameters)
             else:
-                kept, rest = Kept(*islice(saved, 10)), list(saved)
+                kept, rest = Kept(*islice(saved, 12)), list(saved)
                 each = len(rest) // 4
-                of_products = [rest[i * each : (i + 1) * each] for i in range(4)]
-                if settings.recomputes == "selective":
-                    of_products = _of_products(settings, kept, batch, parameters)
+                of_products = [rest[i : i + each] for i in range(0, len(rest), each)]
             grad_x, grad_update, *grads = _backward(
-                settings, kept, of_products, batch, parameters, grad_total.contiguous(), grad_update.contiguous()
+                settings, kept, of_products, batch, grad_total.contiguous(), grad_update.contiguous()
             )
         return None, grad_x, grad_update if ctx.has_update else None, None, None, None, *grads
 
@@ -150,7 +153,8 @@ def _forward_to_hidden(
     out, of_out = product.forward(_wanted(mixed.view(x.shape), positions), p.w_out, p.b_out)
     total, normed, mean2, rstd2 = add_norm(_wanted(x, positions), out, p.w_norm2, p.b_norm2, eps, dtype)
     hidden, of_hidden = product.forward(normed, p.w1, p.b1)
-    return Kept(x, mean1, rstd1, qkv, mixed, lse, total, mean2, rstd2, hidden), [of_qkv, of_out, of_hidden]
+    kept = Kept(p.w_norm1, p.w_norm2, x, mean1, rstd1, qkv, mixed, lse, total, mean2, rstd2, hidden)
+    return kept, [of_qkv, of_out, of_hidden]
 
 
 def _wanted(rows: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
@@ -175,12 +179,11 @@ def _backward(
     kept: Kept,
     of_products: list[tuple],
     batch: Batch,
-    parameters: Parameters,
     grad_total: torch.Tensor,
     grad_update: torch.Tensor,
 ) -> tuple:
     """The gradients of x, of what was added to it, and of the parameters."""
-    x, mean1, rstd1, qkv, mixed, lse, total, mean2, rstd2, hidden = kept
+    w_norm1, w_norm2, x, mean1, rstd1, qkv, mixed, lse, total, mean2, rstd2, hidden = kept
     tables, cu_seqlens, positions = batch
     of_qkv, of_out, of_hidden, of_last = of_products
     backward = settings.product.backward
@@ -188,7 +191,7 @@ def _backward(
     grad_b2 = sum_rows(grad_update)
     grad, grad_b1 = gelu_backward(hidden, grad)
     grad, grad_w1 = backward(grad, *of_hidden)
-    grad_total, grad, *grads_norm2 = add_norm_backward(grad_total, grad, total, parameters.w_norm2, mean2, rstd2)
+    grad_total, grad, *grads_norm2 = add_norm_backward(grad_total, grad, total, w_norm2, mean2, rstd2)
     grad_b_out = sum_rows(grad)
     grad, grad_w_out = backward(grad, *of_out)
     if positions is not None:
@@ -196,7 +199,7 @@ def _backward(
     grad = attend_backward(grad, qkv, tables, mixed, lse, cu_seqlens, settings.max_seqlen).flatten(1)
     grad_b_qkv = sum_rows(grad)
     grad, grad_w_qkv = backward(grad, *of_qkv)
-    grad_x, grad_update, *grads_norm1 = add_norm_backward(grad_total, grad, x, parameters.w_norm1, mean1, rstd1)
+    grad_x, grad_update, *grads_norm1 = add_norm_backward(grad_total, grad, x, w_norm1, mean1, rstd1)
     return (
         grad_x, grad_update, *grads_norm1, grad_w_qkv, grad_b_qkv, grad_w_out, grad_b_out,
         *grads_norm2, grad_w1, grad_b1, grad_w2, grad_b2,
