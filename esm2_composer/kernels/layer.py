@@ -150,7 +150,7 @@ def _forward_to_hidden(
     qkv, of_qkv = product.forward(normed, p.w_qkv, p.b_qkv)
     qkv = qkv.view(len(x), 3, heads, -1)
     mixed, lse = attend_forward(qkv, batch.tables, batch.cu_seqlens, max_seqlen)
-    out, of_out = product.forward(_wanted(mixed.view(x.shape), positions), p.w_out, p.b_out)
+    out, of_out = product.forward(_wanted(mixed.view(len(x), -1), positions), p.w_out, p.b_out)
     total, normed, mean2, rstd2 = add_norm(_wanted(x, positions), out, p.w_norm2, p.b_norm2, eps, dtype)
     hidden, of_hidden = product.forward(normed, p.w1, p.b1)
     kept = Kept(p.w_norm1, p.w_norm2, x, mean1, rstd1, qkv, mixed, lse, total, mean2, rstd2, hidden)
@@ -168,7 +168,7 @@ def _of_products(settings: Settings, kept: Kept, batch: Batch, parameters: Param
     p = parameters
     return [
         product.keep(add_norm(kept.x, None, p.w_norm1, p.b_norm1, eps, dtype)[1], p.w_qkv),
-        product.keep(_wanted(kept.mixed.view(kept.x.shape), batch.positions), p.w_out),
+        product.keep(_wanted(kept.mixed.view(len(kept.x), -1), batch.positions), p.w_out),
         product.keep(add_norm(kept.total, None, p.w_norm2, p.b_norm2, eps, dtype)[1], p.w1),
         product.keep(gelu(kept.hidden), p.w2),
     ]
