@@ -26,6 +26,7 @@ from streaming.base.shared import memory
 
 from esm2_composer.checkpoints.folders import Folder, open_folder
 from esm2_composer.conversion.records import COLUMNS
+from esm2_composer.distributed.collectives import end_process_group
 from esm2_composer.errors import run_command
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +98,16 @@ def shared_memory_is_given_back() -> Iterator[None]:
     for cleanup in cleanups:
         with contextlib.suppress(BufferError):
             cleanup()
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    if torch.distributed.is_initialized():  # a Trainer in another test has left one
+        end_process_group()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    end_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esm2_composer import alphabet
 from esm2_composer.attention import Attention, _torch_varlen_operator
-from esm2_composer.distributed.collectives import end_process_group
 from esm2_composer.model import (
     ESM2,
     SIZES,
@@ -194,24 +193,20 @@ def test_no_cast_of_the_model_rounds_the_rotary_frequencies():
     assert not any(buffer.is_floating_point() for buffer in model.buffers())  # FSDP casts those
 
 
-def test_fsdp_in_bf16_does_not_round_the_rotary_tables(monkeypatch, tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = random_model(CONFIGS[64])
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-        for module in (*model.layers, model):
-            fully_shard(module, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
-        seen = set()
+def test_fsdp_in_bf16_does_not_round_the_rotary_tables(monkeypatch, one_rank):
+    model = random_model(CONFIGS[64])
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+    seen = set()
 
-        def spy(x, cos, sin):
-            seen.add((x.dtype, cos.dtype, sin.dtype))
-            return rotate(x, cos, sin)
+    def spy(x, cos, sin):
+        seen.add((x.dtype, cos.dtype, sin.dtype))
+        return rotate(x, cos, sin)
 
-        monkeypatch.setattr("esm2_composer.model.rotate", spy)
-        with torch.no_grad():
-            model(*random_batch([20, 30]))
-    finally:
-        end_process_group()
+    monkeypatch.setattr("esm2_composer.model.rotate", spy)
+    with torch.no_grad():
+        model(*random_batch([20, 30]))
     assert seen == {(torch.bfloat16, torch.float32, torch.float32)}
 
 

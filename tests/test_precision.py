@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,7 +21,6 @@ from esm2_composer.alphabet import AMINO_ACIDS, CLS, EOS
 from esm2_composer.callbacks import GradientRelease
 from esm2_composer.data.masking import MaskingRule
 from esm2_composer.data.pool import Microbatch, pack
-from esm2_composer.distributed.collectives import end_process_group
 from esm2_composer.fp8 import use_fp8
 from esm2_composer.model import ESM2, ESM2Config
 from esm2_composer.optim import build_adamw, build_schedule
@@ -112,13 +110,6 @@ def shard(net: ESM2, version: int, mixed_precision: str) -> torch.nn.Module:
     for module in (*net.layers, net):
         fully_shard(module, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
     return net
-
-
-@pytest.fixture
-def one_rank(tmp_path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    end_process_group()
 
 
 @pytest.fixture(scope="module")
