@@ -285,8 +285,8 @@ def test_sharded_gradients_that_come_as_sums_are_divided(
         (2, "true", True),
         (2, "selective", "selective"),
         (2, "false", False),
-        (1, "true", False),
-    ],  # 1 shards nothing
+        (1, "true", False),  # version 1 shards nothing here
+    ],
 )
 def test_layers_are_recomputed_where_the_recipe_says(given_to_trainer, version, wanted, recomputed):
     """What comes of it is in test_kernels_layer.py."""
