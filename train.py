@@ -52,12 +52,13 @@ def train() -> int:
         return 0
 
     from esm2_composer.callbacks import Preempted
-    from esm2_composer.checkpoints.folders import DIVERGED
+    from esm2_composer.checkpoints.names import DIVERGED
     from esm2_composer.checkpoints.saving import WAITS_LEAVING
     from esm2_composer.distributed.collectives import say
     from esm2_composer.divergence import Diverged, advice
     from esm2_composer.runner import Done, build_trainer
 
+    gc.freeze()  # nor later: to look once more through all that was imported took a second at the end
     gc.enable()
     preemption.watch_signals()  # again: Composer, imported since, has a handler that would exit at once
     try:

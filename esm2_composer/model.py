@@ -368,13 +368,13 @@ class ESM2(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, attention: str = "auto") -> ESM2:
         """Load a Hugging Face folder, a fair-esm `.pt` file or a Composer checkpoint (see `weights`)."""
-        from esm2_composer.weights import load_pretrained
+        from esm2_composer.weights.pretrained import load_pretrained
 
         return load_pretrained(path, attention)
 
     def save_hf(self, path: str | Path) -> None:
         """Write a folder that transformers' `AutoModelForMaskedLM` and `AutoTokenizer` load."""
-        from esm2_composer.weights import save_hugging_face
+        from esm2_composer.weights.hugging_face import save_hugging_face
 
         save_hugging_face(self, path)
 

@@ -17,8 +17,9 @@ from composer.utils import dist, get_device
 
 from esm2_composer.attention import select_attention
 from esm2_composer.callbacks import GradientClipping, GradientRelease, Preemption, TokenMonitor
-from esm2_composer.checkpoints.folders import open_folder, updates
+from esm2_composer.checkpoints.folders import open_folder
 from esm2_composer.checkpoints.index import Index
+from esm2_composer.checkpoints.names import updates
 from esm2_composer.checkpoints.resume import (
     Origin,
     check_resumed,

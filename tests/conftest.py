@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import functools
 import gc
 import itertools
 import os
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import boto3
+import botocore.loaders
 import numpy as np
 import psutil
 import pytest
@@ -34,6 +36,9 @@ REAL_DATA = Path(os.environ.get("ESM2_REAL_DATA") or ROOT.parent / "shared" / "d
 # As many tests run at a time as there are cores, on models too small for several threads, here and in commands.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# Of each client that Streaming and moto make, 0.2 s are for reading the same descriptions of the service.
+read_json = functools.cache(botocore.loaders.JSONFileLoader().load_file)
+botocore.loaders.JSONFileLoader.load_file = lambda _, path: read_json(path)
 # An iterator that is left in mid-epoch goes with a cycle of references, after the queues by which it would tell
 # its workers to end; then torch waits so many seconds for each.
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2

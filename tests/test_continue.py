@@ -15,7 +15,7 @@ from transformers import AutoModelForMaskedLM, EsmConfig, EsmForMaskedLM
 
 from esm2_composer.conversion.fasta import read_fasta
 from esm2_composer.model import ESM2Config
-from esm2_composer.weights import hugging_face_config
+from esm2_composer.weights.hugging_face import hugging_face_config
 
 COMMANDS = [command for command in commands(ROOT / "docs/continue.md") if command != "apt install mmseqs2"]
 FROM_FASTA = [command for command in COMMANDS if "convert.py --fasta" in command]

@@ -12,8 +12,6 @@ from benchmarks.parity import hugging_face, random_model
 from test_model import CONFIGS
 from transformers import AutoModelForMaskedLM
 
-from esm2_composer import weights
-
 
 @pytest.fixture
 def checkpoint(tmp_path):
@@ -55,7 +53,7 @@ def test_a_full_disk_leaves_nothing(checkpoint, tmp_path, call, monkeypatch):
     def no_space(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(weights, "_write_json", no_space)  # after the tensors
+    monkeypatch.setattr("esm2_composer.weights.hugging_face._write_json", no_space)  # after the tensors
     code, _, err = call(export_hf.main, checkpoint, tmp_path / "hf")
     assert code == 1  # another time it may do
     assert err.startswith("error: ")

@@ -16,8 +16,8 @@ from save_folders import listing, save, stage
 
 from esm2_composer.checkpoints import folders
 from esm2_composer.checkpoints.folders import LocalFolder, ask, open_folder
+from esm2_composer.checkpoints.names import LATEST
 from esm2_composer.errors import TransientError, UserError
-from esm2_composer.weights import LATEST
 
 
 @pytest.mark.parametrize("end", ["-rank0.pt", ""])

@@ -17,7 +17,7 @@ from esm2_composer.data.draw import ClusterDraw
 from esm2_composer.data.loaders import train_loader
 from esm2_composer.data.masking import MaskingRule
 from esm2_composer.model import ESM2Config
-from esm2_composer.weights import hugging_face_config
+from esm2_composer.weights.hugging_face import hugging_face_config
 
 # At a peak of 3e-3 rounding alone moves the reference's losses by 2e-4 (fp32 beside fp64); at 1e-3 by 2e-7.
 UPDATES, WARMUP, PEAK, BATCH, SEED, MAX_LENGTH = 100, 10, 1e-3, 16, 17, 256

@@ -23,7 +23,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from esm2_composer import alphabet
 from esm2_composer.errors import UserError
 from esm2_composer.model import ESM2
-from esm2_composer.weights import read_config
+from esm2_composer.weights.pretrained import read_config
 
 
 @pytest.fixture

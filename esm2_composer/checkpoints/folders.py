@@ -29,34 +29,17 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from esm2_composer.checkpoints import checksums
+from esm2_composer.checkpoints.names import DIVERGED, LATEST, is_checkpoint, is_diverged, updates
 from esm2_composer.distributed.collectives import say
 from esm2_composer.errors import StoreUnavailable, TransientError, UserError, system_error
 from esm2_composer.files import sync, write_durably
 from esm2_composer.retry import retry
-from esm2_composer.weights import LATEST
 
 LOCK = ".lock"
-DIVERGED = "diverged-"  # prefix of states kept for inspection, never resumed from
 Result = TypeVar("Result")
-_NAME = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # a file or, if sharded, a folder
 _STAGING, PROBE = ".saving", ".seen-"
 DELETIONS = 10  # of a store's objects, at a time
 LOCK_SECONDS = 30  # enough for a run that got SIGTERM to leave (preemption.GRACE)
-
-
-def updates(name: str) -> int:
-    """The number of updates after which the checkpoint of this name was saved."""
-    match = _NAME.fullmatch(name)
-    assert match, name
-    return int(match[1])
-
-
-def _is_diverged(name: str) -> bool:
-    return _NAME.fullmatch(name.removeprefix(DIVERGED)) is not None
-
-
-def is_sharded(name: str) -> bool:
-    return not name.endswith(".pt")
 
 
 class LocalFolder:
@@ -107,12 +90,12 @@ class LocalFolder:
         for path in self.path.glob(f"{PROBE}*"):
             path.unlink(missing_ok=True)
         for path in self.path.iterdir():
-            if _NAME.fullmatch(path.name) and path.is_dir() and not _is_whole(path):
+            if is_checkpoint(path.name) and path.is_dir() and not _is_whole(path):
                 shutil.rmtree(path)
 
     def names(self) -> list[str]:
         """The whole checkpoints, oldest first."""
-        found = [path.name for path in self.path.glob("ep*-ba*") if _NAME.fullmatch(path.name) and _is_whole(path)]
+        found = [path.name for path in self.path.glob("ep*-ba*") if is_checkpoint(path.name) and _is_whole(path)]
         found.sort(key=updates)
         while found and _lacks_parts(self.path / found[-1]):  # only of the newest: it takes reading
             found.pop()
@@ -120,7 +103,7 @@ class LocalFolder:
 
     def diverged(self) -> list[str]:
         """The states of runs that diverged."""
-        return [path.name for path in self.path.glob(f"{DIVERGED}*") if _is_diverged(path.name)]
+        return [path.name for path in self.path.glob(f"{DIVERGED}*") if is_diverged(path.name)]
 
     def location(self, name: str) -> str:
         return str(self.path / name)
@@ -142,7 +125,7 @@ class LocalFolder:
             shutil.rmtree(place)
         os.replace(staged, place)
         sync(self.path)
-        if _NAME.fullmatch(name):
+        if is_checkpoint(name):
             link = self.path / f".{LATEST}.new"
             link.unlink(missing_ok=True)
             link.symlink_to(name)
@@ -227,17 +210,17 @@ class S3Folder:
         whole = set(self.names())
         names = {key.split("/")[0] for key in self._keys("ep")}
         for name in sorted(names - whole):
-            if _NAME.fullmatch(name):
+            if is_checkpoint(name):
                 self.remove(name)
 
     def names(self) -> list[str]:
         """The whole checkpoints, oldest first."""
         keys = (key.removesuffix("/.metadata") for key in self._keys("ep"))
-        return sorted((key for key in keys if _NAME.fullmatch(key)), key=updates)
+        return sorted((key for key in keys if is_checkpoint(key)), key=updates)
 
     def diverged(self) -> list[str]:
         """The states of runs that diverged."""
-        return sorted(filter(_is_diverged, {key.split("/")[0] for key in self._keys(DIVERGED)}))
+        return sorted(filter(is_diverged, {key.split("/")[0] for key in self._keys(DIVERGED)}))
 
     def location(self, name: str) -> str:
         return f"{self._uri}/{name}"

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from esm2_composer.checkpoints.folders import Folder, ask, damaged, updates
+from esm2_composer.checkpoints.folders import Folder, ask, damaged
+from esm2_composer.checkpoints.names import updates
 from esm2_composer.checkpoints.resume import Origin
 from esm2_composer.data.splits import SPLITS
 from esm2_composer.distributed.collectives import say

@@ -18,8 +18,9 @@ from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 from torch.distributed.checkpoint import CheckpointException
 
-from esm2_composer.checkpoints.folders import Folder, ask, updates
+from esm2_composer.checkpoints.folders import Folder, ask
 from esm2_composer.checkpoints.index import Index, best, superseded
+from esm2_composer.checkpoints.names import updates
 from esm2_composer.distributed.collectives import say
 from esm2_composer.errors import ReportedError, TransientError, UserError
 from esm2_composer.loggers import hand_on_all

@@ -7,8 +7,9 @@ but launch them, forward in one function and backward in another. The numbers ar
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain, islice
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -95,6 +96,9 @@ class Kept(NamedTuple):
     hidden: torch.Tensor  # (M, F), before GELU
 
 
+Fields = TypeVar("Fields", Batch, Kept)
+
+
 class TritonLayer(torch.autograd.Function):
     """See `compute`."""
 
@@ -118,23 +122,28 @@ class TritonLayer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total, grad_update) -> tuple:
         settings, saved = ctx.settings, iter(ctx.saved_tensors)
-        batch = Batch(*islice(saved, 3))
+        batch = _next(Batch, saved)
         with torch.cuda.device_of(grad_total):
             if settings.recomputes is True:
                 x, parameters = next(saved), Parameters(*saved)
                 kept, of_products = _forward_to_hidden(settings, x, None, batch, parameters)
                 of_products.append(settings.product.keep(gelu(kept.hidden), parameters.w2))
             elif settings.recomputes == "selective":
-                kept, parameters = Kept(*islice(saved, 12)), Parameters(*saved)
+                kept, parameters = _next(Kept, saved), Parameters(*saved)
                 of_products = _of_products(settings, kept, batch, parameters)
             else:
-                kept, rest = Kept(*islice(saved, 12)), list(saved)
+                kept, rest = _next(Kept, saved), list(saved)
                 each = len(rest) // 4
                 of_products = [rest[i : i + each] for i in range(0, len(rest), each)]
             grad_x, grad_update, *grads = _backward(
                 settings, kept, of_products, batch, grad_total.contiguous(), grad_update.contiguous()
             )
         return None, grad_x, grad_update if ctx.has_update else None, None, None, None, *grads
+
+
+def _next(kind: type[Fields], saved: Iterator[torch.Tensor]) -> Fields:
+    """As many of the tensors as it has fields."""
+    return kind(*islice(saved, len(kind._fields)))
 
 
 def _forward_to_hidden(

@@ -10,7 +10,7 @@ import torch
 from esm2_composer.errors import naming
 from esm2_composer.model import ESM2, SIZES, ESM2Config
 from esm2_composer.recipe.schema import ModelSection
-from esm2_composer.weights import read_config
+from esm2_composer.weights.pretrained import read_config
 
 
 @functools.cache  # a hub may have to be asked

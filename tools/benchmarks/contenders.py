@@ -38,7 +38,7 @@ from esm2_composer.kernels.checks import failure_line
 from esm2_composer.model import ESM2, SIZES
 from esm2_composer.recipe.config import load_recipe
 from esm2_composer.recipe.schema import Recipe
-from esm2_composer.weights import hugging_face_config
+from esm2_composer.weights.hugging_face import hugging_face_config
 
 LONGEST = 1024  # tokens of a sequence
 YAMLS = Path(__file__).parents[2] / "yamls"

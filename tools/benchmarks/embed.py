@@ -42,7 +42,7 @@ def measure(args: argparse.Namespace) -> dict:
 
     from esm2_composer.embedding import Embedder
     from esm2_composer.model import ESM2, SIZES
-    from esm2_composer.weights import hugging_face_config
+    from esm2_composer.weights.hugging_face import hugging_face_config
 
     if args.size not in SIZES:
         raise UserError(f"--size {args.size}; there are: {', '.join(SIZES)}")

@@ -21,7 +21,8 @@ from transformers import EsmConfig, EsmForMaskedLM
 from esm2_composer import alphabet
 from esm2_composer.errors import UserError, in_range
 from esm2_composer.model import ESM2, SIZES, ESM2Config
-from esm2_composer.weights import foreign_keys, hugging_face_config
+from esm2_composer.weights.hugging_face import hugging_face_config
+from esm2_composer.weights.names import foreign_keys
 
 LENGTHS = [3, 17, 330, 64, 1024]
 # References compute these with padding: the longest alone, or their attention would take four times the memory.

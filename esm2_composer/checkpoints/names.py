@@ -1,0 +1,28 @@
+"""What a run's checkpoints are called."""
+
+from __future__ import annotations
+
+import re
+
+LATEST = "latest-rank0.pt"  # a link to a run's newest checkpoint, in local folders, for people and tools
+DIVERGED = "diverged-"  # prefix of states kept for inspection, never resumed from
+_NAME = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # a file or, if sharded, a folder
+
+
+def is_checkpoint(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
+
+
+def is_diverged(name: str) -> bool:
+    return name.startswith(DIVERGED) and is_checkpoint(name.removeprefix(DIVERGED))
+
+
+def is_sharded(name: str) -> bool:
+    return not name.endswith(".pt")
+
+
+def updates(name: str) -> int:
+    """The number of updates after which the checkpoint of this name was saved."""
+    match = _NAME.fullmatch(name)
+    assert match, name
+    return int(match[1])
