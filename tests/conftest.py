@@ -105,14 +105,18 @@ def shared_memory_is_given_back() -> Iterator[None]:
             cleanup()
 
 
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    if torch.distributed.is_initialized():  # a Trainer in another test has left one
-        end_process_group()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """As a Trainer leaves one; other tests' ranks would inherit it."""
     yield
-    end_process_group()
+    if torch.distributed.is_initialized():
+        end_process_group()
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> None:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
 
 
 @pytest.fixture(scope="session")
