@@ -11,7 +11,6 @@ if __name__ == "__main__":
     preemption.watch_signals()  # before anything that takes time
 
 import argparse
-import gc
 import os
 import sys
 
@@ -25,6 +24,7 @@ from esm2_composer.errors import (
     run_command,
     tell,
 )
+from esm2_composer.imports import slow_imports
 
 
 def train() -> int:
@@ -36,30 +36,29 @@ def train() -> int:
     if args.recipe is None:
         raise UserError("give a recipe, such as yamls/8m.yaml")
 
-    # Slow imports come last: signals and mistakes are handled at once.
-    gc.disable()  # there is no garbage, and to look for it would take a sixth of their time
     from esm2_composer.recipe.config import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.dry_run:
-        from esm2_composer.recipe.estimate import describe
+        with slow_imports():
+            from esm2_composer.recipe.estimate import describe
 
-        if recipe.data.local is not None:  # takes seconds to import
-            from esm2_composer.data.checks import check_shards
+        if recipe.data.local is not None:
+            with slow_imports():
+                from esm2_composer.data.checks import check_shards
 
             check_shards(recipe.data, recipe.global_train_batch_size)
         print(describe(recipe, ranks=int(os.environ.get("WORLD_SIZE", 1))))
         return 0
 
-    from esm2_composer.callbacks import Preempted
-    from esm2_composer.checkpoints.names import DIVERGED
-    from esm2_composer.checkpoints.saving import WAITS_LEAVING
-    from esm2_composer.distributed.collectives import say
-    from esm2_composer.divergence import Diverged, advice
-    from esm2_composer.runner import Done, build_trainer
+    with slow_imports():  # until now signals and mistakes were handled at once
+        from esm2_composer.callbacks import Preempted
+        from esm2_composer.checkpoints.names import DIVERGED
+        from esm2_composer.checkpoints.saving import WAITS_LEAVING
+        from esm2_composer.distributed.collectives import say
+        from esm2_composer.divergence import Diverged, advice
+        from esm2_composer.runner import Done, build_trainer
 
-    gc.freeze()  # nor later: to look once more through all that was imported took a second at the end
-    gc.enable()
     preemption.watch_signals()  # again: Composer, imported since, has a handler that would exit at once
     try:
         trainer, saver = build_trainer(recipe)

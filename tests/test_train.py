@@ -1,12 +1,10 @@
 """The whole path through the real commands: train, evaluate, export; kill and relaunch; ranks; mistakes."""
 
 import contextlib
-import gc
 import json
 import math
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -25,7 +23,7 @@ from outcomes import assert_same_weights, assert_user_error, final_weights, loss
 from streaming import MDSWriter
 from transformers import AutoModelForMaskedLM
 
-from esm2_composer import preemption, runner
+from esm2_composer import runner
 from esm2_composer.conversion.records import COLUMNS
 from esm2_composer.distributed.collectives import end_process_group
 from esm2_composer.distributed.fsdp import DivideByRanks
@@ -33,7 +31,7 @@ from esm2_composer.errors import TransientError, UserError
 from esm2_composer.loggers import PERPLEXITY
 from esm2_composer.recipe.config import load_recipe
 from esm2_composer.recipe.estimate import GPUS, estimate_run
-from esm2_composer.recipe.schema import DataSection, Recipe
+from esm2_composer.recipe.schema import DataSection
 from esm2_composer.runner import Done, build_trainer, digests_of_all_nodes
 
 DIMENSIONS = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size")
@@ -152,21 +150,6 @@ def test_a_finished_run_is_done_before_ranks_meet(shards, finished, monkeypatch)
     _, recipe, *overrides = command(shards)
     with pytest.raises(Done, match="is done: 14 updates, nothing left to train"):
         build_trainer(load_recipe(recipe, overrides))
-
-
-def test_garbage_is_collected_again_once_all_is_imported(shards, monkeypatch):
-    collects = []
-
-    def build_trainer(recipe: Recipe) -> None:
-        collects.append(gc.isenabled())
-        raise Done(recipe, 0)
-
-    monkeypatch.setattr(runner, "build_trainer", build_trainer)
-    monkeypatch.setattr(preemption, "watch_signals", lambda: None)
-    monkeypatch.setattr(gc, "freeze", lambda: None)  # other tests' garbage is in this process too
-    monkeypatch.setattr(sys, "argv", command(shards))
-    assert runpy.run_path(str(ROOT / "train.py"))["train"]() == 0
-    assert collects == [True]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from esm2_composer.errors import ArgumentParser, UserError, in_range, run_command
 from esm2_composer.files import refuse_existing
+from esm2_composer.imports import slow_imports
 from esm2_composer.progress import Progress
 from esm2_composer.recipe.schema import MAX_INT
 
@@ -59,11 +60,12 @@ def main() -> None:
     if not args.fasta.is_file():
         raise UserError(f"{args.fasta}: no such file (a pipe will not do: it is read twice)")
 
-    import torch
+    with slow_imports():
+        import torch
 
-    from esm2_composer.embedding import Embedder, digest_weights, embed_file, survey
-    from esm2_composer.journal import Journal
-    from esm2_composer.model import ESM2
+        from esm2_composer.embedding import Embedder, digest_weights, embed_file, survey
+        from esm2_composer.journal import Journal
+        from esm2_composer.model import ESM2
 
     model = ESM2.from_pretrained(args.model).eval()
     layers = model.config.num_layers

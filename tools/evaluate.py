@@ -17,6 +17,7 @@ from typing import Any
 from esm2_composer.data.splits import SPLITS, check_data
 from esm2_composer.distributed.launcher import run_on_ranks
 from esm2_composer.errors import ArgumentParser, UserError, in_range, run_command
+from esm2_composer.imports import slow_imports
 from esm2_composer.progress import Progress
 from esm2_composer.recipe.schema import MAX_INT, DataSection
 
@@ -59,18 +60,19 @@ def main() -> None:
     data = DataSection(remote=args.data, local=args.local, max_length=args.max_length)
     check(args, data)
 
-    import torch
-    from composer.utils import dist
+    with slow_imports():
+        import torch
+        from composer.utils import dist
 
-    from esm2_composer.data.checks import check_cache
-    from esm2_composer.data.draw import ClusterDraw
-    from esm2_composer.data.loaders import evaluation_loader
-    from esm2_composer.data.masking import MaskingRule
-    from esm2_composer.data.pool import Pool
-    from esm2_composer.distributed.collectives import end_process_group
-    from esm2_composer.evaluation import evaluate
-    from esm2_composer.floors import data_floors
-    from esm2_composer.model import ESM2
+        from esm2_composer.data.checks import check_cache
+        from esm2_composer.data.draw import ClusterDraw
+        from esm2_composer.data.loaders import evaluation_loader
+        from esm2_composer.data.masking import MaskingRule
+        from esm2_composer.data.pool import Pool
+        from esm2_composer.distributed.collectives import end_process_group
+        from esm2_composer.evaluation import evaluate
+        from esm2_composer.floors import data_floors
+        from esm2_composer.model import ESM2
 
     net = ESM2.from_pretrained(args.checkpoint)  # each rank for itself, before they connect
     on_gpu = torch.cuda.is_available()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from esm2_composer.errors import ArgumentParser, run_command
 from esm2_composer.files import appearing_whole, refuse_existing
+from esm2_composer.imports import slow_imports
 
 
 def main() -> None:
@@ -21,7 +22,8 @@ def main() -> None:
     args = parser.parse_args()
     refuse_existing(args.out, "folder")
 
-    from esm2_composer.model import ESM2
+    with slow_imports():
+        from esm2_composer.model import ESM2
 
     export(ESM2.from_pretrained(args.checkpoint), args.out)
     for file in sorted(args.out.iterdir()):

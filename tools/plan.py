@@ -10,6 +10,7 @@ import argparse
 import json
 
 from esm2_composer.errors import ArgumentParser, in_range, run_command
+from esm2_composer.imports import slow_imports
 
 GPU_NAMES = ("a100", "h100", "h200", "b200")
 
@@ -31,8 +32,8 @@ def main() -> None:
     from esm2_composer.recipe.config import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides, data_is_here=False)
-
-    from esm2_composer.recipe.estimate import report
+    with slow_imports():
+        from esm2_composer.recipe.estimate import report
 
     text, data = report(recipe, args.gpus, args.gpu, args.mfu)
     print(json.dumps(data) if args.json else text)
