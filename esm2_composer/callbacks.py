@@ -117,28 +117,30 @@ class GradientRelease(Callback):
 class TokenMonitor(Callback):
     """Logs how good the batches are, and how well the model does on them.
 
-    `load/fill`: real tokens as a fraction of what microbatches may hold; `load/balance`: the mean rank's tokens as
-    a fraction of the fullest rank's, for which all others wait; perplexity and masked accuracy in training.
+    `load/fill`: real tokens as a fraction of what microbatches may hold; `load/balance`: the mean rank's work
+    (`pool.work_of`) as a fraction of the busiest rank's, for which all others wait; perplexity and masked accuracy
+    in training.
     """
 
     def __init__(self, model: MaskedLanguageModel, microbatch_tokens: int) -> None:
         self._model, self._microbatch_tokens = model, microbatch_tokens
         self._group = cpu_group()
-        self._counts = (0, 0)
+        self._counts = (0, 0, 0)
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        self._counts = (state.batch["num_tokens"], len(state.batch["microbatches"]))
+        batch = state.batch
+        self._counts = (batch["num_tokens"], len(batch["microbatches"]), batch["work"])
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if state.timestamp.batch.value % EVERY:
             return
         mine = np.array([*self._counts, *self._model.take_accuracy()], np.float64)
         ranks = np.stack(all_gather(mine, self._group))
-        tokens, microbatches, correct, predicted = ranks.sum(0).tolist()
+        tokens, microbatches, work, correct, predicted = ranks.sum(0).tolist()
         logger.log_metrics(
             {
                 "load/fill": tokens / (microbatches * self._microbatch_tokens),
-                "load/balance": tokens / (len(ranks) * ranks[:, 0].max().item()),
+                "load/balance": work / (len(ranks) * ranks[:, 2].max().item()),
                 "metrics/train/perplexity": math.exp(min(state.total_loss_dict[LOSS], 50)),
                 "metrics/train/masked_accuracy": correct / max(predicted, 1),
             }

@@ -154,11 +154,11 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         schedulers=schedule,
         step_schedulers_every_batch=True,
         algorithms=correction,
-        train_dataloader=data_spec(train, recipe.device_microbatch_tokens),
+        train_dataloader=data_spec(train, recipe.device_microbatch_tokens, c.hidden_size),
         accumulate_train_batch_on_tokens=True,
         eval_dataloader=Evaluator(
             label="valid",
-            dataloader=data_spec(valid, recipe.device_microbatch_tokens),
+            dataloader=data_spec(valid, recipe.device_microbatch_tokens, c.hidden_size),
             metric_names=list(model.get_metrics()),
             device_eval_microbatch_size=1,  # the pool cuts batches, by tokens
         ),

@@ -41,7 +41,7 @@ def run(scenario: dict) -> None:
     open_loader = evaluation_loader if scenario["evaluation"] else train_loader
     draw = ClusterDraw(seed=5, max_length=scenario["max_length"], min_length=8, masking=MaskingRule())
     loader = open_loader(draw, None, scenario["shards"], scenario["batch"], scenario["workers"])
-    spec = data_spec(loader, scenario["budget"])
+    spec = data_spec(loader, scenario["budget"], hidden_size=1280)
     in_epoch = 0
     if scenario["state"]:
         loader.dataset.load_state_dict(scenario["state"])

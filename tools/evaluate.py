@@ -87,7 +87,7 @@ def main() -> None:
     shares = checked(loader, args.data)
     if rank == 0:
         shares = progress(shares, len(loader))
-    pool = Pool(args.microbatch_tokens)
+    pool = Pool(args.microbatch_tokens, net.config.hidden_size)
     batches = iter(lambda: pool.take(shares), None)
     result = evaluate(net.to(device), (m for batch in batches for m in batch["microbatches"]), device)
     result |= {key: getattr(args, key) for key in ("data", "split", "seed", "max_length", "replacement")}

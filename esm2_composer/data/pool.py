@@ -1,4 +1,4 @@
-"""From all ranks' parts of a global batch to microbatches of equally many tokens.
+"""From all ranks' parts of a global batch to microbatches of equally much work.
 
 With a fixed number of UniRef sequences per rank, the slowest of 128 ranks would compute 1.5 times the mean. So the
 ranks exchange their sequences, a megabyte or two in all, and redistribute them. The loss is a mean over all masked
@@ -30,7 +30,7 @@ from esm2_composer.errors import ReportedError
 
 Microbatch = dict[str, Any]  # see `pack`
 
-SWEEPS = 60  # over the bins, at most, to level them
+SWEEPS = 120  # over the bins, at most, to level them
 
 
 def pack(tokens: np.ndarray, labels: np.ndarray, lengths: np.ndarray) -> Microbatch:
@@ -64,22 +64,33 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
-def balance(lengths: np.ndarray, ranks: int, largest: int) -> list[list[int]]:
-    """Sort sequences into a multiple of `ranks` bins of at most `largest` tokens, near-equal in tokens.
+def work_of(lengths: np.ndarray, hidden_size: int) -> np.ndarray:
+    """How long a model computes on sequences of so many tokens, int64 (N,), in units of its own.
 
-    Longest first, each to the bin with the fewest tokens (Graham's LPT rule), then single sequences are swapped
-    until the bins are level: within a per cent of the mean, if no sequence alone is longer.
+    Attending to n tokens takes n / 2D of the time that all else takes for a token, D being the hidden size: on an
+    H200, n / 1.8D, 2.1D and 1.8D for 8M, 650M and 3B (docs/performance.md).
+    """
+    lengths = lengths.astype(np.int64)
+    return lengths * (2 * hidden_size + lengths)
+
+
+def balance(lengths: np.ndarray, work: np.ndarray, ranks: int, largest: int) -> list[list[int]]:
+    """Sort sequences into a multiple of `ranks` bins of at most `largest` tokens, near-equal in work.
+
+    The longest first, each to the bin with the least work (Graham's LPT rule), then single sequences are swapped
+    until the bins are level: within about a per cent of the mean, if no sequence alone is more.
 
     Args:
-        lengths: tokens of each sequence, none above `largest`.
+        lengths: (N,) tokens of each sequence, none above `largest`.
+        work: int64 (N,), that of each sequence.
 
     Returns:
         The bins, each a list of indices into `lengths`: as few as suffice when filled so, and the same for the
-        same lengths.
+        same lengths and work.
     """
     assert not len(lengths) or lengths.max() <= largest, "a sequence is longer than a microbatch"
-    order = np.argsort(-lengths, kind="stable").tolist()
-    sizes = lengths.tolist()
+    order = np.argsort(-work, kind="stable").tolist()
+    tokens, costs = lengths.tolist(), work.tolist()
 
     @functools.cache
     def filled(per_rank: int) -> list[list[int]] | None:
@@ -87,24 +98,24 @@ def balance(lengths: np.ndarray, ranks: int, largest: int) -> list[list[int]]:
         bins: list[list[int]] = [[] for _ in range(per_rank * ranks)]
         fill = [(0, bin_) for bin_ in range(len(bins))]
         for i in order:
-            tokens, bin_ = fill[0]
-            heapq.heapreplace(fill, (tokens + sizes[i], bin_))
+            cost, bin_ = fill[0]
+            heapq.heapreplace(fill, (cost + costs[i], bin_))
             bins[bin_].append(i)
-        return bins if max(tokens for tokens, _ in fill) <= largest else None
+        return bins if max(sum(tokens[i] for i in bin_) for bin_ in bins) <= largest else None
 
     # Try the lower bound, then 1, 3, 7 ... more; then bisect between the last failure and the first success: more
-    # bins never make the fullest fuller.
-    fewest = max(1, math.ceil(sum(sizes) / (ranks * largest)))
+    # bins hardly ever make the fullest fuller.
+    fewest = max(1, math.ceil(sum(tokens) / (ranks * largest)))
     reach = 1
     while filled(fewest + reach - 1) is None:
         reach *= 2
     between = range(fewest + reach // 2, fewest + reach - 1)
     per_rank = between.start + bisect_left(between, True, key=lambda per_rank: filled(per_rank) is not None)
-    return _level(filled(per_rank), lengths)
+    return _level(filled(per_rank), lengths, work, largest)
 
 
-def _level(bins: list[list[int]], lengths: np.ndarray) -> list[list[int]]:
-    """Swap sequences between full bins and emptier ones until the fullest is within 0.4 % of the mean.
+def _level(bins: list[list[int]], lengths: np.ndarray, work: np.ndarray, largest: int) -> list[list[int]]:
+    """Swap sequences between bins with much work and with little, until the most is within 0.4 % of the mean.
 
     With many sequences per bin there is nothing to do; with four, as on 512 ranks, LPT alone leaves 4 %.
     """
@@ -112,9 +123,10 @@ def _level(bins: list[list[int]], lengths: np.ndarray) -> list[list[int]]:
     members = np.full((rows, len(bins)), -1)
     for column, bin_ in enumerate(bins):
         members[: len(bin_), column] = bin_
-    sizes = np.where(members < 0, 0, np.append(lengths, 0)[members].astype(np.int64))
-    goal = max(1.004 * sizes.sum() / len(bins), sizes.max())
+    lengths, work = (np.append(each, 0).astype(np.int64) for each in (lengths, work))  # the last is a free place's
+    goal = max(1.004 * work.sum() / len(bins), work.max())
     for sweep in range(SWEEPS):
+        sizes = work[members]
         fill = sizes.sum(0)
         if fill.max() <= goal:
             break
@@ -126,36 +138,40 @@ def _level(bins: list[list[int]], lengths: np.ndarray) -> list[list[int]]:
         # To move half the gap would level the two; [i, j, pair] is how far swapping i for j is off.
         off = np.abs(2 * (sizes[:, None, full] - sizes[None, :, empty]) - gap).reshape(rows * rows, -1)
         best = off.argmin(0)
-        (pairs,) = np.nonzero(off[best, np.arange(len(full))] < gap)
-        i, j = np.divmod(best[pairs], rows)
-        for table in (members, sizes):
-            give, take = (i, full[pairs]), (j, empty[pairs])
-            table[give], table[take] = table[take], table[give]
+        i, j = np.divmod(best, rows)
+        moved = lengths[members[i, full]] - lengths[members[j, empty]]
+        room = largest - lengths[members].sum(0)
+        helps = off[best, np.arange(len(full))] < gap
+        (pairs,) = np.nonzero(helps & (moved <= room[empty]) & (-moved <= room[full]))
+        give, take = (i[pairs], full[pairs]), (j[pairs], empty[pairs])
+        members[give], members[take] = members[take], members[give]
     return [column[column >= 0].tolist() for column in members.T]
 
 
 class Pool:
-    """Redistributes the sequences of a global batch, so that all ranks compute on equally many tokens.
+    """Redistributes the sequences of a global batch, so that all ranks compute equally long.
 
     Every rank receives all sequences, sorts them in the same way, and keeps its own bins: equally many
     microbatches on every rank, each of at most `microbatch_tokens` tokens.
     """
 
-    def __init__(self, microbatch_tokens: int) -> None:
-        self._microbatch_tokens = microbatch_tokens
+    def __init__(self, microbatch_tokens: int, hidden_size: int) -> None:
+        self._microbatch_tokens, self._hidden_size = microbatch_tokens, hidden_size
         # The default group may be NCCL's, which has no CPU tensors.
         self._group = cpu_group()
 
     def __call__(self, share: Share) -> dict[str, Any]:
-        """The rank's new part: {"microbatches": list of `pack`, and their summed num_sequences, num_tokens,
-        num_masked}."""
+        """The rank's new part: {"microbatches": list of `pack`, their summed num_sequences, num_tokens, num_masked
+        and "work", by `work_of`}."""
         tokens, labels, lengths = (share[key].numpy() for key in ("tokens", "labels", "lengths"))
         if self._group is not None:
             tokens, labels, lengths = self._gather(tokens, labels, lengths)
         starts = lengths.cumsum() - lengths
-        bins = balance(lengths, dist.get_world_size(), self._microbatch_tokens)
+        work = work_of(lengths, self._hidden_size)
+        bins = balance(lengths, work, dist.get_world_size(), self._microbatch_tokens)
+        mine = bins[dist.get_global_rank() :: dist.get_world_size()]
         microbatches = []
-        for bin_ in bins[dist.get_global_rank() :: dist.get_world_size()]:
+        for bin_ in mine:
             where = [slice(starts[i], starts[i] + lengths[i]) for i in bin_]
             empty = np.empty(0, np.uint8)  # np.concatenate takes no empty list
             microbatches.append(
@@ -167,6 +183,7 @@ class Pool:
             )
         counts = ("num_sequences", "num_tokens", "num_masked")
         batch = {"microbatches": microbatches, **{key: sum(m[key] for m in microbatches) for key in counts}}
+        batch["work"] = sum(int(work[bin_].sum()) for bin_ in mine)
         if not (labels != alphabet.PAD).any():  # the loss is zero then, but Composer would divide by the count
             batch["num_masked"] = microbatches[0]["num_masked"] = 1
         return batch
@@ -211,7 +228,7 @@ class PooledLoader(DataLoader):
     one that has stopped.
     """
 
-    def __init__(self, loader: DataLoader, microbatch_tokens: int) -> None:
+    def __init__(self, loader: DataLoader, microbatch_tokens: int, hidden_size: int) -> None:
         super().__init__(
             loader.dataset,
             batch_size=loader.batch_size,
@@ -220,7 +237,7 @@ class PooledLoader(DataLoader):
             persistent_workers=loader.persistent_workers,
             worker_init_fn=loader.worker_init_fn,
         )
-        self._pool = Pool(microbatch_tokens)
+        self._pool = Pool(microbatch_tokens, hidden_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         shares = super().__iter__()
@@ -232,10 +249,10 @@ class PooledLoader(DataLoader):
                 yield batch
 
 
-def data_spec(loader: DataLoader, microbatch_tokens: int) -> DataSpec:
+def data_spec(loader: DataLoader, microbatch_tokens: int, hidden_size: int) -> DataSpec:
     """The loader as Composer takes it: pooled, and counted in sequences, real tokens and masked tokens."""
     return DataSpec(
-        dataloader=PooledLoader(loader, microbatch_tokens),
+        dataloader=PooledLoader(loader, microbatch_tokens, hidden_size),
         split_batch=lambda batch, _: batch["microbatches"],
         get_num_samples_in_batch=itemgetter("num_sequences"),
         get_num_tokens_in_batch=lambda batch: {

@@ -176,7 +176,7 @@ def make_trainer(
         optimizers=optimizer,
         schedulers=build_schedule(optimizer, **dataclasses.asdict(recipe.schedule)),
         step_schedulers_every_batch=True,
-        train_dataloader=data_spec(loader, work.microbatch_tokens),
+        train_dataloader=data_spec(loader, work.microbatch_tokens, net.config.hidden_size),
         accumulate_train_batch_on_tokens=True,
         max_duration=f"{work.warmup + work.steps}ba",
         device="gpu" if on_gpu else "cpu",
