@@ -3,7 +3,7 @@
 The N ranks are forks of one process, which imports but once.
 
 Each scenario is {"shards", "evaluation", "workers", "batch", "budget", "max_length", "state", "batches", "out"}.
-Rank r writes OUT-r.json: for each batch, what every sequence of its microbatches shows, how many tokens and
+Rank r writes OUT-r.json: for each batch, what every sequence of its microbatches shows, how much work and how many
 microbatches those are; and the state to resume from.
 """
 
@@ -47,13 +47,13 @@ def run(scenario: dict) -> None:
         loader.dataset.load_state_dict(scenario["state"])
         in_epoch = scenario["state"]["sample_in_epoch"] // scenario["batch"]
     seen: list[list[str]] = []
-    tokens: list[int] = []
+    work: list[int] = []
     microbatches: list[int] = []
     while len(seen) < scenario["batches"]:
         for batch in spec.dataloader:
             parts = spec.split_batch(batch, 1)
             seen.append([each for part in parts for each in sequences(part)])
-            tokens.append(sum(part["num_tokens"] for part in parts))
+            work.append(batch["work"])
             microbatches.append(len(parts))
             in_epoch += 1
             if len(seen) == scenario["batches"]:
@@ -63,7 +63,7 @@ def run(scenario: dict) -> None:
     done = in_epoch * scenario["batch"]
     state = None if scenario["evaluation"] else loader.dataset.state_dict(done, from_beginning=True)
     out = Path(f"{scenario['out']}-{dist.get_global_rank()}.json")
-    out.write_text(json.dumps({"seen": seen, "tokens": tokens, "microbatches": microbatches, "state": state}))
+    out.write_text(json.dumps({"seen": seen, "work": work, "microbatches": microbatches, "state": state}))
 
 
 def run_as(rank: int, ranks: int, port: int, scenarios: list[dict]) -> None:
