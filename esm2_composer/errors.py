@@ -73,7 +73,11 @@ def system_error(message: str, error: OSError) -> ReportedError:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's; a mistake in the arguments is a UserError."""
+    """argparse's; a mistake in the arguments is a UserError, and so is an abbreviated option: some are looked for
+    before all are parsed."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")

@@ -34,6 +34,7 @@ def appearing_whole(out: Path) -> Iterator[Path]:
     """A path next to `out` for a file or a folder, which becomes `out` once it is written.
 
     Raises:
+        UserError: it exists.
         UserError, TransientError: it cannot be written, see `system_error`.
     """
     partial = out.with_name(f".{out.name}.partial")
@@ -46,6 +47,8 @@ def appearing_whole(out: Path) -> Iterator[Path]:
             except BlockingIOError:
                 raise UserError(f"{out}: another command is writing it") from None
             try:
+                if os.path.lexists(out):  # another command may have been faster
+                    raise UserError(f"{out} exists already")
                 _remove(partial)  # of a command that was killed
                 yield partial
                 partial.rename(out)

@@ -134,7 +134,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
     draw = cluster_draw(recipe)
     batch, workers = recipe.global_train_batch_size, recipe.data.num_workers
     train = train_loader(draw, *recipe.data.split("train"), batch, workers, recipe.data.cache_limit)
-    valid = evaluation_loader(draw, *recipe.data.split("valid"), batch, workers)
+    valid = evaluation_loader(draw, *recipe.data.split("valid"), batch, min(workers, 1))  # it stays, mostly idle
     processes, cores = workers * dist.get_local_world_size(), len(os.sched_getaffinity(0))
     if processes > cores:
         say(f"data.num_workers {workers}: {processes} loader processes at work at a time, on {cores} cores")
@@ -154,6 +154,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         schedulers=schedule,
         step_schedulers_every_batch=True,
         algorithms=correction,
+        spin_dataloaders=False,  # would read, and perhaps fetch, a validation batch; Streaming knows where it was
         train_dataloader=data_spec(train, recipe.device_microbatch_tokens, c.hidden_size),
         accumulate_train_batch_on_tokens=True,
         eval_dataloader=Evaluator(

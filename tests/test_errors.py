@@ -182,7 +182,8 @@ def test_a_long_value_that_is_quoted_is_shortened_and_what_stands_around_it_stay
         (["--data", " "], "what follows --data is empty"),
         (["--data="], "what follows --data= is empty"),
         ([""], "what follows tool is empty"),
-        (["--dat", "x", "--wrong"], "unrecognized arguments: --wrong; see --help"),
+        (["--data", "x", "--wrong"], "unrecognized arguments: --wrong; see --help"),
+        (["--data", "x", "--dat", "y"], "unrecognized arguments: --dat y; see --help"),
         ([], "the following arguments are required: --data; see --help"),
     ],
 )

@@ -62,6 +62,13 @@ def test_two_commands_do_not_write_one_output(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
+def test_an_output_that_another_command_has_made_meanwhile_stays(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("theirs")
+    with pytest.raises(UserError, match="out exists already"), appearing_whole(tmp_path / "out"):
+        raise AssertionError
+    assert (tmp_path / "out").read_text() == "theirs"
+
+
 def test_an_output_in_a_store_is_refused_where_only_files_are_written():
     with pytest.raises(UserError, match="s3:/bucket/out: write to a local disk, and copy"):
         refuse_existing(Path("s3://bucket/out"))

@@ -69,6 +69,16 @@ def test_what_a_killed_run_staged_is_cleared_at_the_next_start(folder):
     assert not left.parent.exists()
 
 
+def test_a_rank_that_cannot_write_is_found_before_ranks_save_together(tmp_path, monkeypatch):
+    """Or the others would wait for it in torch's collectives."""
+    monkeypatch.setattr("esm2_composer.checkpoints.saving.hand_on_all", lambda _: None)
+    monkeypatch.setattr("esm2_composer.checkpoints.saving.save_checkpoint", lambda *_: pytest.fail("it has begun"))
+    saver = CheckpointSaver(LocalFolder(str(tmp_path / "run")), interval=10, keep_newest=1, keep_best=0)
+    (tmp_path / "run").touch()  # nothing can be made in it
+    clock = SimpleNamespace(batch=SimpleNamespace(value=10), epoch=SimpleNamespace(value=0))
+    assert not saver.save(SimpleNamespace(timestamp=clock, fsdp_sharded_state_dict_enabled=True), waits=())
+
+
 def test_metrics_are_handed_on_before_an_evaluation_or_a_checkpoint_counts(tmp_path, monkeypatch):
     """What a killed run saved, the next start does not make again."""
     folder, order = LocalFolder(str(tmp_path)), []

@@ -98,6 +98,15 @@ def test_old_names_of_layer_norms_are_read(model, tmp_path, size):
     assert_same_weights(ESM2.from_pretrained(tmp_path), model)
 
 
+def test_an_export_is_for_whom_the_umask_lets_read(model, tmp_path):
+    before = os.umask(0o027)
+    try:
+        model.save_hf(tmp_path / "hf")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "hf").iterdir()} == {0o640}
+
+
 def test_own_round_trip_is_exact(model, tmp_path):
     model.save_hf(tmp_path)
     assert_same_weights(ESM2.from_pretrained(tmp_path), model)

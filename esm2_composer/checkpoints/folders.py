@@ -19,7 +19,7 @@ import stat
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -120,6 +120,8 @@ class LocalFolder:
     def commit(self, staged: Path, name: str) -> None:
         """Make a checkpoint whole, once every rank has sent its part."""
         sync(staged / ".metadata" if staged.is_dir() else staged)
+        if staged.is_dir():
+            sync(staged)
         place = self.path / name
         if place.is_dir():
             shutil.rmtree(place)
@@ -178,9 +180,12 @@ def _lacks_parts(checkpoint: Path) -> bool:
     """Whether a sharded checkpoint lacks files that its `.metadata` lists, as after a partial copy."""
     if not checkpoint.is_dir():
         return False
-    metadata = (checkpoint / ".metadata").read_bytes()  # a pickle, not to be loaded
-    parts = re.findall(rb"__\d+_\d+\.distcp", metadata)
-    return not {name.decode() for name in parts} <= set(os.listdir(checkpoint))
+    return not _parts((checkpoint / ".metadata").read_bytes()) <= set(os.listdir(checkpoint))
+
+
+def _parts(metadata: bytes) -> set[str]:
+    """The files that a `.metadata` lists: a pickle, not to be loaded."""
+    return {name.decode() for name in re.findall(rb"__\d+_\d+\.distcp", metadata)}
 
 
 class S3Folder:
@@ -207,16 +212,25 @@ class S3Folder:
 
     def clear(self) -> None:
         """Clear what a killed run left unfinished."""
-        whole = set(self.names())
-        names = {key.split("/")[0] for key in self._keys("ep")}
-        for name in sorted(names - whole):
+        for key in self._keys(PROBE):
+            self._delete(key)
+        keys = self._keys("ep")
+        whole = {key.removesuffix("/.metadata") for key in keys}
+        for name in sorted({key.split("/")[0] for key in keys} - whole):
             if is_checkpoint(name):
                 self.remove(name)
 
     def names(self) -> list[str]:
         """The whole checkpoints, oldest first."""
-        keys = (key.removesuffix("/.metadata") for key in self._keys("ep"))
-        return sorted((key for key in keys if is_checkpoint(key)), key=updates)
+        keys = self._keys("ep")
+        found = sorted(filter(is_checkpoint, (key.removesuffix("/.metadata") for key in keys)), key=updates)
+        while found and f"{found[-1]}/.metadata" in keys and self._lacks_parts(found[-1], keys):
+            found.pop()  # as in a local folder
+        return found
+
+    def _lacks_parts(self, name: str, keys: Sequence[str]) -> bool:
+        metadata = self._client.get_object(Bucket=self._bucket, Key=f"{self._prefix}{name}/.metadata")
+        return not {f"{name}/{part}" for part in _parts(metadata["Body"].read())} <= set(keys)
 
     def diverged(self) -> list[str]:
         """The states of runs that diverged."""

@@ -139,11 +139,14 @@ class CheckpointSaver(Callback):
 
     def _try_to_save(self, state: State, staged: Path, name: str) -> str | None:
         """Save, or return why not. Every rank returns the same."""
-        failure = self._everywhere(lambda: self._write(state))
-        if failure is None:
-            failure = self._everywhere(lambda: self._folder.send(staged, name, dist.get_global_rank()))
-        if failure is None:
-            failure = self._everywhere(lambda: dist.get_global_rank() or self._folder.commit(staged, name))
+        steps = [
+            lambda: self._write(state),
+            lambda: self._folder.send(staged, name, dist.get_global_rank()),
+            lambda: dist.get_global_rank() or self._folder.commit(staged, name),
+        ]
+        if state.fsdp_sharded_state_dict_enabled:  # all ranks write, and in torch would wait for one that cannot
+            steps.insert(0, lambda: staged.mkdir(parents=True, exist_ok=True))
+        failure = next((f for step in steps if (f := self._everywhere(step)) is not None), None)
         self._clear_staging()
         dist.barrier()
         return failure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -130,8 +131,8 @@ def save_hugging_face(model: ESM2, path: str | Path) -> None:
     for i in range(config.num_layers):
         tensors[_ROTARY.format(i)] = state["rotary_bits"].cpu().view(torch.float32).clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it to its owner alone
     _write_json(folder / "config.json", hugging_face_config(config))
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which is its owner's alone
     (folder / "vocab.txt").write_text("\n".join(alphabet.TOKENS) + "\n")
     special = {f"{name}_token": f"<{name}>" for name in ("cls", "pad", "eos", "unk", "mask")}
     _write_json(folder / "special_tokens_map.json", special)
