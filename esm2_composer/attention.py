@@ -10,8 +10,9 @@ kernel here computes padding, and no token sees another sequence.
             (from 2.11), the operator behind it before; CUDA, fp16 or bf16
     flash   the flash-attn package, version 3 (`flash_attn_interface`) or else 2; CUDA, fp16 or bf16
 
-`auto` takes `triton` on a CUDA device if q, k and v are fp16 or bf16, `torch` where Triton does not work, or on
-Ampere and Ada with heads of more than 64, and `cpu` elsewhere. GPUs older than Ampere have none of these kernels.
+`auto` takes `triton` on a CUDA device if q, k and v are fp16 or bf16, `torch` where Triton does not work, or with
+heads of more than 64 on GPUs other than Hopper and B200, and `cpu` elsewhere. GPUs older than Ampere have none of
+these kernels.
 """
 
 from __future__ import annotations

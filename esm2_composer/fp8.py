@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from esm2_composer.errors import UserError
 from esm2_composer.kernels.checks import as_in_training, failure_line, missing_for_triton, relative_error
-from esm2_composer.model import ESM2, Product
+from esm2_composer.model import ESM2
+from esm2_composer.product import Product
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TOLERANCE = 1e-2  # relative, of a product in bf16

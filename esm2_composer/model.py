@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from esm2_composer.alphabet import MASK, PAD, VOCAB_SIZE
 from esm2_composer.attention import compute_dtype, rotate, select_attention
+from esm2_composer.product import PLAIN
 
 INIT_STD = 0.02
 LAYER_NORM_EPS = 1e-5
@@ -83,31 +84,6 @@ def rotary_tables(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.T
 def add(x: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor:
     """The sum (T, D); x if there is no update, as before the first layer."""
     return x if update is None else x + update
-
-
-class Product(NamedTuple):
-    """How x (T, K), weight (N, K) and bias (N,) become x weight^T + bias, (T, N) in the type of x."""
-
-    linear: Callable[..., torch.Tensor]  # x, weight, bias -> out, for autograd
-    forward: Callable[..., tuple]  # the same without it -> out, and a tuple of tensors to keep
-    keep: Callable[..., tuple]  # x, weight -> that tuple alone
-    backward: Callable[..., tuple]  # the gradient of out, and those tensors -> those of x and weight
-
-
-def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple:
-    kept = _keep(x, weight)
-    return torch.addmm(bias.to(x.dtype), x, kept[1].t()), kept
-
-
-def _keep(x: torch.Tensor, weight: torch.Tensor) -> tuple:
-    return x, weight.to(x.dtype)
-
-
-def _backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> tuple:
-    return grad @ weight, grad.t() @ x
-
-
-PLAIN = Product(F.linear, _forward, _keep, _backward)
 
 
 class Linear(nn.Linear):

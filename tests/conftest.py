@@ -27,7 +27,7 @@ from streaming import MDSWriter
 from streaming.base.shared import memory
 
 from esm2_composer.checkpoints.folders import Folder, open_folder
-from esm2_composer.conversion.records import COLUMNS
+from esm2_composer.data.mds import COLUMNS
 from esm2_composer.distributed.collectives import end_process_group
 from esm2_composer.errors import run_command
 

@@ -21,10 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import EsmForMaskedLM
 
 from esm2_composer import alphabet
-from esm2_composer.conversion.records import COLUMNS
 from esm2_composer.data.draw import ClusterDraw
 from esm2_composer.data.loaders import evaluation_loader
 from esm2_composer.data.masking import MaskingRule
+from esm2_composer.data.mds import COLUMNS
 from esm2_composer.data.pool import pack
 from esm2_composer.errors import UserError
 from esm2_composer.evaluation import LENGTH_BINS, LENGTH_EDGES, evaluate

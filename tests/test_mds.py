@@ -14,9 +14,8 @@ import pytest
 import zstd
 from streaming import MDSWriter
 
-from esm2_composer.conversion.records import COLUMNS
 from esm2_composer.data import mds
-from esm2_composer.data.mds import Shard, ShardWriter, check_index, encode_sample
+from esm2_composer.data.mds import COLUMNS, Shard, ShardWriter, check_index, encode_sample
 from esm2_composer.errors import UserError
 
 

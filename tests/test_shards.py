@@ -30,11 +30,11 @@ from streaming.base.storage.download import S3Downloader
 from torch.utils.data import DataLoader
 
 from esm2_composer import retry
-from esm2_composer.conversion.records import COLUMNS
 from esm2_composer.data import shards
 from esm2_composer.data.draw import ClusterDraw
 from esm2_composer.data.loaders import cache_needed, evaluation_loader, train_loader
 from esm2_composer.data.masking import MaskingRule
+from esm2_composer.data.mds import COLUMNS
 from esm2_composer.data.shards import SHARED_MEMORY, ShardBounds
 from esm2_composer.errors import StoreUnavailable, TransientError, UserError
 

@@ -24,7 +24,7 @@ from streaming import MDSWriter
 from transformers import AutoModelForMaskedLM
 
 from esm2_composer import runner
-from esm2_composer.conversion.records import COLUMNS
+from esm2_composer.data.mds import COLUMNS
 from esm2_composer.distributed.collectives import end_process_group
 from esm2_composer.distributed.fsdp import DivideByRanks
 from esm2_composer.errors import TransientError, UserError

@@ -18,10 +18,9 @@ from streaming import MDSWriter
 
 from esm2_composer.conversion.convert import Options, convert
 from esm2_composer.conversion.layouts import BioNeMo
-from esm2_composer.conversion.records import COLUMNS
 from esm2_composer.conversion.verification import verify
 from esm2_composer.data import mds
-from esm2_composer.data.mds import ShardWriter
+from esm2_composer.data.mds import COLUMNS, ShardWriter
 from esm2_composer.errors import UserError
 from esm2_composer.workers import Workers
 

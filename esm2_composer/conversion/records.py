@@ -25,7 +25,6 @@ import numpy as np
 
 from esm2_composer.errors import UserError
 
-COLUMNS = {"cluster_id": "str", "lengths": "ndarray:int32", "residues": "bytes"}
 EXAMPLES_KEPT = 20
 TOO_MANY_REJECTED = "correct the input, or allow more with --max-reject-fraction"  # what to do about it
 COUNTS = ("clusters_read", "clusters_written", "members_read", "members_written", "members_rejected")

@@ -18,10 +18,10 @@ import pyarrow as pa
 import xxhash
 import zstd
 
-from esm2_composer.conversion.records import COLUMNS
 from esm2_composer.errors import UserError
 from esm2_composer.files import write_durably
 
+COLUMNS = {"cluster_id": "str", "lengths": "ndarray:int32", "residues": "bytes"}  # of a cluster: see `records`
 SHARD_BYTES = 64 * 2**20  # before compression; a sample that is larger makes a shard of its own
 ZSTD_LEVEL = 1  # packs residues to 0.560 of their size; the default, level 3, to 0.563 in three times the time
 

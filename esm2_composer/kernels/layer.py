@@ -16,7 +16,7 @@ import torch
 from esm2_composer.attention import compute_dtype
 from esm2_composer.kernels.attention import attend_backward, attend_forward
 from esm2_composer.kernels.elementwise import add_norm, add_norm_backward, gelu, gelu_backward, sum_rows
-from esm2_composer.model import Product
+from esm2_composer.product import Product
 
 
 def compute(
@@ -59,12 +59,16 @@ class Settings(NamedTuple):
 
 
 class Batch(NamedTuple):
-    tables: torch.Tensor
-    cu_seqlens: torch.Tensor
-    positions: torch.Tensor | None
+    """Where the tokens are."""
+
+    tables: torch.Tensor  # fp32, of the rotation
+    cu_seqlens: torch.Tensor  # int32 (B+1,)
+    positions: torch.Tensor | None  # int64 (M,), of the tokens whose results are wanted; None: of all
 
 
 class Parameters(NamedTuple):
+    """Weights, of products (out, in), and biases (out,), as `compute` hands them over; or their gradients."""
+
     w_norm1: torch.Tensor
     b_norm1: torch.Tensor
     w_qkv: torch.Tensor
@@ -153,15 +157,15 @@ def _forward_to_hidden(
 
     To compute that anew, give the sum of x and update as x, and no update.
     """
-    heads, eps, max_seqlen, dtype, product, _ = settings
     p, positions = parameters, batch.positions
+    eps, dtype, forward = settings.eps, settings.dtype, settings.product.forward
     x, normed, mean1, rstd1 = add_norm(x, update, p.w_norm1, p.b_norm1, eps, dtype)
-    qkv, of_qkv = product.forward(normed, p.w_qkv, p.b_qkv)
-    qkv = qkv.view(len(x), 3, heads, -1)
-    mixed, lse = attend_forward(qkv, batch.tables, batch.cu_seqlens, max_seqlen)
-    out, of_out = product.forward(_wanted(mixed.view(len(x), -1), positions), p.w_out, p.b_out)
+    qkv, of_qkv = forward(normed, p.w_qkv, p.b_qkv)
+    qkv = qkv.view(len(x), 3, settings.heads, -1)
+    mixed, lse = attend_forward(qkv, batch.tables, batch.cu_seqlens, settings.max_seqlen)
+    out, of_out = forward(_wanted(mixed.view(len(x), -1), positions), p.w_out, p.b_out)
     total, normed, mean2, rstd2 = add_norm(_wanted(x, positions), out, p.w_norm2, p.b_norm2, eps, dtype)
-    hidden, of_hidden = product.forward(normed, p.w1, p.b1)
+    hidden, of_hidden = forward(normed, p.w1, p.b1)
     kept = Kept(p.w_norm1, p.w_norm2, x, mean1, rstd1, qkv, mixed, lse, total, mean2, rstd2, hidden)
     return kept, [of_qkv, of_out, of_hidden]
 
@@ -173,13 +177,13 @@ def _wanted(rows: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
 
 def _of_products(settings: Settings, kept: Kept, batch: Batch, parameters: Parameters) -> list[tuple]:
     """What the four products keep, from what they are given, computed anew."""
-    _, eps, _, dtype, product, _ = settings
     p = parameters
+    eps, dtype, keep = settings.eps, settings.dtype, settings.product.keep
     return [
-        product.keep(add_norm(kept.x, None, p.w_norm1, p.b_norm1, eps, dtype)[1], p.w_qkv),
-        product.keep(_wanted(kept.mixed.view(len(kept.x), -1), batch.positions), p.w_out),
-        product.keep(add_norm(kept.total, None, p.w_norm2, p.b_norm2, eps, dtype)[1], p.w1),
-        product.keep(gelu(kept.hidden), p.w2),
+        keep(add_norm(kept.x, None, p.w_norm1, p.b_norm1, eps, dtype)[1], p.w_qkv),
+        keep(_wanted(kept.mixed.view(len(kept.x), -1), batch.positions), p.w_out),
+        keep(add_norm(kept.total, None, p.w_norm2, p.b_norm2, eps, dtype)[1], p.w1),
+        keep(gelu(kept.hidden), p.w2),
     ]
 
 
@@ -192,24 +196,31 @@ def _backward(
     grad_update: torch.Tensor,
 ) -> tuple:
     """The gradients of x, of what was added to it, and of the parameters."""
-    w_norm1, w_norm2, x, mean1, rstd1, qkv, mixed, lse, total, mean2, rstd2, hidden = kept
-    tables, cu_seqlens, positions = batch
     of_qkv, of_out, of_hidden, of_last = of_products
-    backward = settings.product.backward
+    positions, backward = batch.positions, settings.product.backward
     grad, grad_w2 = backward(grad_update, *of_last)
     grad_b2 = sum_rows(grad_update)
-    grad, grad_b1 = gelu_backward(hidden, grad)
+    grad, grad_b1 = gelu_backward(kept.hidden, grad)
     grad, grad_w1 = backward(grad, *of_hidden)
-    grad_total, grad, *grads_norm2 = add_norm_backward(grad_total, grad, total, w_norm2, mean2, rstd2)
+    grad_total, grad, grad_w_norm2, grad_b_norm2 = add_norm_backward(
+        grad_total, grad, kept.total, kept.w_norm2, kept.mean2, kept.rstd2
+    )
     grad_b_out = sum_rows(grad)
     grad, grad_w_out = backward(grad, *of_out)
     if positions is not None:
-        grad_total, grad = (each.new_zeros(x.shape).index_copy_(0, positions, each) for each in (grad_total, grad))
-    grad = attend_backward(grad, qkv, tables, mixed, lse, cu_seqlens, settings.max_seqlen).flatten(1)
+        shape = kept.x.shape
+        grad_total, grad = (each.new_zeros(shape).index_copy_(0, positions, each) for each in (grad_total, grad))
+    grad = attend_backward(
+        grad, kept.qkv, batch.tables, kept.mixed, kept.lse, batch.cu_seqlens, settings.max_seqlen
+    ).flatten(1)
     grad_b_qkv = sum_rows(grad)
     grad, grad_w_qkv = backward(grad, *of_qkv)
-    grad_x, grad_update, *grads_norm1 = add_norm_backward(grad_total, grad, x, w_norm1, mean1, rstd1)
-    return (
-        grad_x, grad_update, *grads_norm1, grad_w_qkv, grad_b_qkv, grad_w_out, grad_b_out,
-        *grads_norm2, grad_w1, grad_b1, grad_w2, grad_b2,
+    grad_x, grad_update, grad_w_norm1, grad_b_norm1 = add_norm_backward(
+        grad_total, grad, kept.x, kept.w_norm1, kept.mean1, kept.rstd1
+    )
+    grads = Parameters(
+        w_norm1=grad_w_norm1, b_norm1=grad_b_norm1, w_qkv=grad_w_qkv, b_qkv=grad_b_qkv,
+        w_out=grad_w_out, b_out=grad_b_out, w_norm2=grad_w_norm2, b_norm2=grad_b_norm2,
+        w1=grad_w1, b1=grad_b1, w2=grad_w2, b2=grad_b2,
     )  # fmt: skip
+    return grad_x, grad_update, *grads

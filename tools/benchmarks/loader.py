@@ -70,7 +70,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def write_shards(folder: Path, clusters: int) -> None:
     from streaming import MDSWriter
 
-    from esm2_composer.conversion.records import COLUMNS
+    from esm2_composer.data.mds import COLUMNS
 
     print(f"writing {clusters:,} clusters", file=sys.stderr)
     residues = np.random.default_rng(0).choice(np.frombuffer(b"LAGVSERTIDPKQNFYMHWC", np.uint8), 1 << 20).tobytes()
