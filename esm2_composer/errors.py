@@ -99,6 +99,7 @@ def in_range(kind: type[int] | type[float], least: float, most: float = math.inf
 
 def tell(line: object) -> None:
     """Print a line to standard error, if possible: a full disk under a log must not end a run."""
+    line = re.sub(r"(?<=://)[^/@\s]+@", "", str(line))  # a password in an address, which botocore repeats
     with contextlib.suppress(OSError):
         if sys.stderr:  # None if it was closed at the start
             print(line, file=sys.stderr, flush=True)
@@ -130,6 +131,15 @@ def run_command(main: Callable[[], int | None]) -> None:
         code = EXIT_USER_ERROR
     except TransientError as error:
         tell(f"error: {error}")
+        code = EXIT_FAILURE
+    except RuntimeError as error:
+        lost = re.match(r"DataLoader worker \(.*\) (is killed by signal: [\w ]+|exited unexpectedly)", str(error))
+        if not lost:
+            raise
+        tell(
+            f"error: {lost[0]}; if for lack of memory, or of room in /dev/shm, give the node more of it, "
+            "or the run fewer data.num_workers"
+        )
         code = EXIT_FAILURE
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_has_left():

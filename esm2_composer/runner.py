@@ -30,7 +30,7 @@ from esm2_composer.checkpoints.resume import (
     take_over,
 )
 from esm2_composer.checkpoints.saving import CheckpointSaver
-from esm2_composer.data.checks import check_shards, check_tmpdir, count_short_clusters, make_cache
+from esm2_composer.data.checks import check_places_of_workers, check_shards, count_short_clusters, make_cache
 from esm2_composer.data.draw import ClusterDraw
 from esm2_composer.data.loaders import canonical_nodes, evaluation_loader, train_loader
 from esm2_composer.data.masking import MaskingRule
@@ -99,7 +99,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         use_fp8(net)
     elif recipe.fp8:
         say("no GPU here: training without fp8")
-    check_tmpdir(recipe.data)
+    check_places_of_workers(recipe.data)
     make_cache(recipe.data)
     if recipe.loggers.wandb is not None:
         check_wandb()

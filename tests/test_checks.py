@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,13 @@ from streaming import StreamingDataset
 from streaming.base.storage.download import LocalDownloader
 from test_draw import DRAW
 
-from esm2_composer.data.checks import LONGEST_TMPDIR, check_cache, check_store, check_tmpdir, count_short_clusters
+from esm2_composer.data.checks import (
+    LONGEST_TMPDIR,
+    check_cache,
+    check_places_of_workers,
+    check_store,
+    count_short_clusters,
+)
 from esm2_composer.data.loaders import train_loader
 from esm2_composer.data.splits import count_clusters
 from esm2_composer.errors import StoreUnavailable, UserError
@@ -66,8 +73,23 @@ def test_a_tmpdir_too_long_for_sockets_is_refused(monkeypatch: pytest.MonkeyPatc
             multiprocessing.connection.Listener(f"{folder}/pymp-12345678/listener-12345678").close()
         monkeypatch.setattr(tempfile, "tempdir", folder)
         with contextlib.nullcontext() if works else pytest.raises(UserError, match="too long for the sockets"):
-            check_tmpdir(data)
-        check_tmpdir(replace(data, num_workers=0))
+            check_places_of_workers(data)
+        check_places_of_workers(replace(data, num_workers=0))
+
+
+def test_a_tmpdir_that_python_does_without_is_told(monkeypatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for wanted, told in ((tmp_path, ""), ("/none", f"TMPDIR /none cannot be written; taking {tmp_path}\n")):
+        monkeypatch.setenv("TMPDIR", str(wanted))
+        check_places_of_workers(DataSection("shards", num_workers=0))
+        assert capsys.readouterr().err == told
+
+
+def test_shared_memory_without_room_for_loader_processes_is_told(monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=65536))
+    with pytest.raises(UserError, match=r"/dev/shm is full, .* or set data.num_workers=0"):
+        check_places_of_workers(DataSection("shards", num_workers=1))
+    check_places_of_workers(DataSection("shards", num_workers=0))
 
 
 def test_what_lies_in_a_store_is_looked_at_before_a_run(written: Path, tmp_path: Path) -> None:

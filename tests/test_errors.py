@@ -1,11 +1,13 @@
 """errors.py: what a command that is stopped says, whoever stops it."""
 
 import errno
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from esm2_composer.conversion.convert import Interrupted
 from esm2_composer.errors import (
@@ -15,6 +17,7 @@ from esm2_composer.errors import (
     UserError,
     run_command,
     system_error,
+    tell,
 )
 
 
@@ -173,6 +176,27 @@ def test_a_long_value_that_is_quoted_is_shortened_and_what_stands_around_it_stay
     assert " ... " in told
     assert told.endswith("xxx'; write 17")
     assert str(UserError(told)) == told
+
+
+def test_no_password_of_an_address_is_told(capsys):
+    tell(UserError('cannot connect to "http://user:sEcReT@127.0.0.1:80/bucket?x=a@b", nor to s3://bucket'))
+    assert capsys.readouterr().err == 'cannot connect to "http://127.0.0.1:80/bucket?x=a@b", nor to s3://bucket\n'
+
+
+def test_a_loader_process_that_was_killed_is_one_line(capsys):
+    class Batches(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            os.kill(os.getpid(), signal.SIGKILL)
+            yield 0
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: next(iter(torch.utils.data.DataLoader(Batches(), num_workers=1))))
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: DataLoader worker (pid")
+    assert "; if for lack of memory, or of room in /dev/shm, give the node more" in line
+    with pytest.raises(RuntimeError, match="another"):
+        run_command(lambda: (_ for _ in ()).throw(RuntimeError("another")))
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,14 @@ def test_the_link_leads_to_the_newest_and_never_to_a_diverged_state(tmp_path):
     assert folder.names()[-1] == "ep0-ba20-rank0.pt"
 
 
+def test_a_checkpoint_is_saved_even_where_no_link_to_it_can_be_made(tmp_path, capsys):
+    (tmp_path / LATEST).mkdir()
+    folder = LocalFolder(str(tmp_path))
+    save(folder, tmp_path, "ep0-ba10-rank0.pt")
+    assert folder.names() == ["ep0-ba10-rank0.pt"]
+    assert f"{tmp_path / LATEST} does not lead to ep0-ba10-rank0.pt (Is a directory)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("taken", ["link", "open to others", "theirs"])
 def test_a_place_for_uploads_that_others_can_write_to_is_refused(store, tmp_path, monkeypatch, taken):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

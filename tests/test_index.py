@@ -35,7 +35,14 @@ def test_the_newest_is_never_superseded(newest, best_kept, gone):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[1]", '{"validation_loss": {"x": 1}}', '{"validation_loss": {"1": null}}']
+    "content",
+    [
+        "{",
+        "[1]",
+        '{"validation_loss": {"x": 1}}',
+        '{"validation_loss": {"1": null}}',
+        '{"validation_loss": {"1": NaN}}',
+    ],
 )
 def test_an_index_that_is_damaged_is_named(folder, content):
     folder.write("checkpoints.json", content)

@@ -79,6 +79,20 @@ def test_a_rank_that_cannot_write_is_found_before_ranks_save_together(tmp_path, 
     assert not saver.save(SimpleNamespace(timestamp=clock, fsdp_sharded_state_dict_enabled=True), waits=())
 
 
+def test_why_torch_cannot_write_a_checkpoint_is_told(tmp_path, monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        (tmp_path / ".saving").mkdir()
+        raise RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 85760 vs 85648")
+
+    monkeypatch.setattr("esm2_composer.checkpoints.saving.hand_on_all", lambda _: None)
+    monkeypatch.setattr("esm2_composer.checkpoints.saving.save_checkpoint", fail)
+    saver = CheckpointSaver(LocalFolder(str(tmp_path)), interval=10, keep_newest=1, keep_best=0)
+    clock = SimpleNamespace(batch=SimpleNamespace(value=10), epoch=SimpleNamespace(value=0))
+    assert not saver.save(SimpleNamespace(timestamp=clock, fsdp_sharded_state_dict_enabled=False), waits=())
+    said = capsys.readouterr().err
+    assert re.search(rf"not saved: OSError: cannot be written; [\d,]+ bytes are free in {tmp_path}; leaving", said)
+
+
 def test_metrics_are_handed_on_before_an_evaluation_or_a_checkpoint_counts(tmp_path, monkeypatch):
     """What a killed run saved, the next start does not make again."""
     folder, order = LocalFolder(str(tmp_path)), []

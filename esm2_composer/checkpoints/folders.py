@@ -128,10 +128,16 @@ class LocalFolder:
         os.replace(staged, place)
         sync(self.path)
         if is_checkpoint(name):
-            link = self.path / f".{LATEST}.new"
+            self._link(name)
+
+    def _link(self, name: str) -> None:
+        link = self.path / f".{LATEST}.new"
+        try:
             link.unlink(missing_ok=True)
             link.symlink_to(name)
             os.replace(link, self.path / LATEST)
+        except OSError as error:  # some file systems have no links; no run needs this one
+            say(f"{self.path / LATEST} does not lead to {name} ({error.strerror})")
 
     def remove(self, name: str) -> None:
         path = self.path / name

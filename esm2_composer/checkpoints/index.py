@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -28,6 +29,8 @@ class Index:
         try:
             content = json.loads(ask(folder, lambda: folder.read(INDEX)) or "{}")
             losses = {int(update): float(loss) for update, loss in content.get("validation_loss", {}).items()}
+            if not all(map(math.isfinite, losses.values())):
+                raise ValueError("a loss that is no number")
         except (ValueError, TypeError, AttributeError) as error:
             raise damaged(folder, INDEX, "remove it, to go on without the validation losses so far") from error
         shards = {split: digest for split in SPLITS if (digest := content.get(f"{split}_shards"))}

@@ -159,6 +159,9 @@ class CheckpointSaver(Callback):
             if isinstance(error, CheckpointException):
                 cause, _ = next(iter(error.failures.values()))
                 raise cause from error
+            if "inline_container" in str(error):  # torch does not say why it cannot write
+                free = shutil.disk_usage(self._staging).free
+                raise OSError(f"cannot be written; {free:,} bytes are free in {self._staging.parent}") from error
             raise
 
     def _everywhere(self, action: Callable[[], object]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Collection
 from functools import partial
@@ -13,18 +14,28 @@ from streaming.base.storage.download import CloudDownloader
 
 from esm2_composer.conversion.records import LONGEST_COUNTED
 from esm2_composer.data.splits import SPLITS, count_clusters, swapped
-from esm2_composer.errors import StoreUnavailable, UserError, system_error
+from esm2_composer.errors import StoreUnavailable, UserError, system_error, tell
 from esm2_composer.files import is_remote
 from esm2_composer.recipe.schema import DataSection
 from esm2_composer.retry import retry
 
 # Bytes: Linux allows a socket's path 107, and Python appends these.
+SHARED_MEMORY = Path("/dev/shm")
+LEAST_SHARED_MEMORY = 256 * 2**10  # bytes, of a rank's semaphores; batches need more
 LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 
 
-def check_tmpdir(data: DataSection) -> None:
-    """Raise a UserError if loader processes could not hand over batches: their rank would wait forever."""
-    folder = tempfile.gettempdir()
+def check_places_of_workers(data: DataSection) -> None:
+    """Raise a UserError if loader processes could not start, or not hand over batches: their rank would wait
+    forever. Tell of a TMPDIR that Python does without."""
+    folder, wanted = tempfile.gettempdir(), os.environ.get("TMPDIR")
+    if wanted and os.path.abspath(wanted) != folder and not int(os.environ.get("LOCAL_RANK", 0)):
+        tell(f"TMPDIR {wanted} cannot be written; taking {folder}")
+    if data.num_workers and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < LEAST_SHARED_MEMORY:
+        raise UserError(
+            f"{SHARED_MEMORY} is full, and loader processes need some of it; remove what is left there, make it "
+            "larger (docker run --shm-size), or set data.num_workers=0"
+        )
     if data.num_workers and len(os.fsencode(folder)) > LONGEST_TMPDIR:
         raise UserError(
             f"TMPDIR {folder} is too long for the sockets of loader processes; "

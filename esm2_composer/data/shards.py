@@ -28,13 +28,13 @@ from streaming.base.format import Reader, get_index_basename
 from streaming.base.shared import SharedMemory, _get_path, get_shm_prefix
 from streaming.base.world import World
 
+from esm2_composer.data.checks import SHARED_MEMORY
 from esm2_composer.data.epochs import lay_out_epoch, layout_shape
 from esm2_composer.data.mds import Shard, check_index
-from esm2_composer.errors import FULL, ReportedError, TransientError, UserError
+from esm2_composer.errors import FULL, ReportedError, TransientError, UserError, system_error
 from esm2_composer.retry import retry
 
 HASH = "xxh64"
-SHARED_MEMORY = Path("/dev/shm")
 OPENING_SECONDS = 60
 
 
@@ -87,9 +87,11 @@ class MappedDataset(StreamingDataset):
             return
         try:
             super().prepare_shard(shard_id, blocking)
-        except BaseException:
+        except BaseException as error:
             # Streaming leaves it marked as being prepared, and other workers would wait forever.
             self._shard_states[shard_id] = _ShardState.LOCAL
+            if isinstance(error, PermissionError):
+                raise system_error(f"{error.filename}: {error.strerror}", error) from error
             raise
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
@@ -110,6 +112,9 @@ class MappedDataset(StreamingDataset):
             except FileNotFoundError:  # not there yet, or evicted again
                 self.prepare_shard(shard_id)
                 continue
+            except OSError as error:  # another user's, perhaps
+                why = os.strerror(error.errno) if error.errno else error
+                raise system_error(f"{path}: cannot be read ({why})", error) from error
             if shard_id not in self._intact:  # Streaming checks what it unpacks, but not what it finds unpacked
                 if HASH in file.hashes and shard.xxh64() != file.hashes[HASH]:
                     stream.drop(self.shards[shard_id], path, "its hash is not that of index.json")
