@@ -99,7 +99,7 @@ def in_range(kind: type[int] | type[float], least: float, most: float = math.inf
 
 def tell(line: object) -> None:
     """Print a line to standard error, if possible: a full disk under a log must not end a run."""
-    line = re.sub(r"(?<=://)[^/@\s]+@", "", str(line))  # a password in an address, which botocore repeats
+    line = re.sub(r"(?<=://)[^/@\s:]*:[^/\s]+@", "", str(line))  # a password in an address, which botocore repeats
     with contextlib.suppress(OSError):
         if sys.stderr:  # None if it was closed at the start
             print(line, file=sys.stderr, flush=True)

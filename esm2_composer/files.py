@@ -47,7 +47,7 @@ def appearing_whole(out: Path) -> Iterator[Path]:
             except BlockingIOError:
                 raise UserError(f"{out}: another command is writing it") from None
             try:
-                if os.path.lexists(out):  # another command may have been faster
+                if os.path.lexists(out) and not out.is_dir():  # another command's; renaming refuses a full folder
                     raise UserError(f"{out} exists already")
                 _remove(partial)  # of a command that was killed
                 yield partial

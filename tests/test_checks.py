@@ -86,7 +86,9 @@ def test_a_tmpdir_that_python_does_without_is_told(monkeypatch, capsys, tmp_path
 
 
 def test_shared_memory_without_room_for_loader_processes_is_told(monkeypatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=65536))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=0, free=0))
+    check_places_of_workers(DataSection("shards", num_workers=1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=2**16, free=2**16))
     with pytest.raises(UserError, match=r"/dev/shm is full, .* or set data.num_workers=0"):
         check_places_of_workers(DataSection("shards", num_workers=1))
     check_places_of_workers(DataSection("shards", num_workers=0))

@@ -179,8 +179,8 @@ def test_a_long_value_that_is_quoted_is_shortened_and_what_stands_around_it_stay
 
 
 def test_no_password_of_an_address_is_told(capsys):
-    tell(UserError('cannot connect to "http://user:sEcReT@127.0.0.1:80/bucket?x=a@b", nor to s3://bucket'))
-    assert capsys.readouterr().err == 'cannot connect to "http://127.0.0.1:80/bucket?x=a@b", nor to s3://bucket\n'
+    tell(UserError('neither "http://user:sE@cR@127.0.0.1:80/bucket?x=a@b" nor oci://bucket@namespace/x'))
+    assert capsys.readouterr().err == 'neither "http://127.0.0.1:80/bucket?x=a@b" nor oci://bucket@namespace/x\n'
 
 
 def test_a_loader_process_that_was_killed_is_one_line(capsys):

@@ -45,9 +45,15 @@ def test_a_sharded_checkpoint_that_lacks_a_part_after_a_copy_is_skipped_and_kept
     if isinstance(folder, LocalFolder):
         (staged / "__1_0.distcp").unlink()
     folder.commit(staged, "ep0-ba20")
+    folder = open_folder(str(folder))  # by another process
     assert folder.names() == ["ep0-ba10"]
     folder.clear()
     assert any("ba20" in name for name in listing(folder)), "the part may still come"
+    for rank in (0, 1):
+        folder.begin(staged, "ep0-ba20", rank)
+    (tmp_path / "again/staged").mkdir(parents=True)
+    folder.send(stage(tmp_path / "again", "ep0-ba20"), "ep0-ba20", 1)
+    assert folder.names() == ["ep0-ba10"], "new parts do not make an old copy whole"
 
 
 def test_a_checkpoint_cut_short_in_a_copy_is_none(tmp_path):

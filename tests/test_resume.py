@@ -79,16 +79,18 @@ def test_a_rank_that_cannot_write_is_found_before_ranks_save_together(tmp_path, 
     assert not saver.save(SimpleNamespace(timestamp=clock, fsdp_sharded_state_dict_enabled=True), waits=())
 
 
-def test_why_torch_cannot_write_a_checkpoint_is_told(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_why_torch_cannot_write_a_checkpoint_is_told(tmp_path, monkeypatch, capsys, sharded):
     def fail(*_: object) -> None:
-        (tmp_path / ".saving").mkdir()
-        raise RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 85760 vs 85648")
+        (tmp_path / ".saving").mkdir(exist_ok=True)
+        cause = RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 85760 vs 85648")
+        raise dcp.CheckpointException("write", {0: (cause, None)}) if sharded else cause
 
     monkeypatch.setattr("esm2_composer.checkpoints.saving.hand_on_all", lambda _: None)
     monkeypatch.setattr("esm2_composer.checkpoints.saving.save_checkpoint", fail)
     saver = CheckpointSaver(LocalFolder(str(tmp_path)), interval=10, keep_newest=1, keep_best=0)
     clock = SimpleNamespace(batch=SimpleNamespace(value=10), epoch=SimpleNamespace(value=0))
-    assert not saver.save(SimpleNamespace(timestamp=clock, fsdp_sharded_state_dict_enabled=False), waits=())
+    assert not saver.save(SimpleNamespace(timestamp=clock, fsdp_sharded_state_dict_enabled=sharded), waits=())
     said = capsys.readouterr().err
     assert re.search(rf"not saved: OSError: cannot be written; [\d,]+ bytes are free in {tmp_path}; leaving", said)
 

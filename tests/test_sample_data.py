@@ -40,6 +40,7 @@ def five_mers(sequences: Iterable[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sample") / "data"
+    out.mkdir()  # an empty folder will do, as well as none
     done = run_tool(out)
     assert done.returncode == 0, done.stderr
     assert "SYNTHETIC" in done.stderr

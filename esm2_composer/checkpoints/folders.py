@@ -112,6 +112,10 @@ class LocalFolder:
         """Where all ranks write a checkpoint before it is moved into place."""
         return self.path / _STAGING
 
+    def begin(self, staged: Path, name: str, rank: int) -> None:
+        """Before any rank writes its part of a sharded checkpoint."""
+        staged.mkdir(parents=True, exist_ok=True)
+
     def send(self, staged: Path, name: str, rank: int) -> None:
         """Put the rank's part of a sharded checkpoint in place: here, sync it to disk."""
         for path in staged.glob(f"__{rank}_*"):
@@ -137,6 +141,8 @@ class LocalFolder:
             link.symlink_to(name)
             os.replace(link, self.path / LATEST)
         except OSError as error:  # some file systems have no links; no run needs this one
+            with contextlib.suppress(OSError):
+                link.unlink()
             say(f"{self.path / LATEST} does not lead to {name} ({error.strerror})")
 
     def remove(self, name: str) -> None:
@@ -201,6 +207,7 @@ class S3Folder:
         self._uri = uri.rstrip("/")
         self._bucket, _, prefix = self._uri.removeprefix("s3://").partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
+        self._committed: str | None = None  # the last, by this process: it need not be looked at
         self._client = boto3.client(
             "s3",
             endpoint_url=os.environ.get("S3_ENDPOINT_URL"),
@@ -230,11 +237,13 @@ class S3Folder:
         """The whole checkpoints, oldest first."""
         keys = self._keys("ep")
         found = sorted(filter(is_checkpoint, (key.removesuffix("/.metadata") for key in keys)), key=updates)
-        while found and f"{found[-1]}/.metadata" in keys and self._lacks_parts(found[-1], keys):
+        while found and found[-1] != self._committed and self._lacks_parts(found[-1], keys):
             found.pop()  # as in a local folder
         return found
 
     def _lacks_parts(self, name: str, keys: Sequence[str]) -> bool:
+        if f"{name}/.metadata" not in keys:
+            return False
         metadata = self._client.get_object(Bucket=self._bucket, Key=f"{self._prefix}{name}/.metadata")
         return not {f"{name}/{part}" for part in _parts(metadata["Body"].read())} <= set(keys)
 
@@ -263,6 +272,12 @@ class S3Folder:
             )
         return private / _STAGING
 
+    def begin(self, staged: Path, name: str, rank: int) -> None:
+        """Before any rank writes its part of a sharded checkpoint."""
+        staged.mkdir(parents=True, exist_ok=True)
+        if not rank:
+            self.remove(name)  # what a copy cut short has left would make these parts look whole too early
+
     def send(self, staged: Path, name: str, rank: int) -> None:
         """Upload the rank's part of a sharded checkpoint."""
         for path in sorted(staged.glob(f"__{rank}_*")):
@@ -274,6 +289,7 @@ class S3Folder:
             self._upload(staged / ".metadata", f"{name}/.metadata")
         else:
             self._upload(staged, name)
+        self._committed = name
 
     def remove(self, name: str) -> None:
         keys = [key for key in self._keys(name) if key == name or key.startswith(f"{name}/")]

@@ -144,8 +144,8 @@ class CheckpointSaver(Callback):
             lambda: self._folder.send(staged, name, dist.get_global_rank()),
             lambda: dist.get_global_rank() or self._folder.commit(staged, name),
         ]
-        if state.fsdp_sharded_state_dict_enabled:  # all ranks write, and in torch would wait for one that cannot
-            steps.insert(0, lambda: staged.mkdir(parents=True, exist_ok=True))
+        if state.fsdp_sharded_state_dict_enabled:  # in torch, ranks would wait for one that cannot make the folder
+            steps.insert(0, lambda: self._folder.begin(staged, name, dist.get_global_rank()))
         failure = next((f for step in steps if (f := self._everywhere(step)) is not None), None)
         self._clear_staging()
         dist.barrier()
@@ -156,13 +156,13 @@ class CheckpointSaver(Callback):
             save_checkpoint(state, str(self._staging / "ep{epoch}-ba{batch}-rank{rank}.pt"))
         except (Exception, CheckpointException) as error:  # the second, of sharded ones, is no Exception
             dist.barrier()  # the one at its end, where the ranks that did not fail are waiting
+            cause = error
             if isinstance(error, CheckpointException):
                 cause, _ = next(iter(error.failures.values()))
-                raise cause from error
-            if "inline_container" in str(error):  # torch does not say why it cannot write
+            if "inline_container" in str(cause):  # torch does not say why it cannot write
                 free = shutil.disk_usage(self._staging).free
-                raise OSError(f"cannot be written; {free:,} bytes are free in {self._staging.parent}") from error
-            raise
+                cause = OSError(f"cannot be written; {free:,} bytes are free in {self._staging.parent}")
+            raise cause from error
 
     def _everywhere(self, action: Callable[[], object]) -> str | None:
         """Run `action`, and return why the first rank failed, if one did."""

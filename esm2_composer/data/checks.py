@@ -19,9 +19,9 @@ from esm2_composer.files import is_remote
 from esm2_composer.recipe.schema import DataSection
 from esm2_composer.retry import retry
 
-# Bytes: Linux allows a socket's path 107, and Python appends these.
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY = 256 * 2**10  # bytes, of a rank's semaphores; batches need more
+# Bytes: Linux allows a socket's path 107, and Python appends these.
 LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 
 
@@ -29,9 +29,10 @@ def check_places_of_workers(data: DataSection) -> None:
     """Raise a UserError if loader processes could not start, or not hand over batches: their rank would wait
     forever. Tell of a TMPDIR that Python does without."""
     folder, wanted = tempfile.gettempdir(), os.environ.get("TMPDIR")
-    if wanted and os.path.abspath(wanted) != folder and not int(os.environ.get("LOCAL_RANK", 0)):
+    if wanted and os.path.abspath(wanted) != os.path.abspath(folder) and not int(os.environ.get("LOCAL_RANK", 0)):
         tell(f"TMPDIR {wanted} cannot be written; taking {folder}")
-    if data.num_workers and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < LEAST_SHARED_MEMORY:
+    room = shutil.disk_usage(SHARED_MEMORY) if data.num_workers and SHARED_MEMORY.is_dir() else None
+    if room and room.total and room.free < LEAST_SHARED_MEMORY:  # without a limit, the total is 0
         raise UserError(
             f"{SHARED_MEMORY} is full, and loader processes need some of it; remove what is left there, make it "
             "larger (docker run --shm-size), or set data.num_workers=0"

@@ -91,7 +91,8 @@ class MappedDataset(StreamingDataset):
             # Streaming leaves it marked as being prepared, and other workers would wait forever.
             self._shard_states[shard_id] = _ShardState.LOCAL
             if isinstance(error, PermissionError):
-                raise system_error(f"{error.filename}: {error.strerror}", error) from error
+                place = error.filename or self.streams[0].local
+                raise system_error(f"{place}: {error.strerror or error}", error) from error
             raise
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
