@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def slow_imports() -> Iterator[None]:
-    """For what is imported in it, hardly ever garbage. Python would look through it again and again while it grows,
-    whenever it looks for garbage later, and once more at the end."""
+    """For what is imported in it, hardly ever garbage. Python would look through it again and again while it
+    grows, whenever it looks for garbage later, and once more at the end."""
     gc.disable()
     try:
         yield
