@@ -29,6 +29,7 @@ from streaming.base.shared import memory
 from esm2_composer.checkpoints.folders import Folder, open_folder
 from esm2_composer.data.mds import COLUMNS
 from esm2_composer.distributed.collectives import end_process_group
+from esm2_composer.distributed.launcher import LEAST
 from esm2_composer.errors import run_command
 
 ROOT = Path(__file__).parent.parent
@@ -109,10 +110,16 @@ def shared_memory_is_given_back() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_process_group_is_left() -> Iterator[None]:
-    """As a Trainer leaves one; other tests' ranks would inherit it."""
+    """As a Trainer leaves one, and its place among the ranks in the environment; other tests' ranks would inherit
+    both."""
+    names = [*LEAST, "MASTER_ADDR", "MASTER_PORT"]
+    before = {name: os.environ[name] for name in names if name in os.environ}
     yield
     if torch.distributed.is_initialized():
         end_process_group()
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ.update(before)
 
 
 @pytest.fixture
