@@ -162,6 +162,8 @@ class CheckpointSaver(Callback):
             if "inline_container" in str(cause):  # torch does not say why it cannot write
                 free = shutil.disk_usage(self._staging).free
                 cause = OSError(f"cannot be written; {free:,} bytes are free in {self._staging.parent}")
+            if cause is error:
+                raise
             raise cause from error
 
     def _everywhere(self, action: Callable[[], object]) -> str | None:
