@@ -29,6 +29,8 @@ LAYER_NORM_EPS = 1e-5
 ROTARY_BASE = 10000.0
 # Token dropout assumes that training hides this share of all tokens, whatever share a run really hides.
 EXPECTED_MASK_RATIO = 0.15 * 0.8
+LAYERS_OF_A_GROUP = 3  # divides the number of layers of every published size
+LARGEST_GROUP = 2**28  # parameters that are sharded together, at most: of 3B a group of layers, of 15B a layer
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,22 @@ def _checkpointed(function: Callable, *inputs: Any) -> Any:
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
+class LayerGroup(nn.Sequential):
+    """Consecutive layers, which FSDP gathers together.
+
+    What FSDP does for each module that it shards takes a host as long as launching a layer's own kernels, and
+    longer than a GPU computes where it has few tokens. For a few layers at once it does so less often.
+    """
+
+    def forward(self, x, update, *shared: Any, positions=None, most: int | None = None) -> tuple:
+        """The first `most` of these layers one after the other (all, if None), the last of them for those at
+        `positions` only; arguments and results are those of `Layer`."""
+        *others, last = list(self)[:most]
+        for layer in others:
+            x, update = layer(x, update, *shared)
+        return last(x, update, *shared, positions)
+
+
 class Head(nn.Module):
     """The masked-language-model head; its last product shares the embedding's weight."""
 
@@ -190,7 +208,13 @@ class ESM2(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(VOCAB_SIZE, config.hidden_size, padding_idx=PAD)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        layers = range(config.num_layers)
+        self.groups = nn.ModuleList(
+            LayerGroup(*(Layer(config) for _ in layers[first : first + LAYERS_OF_A_GROUP]))
+            for first in layers[::LAYERS_OF_A_GROUP]
+        )
+        small = count_parameters(self.groups[0]) <= LARGEST_GROUP
+        self._sharded_together = LayerGroup if small else Layer
         self.norm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
         self.head = Head(config.hidden_size)
         # ESM-2's contact predictor. Masked-language-model training never touches it; it is here so that
@@ -198,6 +222,10 @@ class ESM2(nn.Module):
         self.contact_head = nn.Linear(config.num_layers * config.num_heads, 1).requires_grad_(False)
         self.register_buffer("rotary_bits", torch.empty(config.head_size // 2, dtype=torch.int32))
         self.apply(self.param_init_fn)
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [layer for group in self.groups for layer in group]
 
     def forward(
         self,
@@ -220,7 +248,7 @@ class ESM2(nn.Module):
         Raises:
             ValueError: tokens and cu_seqlens do not make a flat batch. Values are checked on a CPU only.
         """
-        x, update = self._hidden(tokens, cu_seqlens, max_seqlen, len(self.layers), positions)
+        x, update = self._hidden(tokens, cu_seqlens, max_seqlen, self.config.num_layers, positions)
         return self.head(self.norm(add(x, update)), self.embed.weight)
 
     def represent(
@@ -235,11 +263,12 @@ class ESM2(nn.Module):
         As transformers' `hidden_states` and fair-esm's `representations`: 0 is the embedding, and the last is
         taken after the final layer norm. Arguments and errors are those of `forward`.
         """
-        layer = len(self.layers) if layer is None else layer
-        if not 0 <= layer <= len(self.layers):
-            raise ValueError(f"layer {layer} is not one of 0 to {len(self.layers)}")
+        layers = self.config.num_layers
+        layer = layers if layer is None else layer
+        if not 0 <= layer <= layers:
+            raise ValueError(f"layer {layer} is not one of 0 to {layers}")
         x = add(*self._hidden(tokens, cu_seqlens, max_seqlen, layer))
-        return self.norm(x) if layer == len(self.layers) else x
+        return self.norm(x) if layer == layers else x
 
     def _hidden(
         self,
@@ -267,8 +296,10 @@ class ESM2(nn.Module):
         attention = select_attention(c.attention, x.device.type, compute_dtype(x), c.num_heads, c.head_size)
         update = None
         wanted = positions if positions is not None and len(positions) else None  # kernels take no empty batch
-        for i, block in enumerate(self.layers[:layer], start=1):
-            x, update = block(x, update, tables, attention, cu_seqlens, max_seqlen, wanted if i == layer else None)
+        for group, first in zip(self.groups, range(0, layer, LAYERS_OF_A_GROUP), strict=False):
+            most = min(layer - first, LAYERS_OF_A_GROUP)
+            of_last = wanted if first + most == layer else None
+            x, update = group(x, update, tables, attention, cu_seqlens, max_seqlen, positions=of_last, most=most)
         return (x, update) if wanted is positions else (x[positions], update[positions])
 
     def _embed(self, tokens: torch.Tensor, sequence: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -308,7 +339,9 @@ class ESM2(nn.Module):
     # Composer looks these two up when it shards a model.
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        return isinstance(module, Layer)
+        """Whether the module's parameters are sharded together: a group of layers', or where those are too many
+        to gather at once, a layer's."""
+        return isinstance(module, self._sharded_together)
 
     def param_init_fn(self, module: nn.Module) -> None:
         """Initialise what `module` itself holds: weights N(0, 0.02), biases zero, norms one."""
@@ -368,6 +401,11 @@ def _check_batch(tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to the {len(tokens)} tokens")
     if tokens.min() < 0 or tokens.max() >= VOCAB_SIZE:
         raise ValueError(f"tokens must lie in 0..{VOCAB_SIZE - 1}, not {tokens.min()}..{tokens.max()}")
+
+
+def layer_name(index: int) -> str:
+    """Of a layer among an ESM2's modules, such as "groups.1.0" of the fourth."""
+    return f"groups.{index // LAYERS_OF_A_GROUP}.{index % LAYERS_OF_A_GROUP}"
 
 
 def count_parameters(model: nn.Module) -> int:

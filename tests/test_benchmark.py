@@ -50,6 +50,13 @@ def test_host() -> None:
     assert (ranks["ranks"], ranks["seconds"] > 0) == (2, True)
 
 
+def test_sharding() -> None:
+    found = measure("sharding", "--ranks", "4", "--together", "1", "3", "--steps", "1")
+    cases = [(row["version"], row["strategy"], row["layers_together"]) for row in found["by_sharding"]]
+    assert cases == [(v, s, n) for v in (1, 2) for s in ("SHARD_GRAD_OP", "FULL_SHARD") for n in (1, 3)]
+    assert (found["ranks"], found["steps"], found["seconds_of_a_layer"] > 0) == (4, 1, True)
+
+
 def test_attention() -> None:
     (row,) = measure("attention", "--sizes", "8m", "--tokens", "1024", "--rounds", "1", "--device", "cpu")["rows"]
     assert (row["size"], row["backend"]) == ("8m", "cpu")
@@ -70,6 +77,7 @@ def test_attention_on_a_gpu() -> None:
         (("loader", "--clusters", "10"), "--clusters: 10; it must be at least 2048"),
         (("startup", "--workers", "0"), "--workers: 0; it must be at least 1"),
         (("host", "--ranks", "1"), "--ranks: 1; it must be at least 2"),
+        (("sharding", "--together", "25"), "--together: 25; it must be at least 1 and at most 24"),
         (("embed", "--size", "9m"), "there are: 8m"),
         (("attention", "--sizes", "9m"), "--sizes: no 9m; there are: 8m, 35m"),
     ],

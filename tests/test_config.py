@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -225,7 +226,8 @@ def test_a_value_that_is_missing_in_the_file_is_to_be_given() -> None:
 def test_what_is_nested_too_deep_is_one_line() -> None:
     deep = f"{'[' * 2000}{']' * 2000}"
     for message in (mistake(f"seed={deep}"), mistake(text=f"{MINIMAL}seed: {deep}\n")):
-        assert message == "nested too deep, in the file or an override"
+        (line,) = message.splitlines()
+        assert re.search("nested too deep|exceeded maximum nesting depth", line)  # ours, or PyYAML's since 6.0.4
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def test_weights_that_are_no_numbers_are_refused(tool, tmp_path):
     model.save_hf(tmp_path / "weights")
     fasta = write_fasta(tmp_path / "in.fasta", random_proteins([20]))
     result = tool(fasta, "--model", tmp_path / "weights", "--out", tmp_path / "out.parquet")
-    assert_refused(result, ["weights", "'layers.0.fc1.weight' holds NaN or infinity"])
+    assert_refused(result, ["weights", "'groups.0.0.fc1.weight' holds NaN or infinity"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.fasta", "weights"]
 
 

@@ -1,5 +1,6 @@
 """An estimate counts what the model counts, keeps what autograd keeps, and meets published speeds."""
 
+import contextlib
 import json
 import re
 from dataclasses import replace
@@ -10,6 +11,7 @@ from conftest import ROOT, python
 
 from esm2_composer.errors import UserError
 from esm2_composer.model import ESM2, ESM2Config, count_parameters
+from esm2_composer.recipe.architecture import architecture, skeleton
 from esm2_composer.recipe.config import load_recipe
 from esm2_composer.recipe.estimate import (
     GPUS,
@@ -17,6 +19,7 @@ from esm2_composer.recipe.estimate import (
     KEPT_IN_TORCH,
     RESERVED,
     STEP_OVERHEAD,
+    Estimate,
     describe,
     estimate_run,
     fitting_microbatch,
@@ -24,6 +27,16 @@ from esm2_composer.recipe.estimate import (
     report,
     useful_gpus,
 )
+
+
+@contextlib.contextmanager
+def layers_alone():
+    """Each layer is sharded by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("esm2_composer.model.LARGEST_GROUP", 0)
+        skeleton.cache_clear()
+        yield
+    skeleton.cache_clear()
 
 
 def recipe(size: str, *overrides: str):
@@ -61,7 +74,8 @@ def test_published_speeds_are_met_within_five_per_cent(size, gpu, gpus, mfu, mea
 )
 def test_measured_peaks_are_met_within_two_per_cent(size, overrides, tokens, peak):
     batch = [f"global_train_batch_size={tokens // 319}", f"device_microbatch_tokens={tokens}"]
-    plan = estimate_run(recipe(size, *overrides, *batch), 1, GPUS["h200"], 0.4)
+    with layers_alone():  # as then
+        plan = estimate_run(recipe(size, *overrides, *batch), 1, GPUS["h200"], 0.4)
     gradients = plan.state_bytes / 4  # which come as the activations of a first microbatch go
     assert (plan.memory - gradients - RESERVED) / 2**20 == pytest.approx(peak, rel=0.02)
 
@@ -150,24 +164,43 @@ def test_the_microbatch_that_is_said_to_fit_does_and_a_larger_one_does_not(size)
     ],
 )
 def test_launching_takes_what_was_measured_within_ten_per_cent(overrides, tokens, seconds):
-    plan = estimate_run(
-        recipe("650m", *overrides, f"global_train_batch_size={tokens // 319}"), 1, GPUS["h200"], 0.49
-    )
+    batch = f"global_train_batch_size={tokens // 319}"
+    with layers_alone():  # as then
+        plan = estimate_run(recipe("650m", *overrides, batch), 1, GPUS["h200"], 0.49)
     assert plan.launching_seconds == pytest.approx(seconds, rel=0.1)
 
 
 def test_a_host_that_has_too_many_layers_to_launch_for_few_tokens_is_told_of():
-    told = {gpus: report(recipe("650m"), gpus, "h100") for gpus in (16, 64)}
-    assert {gpus: "waits for the host" in text for gpus, (text, _) in told.items()} == {16: False, 64: True}
-    assert told[64][1]["step_seconds"] == told[64][1]["launching_seconds"] + STEP_OVERHEAD
+    told = {gpus: report(recipe("650m"), gpus, "h100") for gpus in (64, 128)}
+    assert {gpus: "waits for the host" in text for gpus, (text, _) in told.items()} == {64: False, 128: True}
+    assert told[128][1]["step_seconds"] == told[128][1]["launching_seconds"] + STEP_OVERHEAD
     assert "waits" not in report(recipe("650m", "fsdp=null"), 64, "h100")[0]
-    network = replace(GPUS["h100"], node_link=20e9)
-    assert estimate_run(recipe("650m"), 64, network, 0.4).communication_seconds > told[64][1]["launching_seconds"]
+    network = replace(GPUS["h100"], node_link=10e9)
+    slow = estimate_run(recipe("650m"), 128, network, 0.4)
+    assert slow.communication_seconds > slow.launching_seconds
     once, repeated = (
         estimate_run(recipe("650m", f"fsdp.activation_checkpointing={w}"), 64, GPUS["h100"], 0.4).launching_seconds
         for w in ("selective", "true")
     )
-    assert repeated == pytest.approx(once * (1.6 * 4 / 3 + 2.7) / (1.6 + 2.7))  # FSDP's part is not
+    assert repeated == pytest.approx(once * (1.6 * 4 / 3 + 1.3) / (1.6 + 1.3))  # FSDP's part is not
+
+
+def test_layers_are_sharded_three_at_a_time_unless_they_are_large():
+    def planned(size: str, *overrides: str) -> Estimate:
+        return estimate_run(recipe(size, *overrides), 64, GPUS["h100"], 0.4)
+
+    sizes = ("650m", "3b", "15b")
+    plans, unsharded = {size: planned(size) for size in sizes}, planned("650m", "fsdp=null")
+    with layers_alone():
+        assert unsharded == planned("650m", "fsdp=null")
+        plans_alone = {size: planned(size) for size in sizes}
+    for size, plan in plans.items():
+        alone = plans_alone[size]
+        layer = count_parameters(skeleton(architecture(recipe(size).model)).layers[0])
+        more = 0 if size == "15b" else 2  # layers of two units
+        assert plan.unsharded_bytes - alone.unsharded_bytes == 2 * more * layer * 6
+        assert (plan.launching_seconds < 0.7 * alone.launching_seconds) == (size != "15b")
+        assert (plan.communication_seconds < alone.communication_seconds) == (size != "15b")
 
 
 def test_more_gpus_stop_helping_where_the_network_or_the_step_itself_takes_over():
@@ -259,7 +292,8 @@ def test_a_share_of_the_peak_that_is_none_is_refused(mfu):
     ("size", "gpus", "change"),
     [
         ("15b", 64, None),  # what is recomputed there takes less than 5 %
-        ("650m", 64, "fsdp=null"),  # launching its kernels under FSDP takes longer than computing
+        ("650m", 128, "fsdp=null"),  # launching its kernels under FSDP takes longer than computing
+        ("650m", 64, None),
         ("650m", 8, None),
         ("3b", 128, None),
         ("8m", 32, None),

@@ -176,7 +176,7 @@ def print_sharded_error(version: int, case: str) -> None:
 def train_sharded(rank: int, folder: str, version: int, case: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    config = ESM2Config(2, 32, 2, 64)
+    config = ESM2Config(4, 32, 2, 64)  # two groups of layers
     plain, net = make(config, "fp32"), make(config, case)
     train(plain, "fp32")
     trained = [p.grad is not None for p in plain.parameters()]
@@ -194,7 +194,7 @@ def train_sharded(rank: int, folder: str, version: int, case: str) -> None:
     else:
         from esm2_composer.distributed.fsdp import means_are_sums  # which takes seconds to import
 
-        for part in (*net.layers, net):
+        for part in (*net.groups, net):
             fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
         train(net, case)
         parts = 2 if means_are_sums() else 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from esm2_composer.model import (
     ESM2,
     SIZES,
     ESM2Config,
+    Layer,
     count_parameters,
+    layer_name,
     rotary_frequencies,
     rotary_tables,
     rotate,
@@ -51,7 +54,7 @@ def test_logits_and_gradients_equal_the_reference(config, make_reference):
 
 
 def test_representations_are_those_of_transformers_at_every_layer():
-    model = random_model(CONFIGS[16]).eval()
+    model = random_model(replace(CONFIGS[16], num_layers=4)).eval()  # of two groups
     tokens, cu_seqlens = random_batch(LENGTHS)
     batch = pad_sequence(tokens.split(LENGTHS), batch_first=True, padding_value=alphabet.PAD)
     with torch.no_grad():
@@ -62,8 +65,17 @@ def test_representations_are_those_of_transformers_at_every_layer():
             assert (model.represent(tokens, cu_seqlens, layer=layer) - expected).abs().max() <= 1e-4
         last = model.represent(tokens, cu_seqlens)
         assert torch.equal(last, model.represent(tokens, cu_seqlens, layer=len(hidden) - 1))
-    with pytest.raises(ValueError, match="layer 3 is not one of 0 to 2"):
-        model.represent(tokens, cu_seqlens, layer=3)
+    with pytest.raises(ValueError, match="layer 5 is not one of 0 to 4"):
+        model.represent(tokens, cu_seqlens, layer=5)
+
+
+@pytest.mark.parametrize(("size", "units"), [("8m", 2), ("650m", 11), ("3b", 12), ("15b", 48)])
+def test_layers_are_sharded_three_at_a_time_unless_they_are_large(size, units):
+    with torch.device("meta"):
+        model = ESM2(SIZES[size])
+    assert sum(model.fsdp_wrap_fn(module) for module in model.modules()) == units
+    names = [name for name, module in model.named_modules() if isinstance(module, Layer)]
+    assert names == [layer_name(i) for i in range(SIZES[size].num_layers)]
 
 
 def test_a_sequence_does_not_see_its_neighbours():
@@ -102,7 +114,7 @@ def test_to_compute_positions_alone_has_the_gradients_of_computing_all():
     positions = torch.tensor([0, 7, 8, 49])
 
     def gradients(predict) -> list[torch.Tensor]:
-        model = random_model(CONFIGS[16]).double()
+        model = random_model(replace(CONFIGS[16], num_layers=4)).double()
         F.cross_entropy(predict(model), tokens[positions].clamp(max=31)).backward()
         return [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -119,7 +131,7 @@ def test_nothing_to_predict_gives_no_logits_and_gradients_of_zero():
     logits = model(tokens, cu_seqlens, positions=torch.empty(0, dtype=torch.int64))
     assert logits.shape == (0, 33)
     logits.sum().backward()
-    assert all(not p.grad.any() for p in model.layers.parameters())
+    assert all(not p.grad.any() for p in model.groups.parameters())
 
 
 def test_tokens_may_be_uint8():
@@ -196,7 +208,7 @@ def test_no_cast_of_the_model_rounds_the_rotary_frequencies():
 def test_fsdp_in_bf16_does_not_round_the_rotary_tables(monkeypatch, one_rank):
     model = random_model(CONFIGS[64])
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    for module in (*model.layers, model):
+    for module in (*model.groups, model):
         fully_shard(module, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
     seen = set()
 

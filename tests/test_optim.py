@@ -127,7 +127,7 @@ def test_biases_and_layer_norms_are_not_decayed_and_all_else_is(model: ESM2) -> 
     assert {name for name, decay in found.items() if decay == 0.0} == exempt
     assert {found[name] for name in found.keys() - exempt} == {0.3}
     assert found["embed.weight"] == 0.3
-    assert found["head.bias"] == found["layers.0.attention_norm.weight"] == 0.0
+    assert found["head.bias"] == found["groups.0.0.attention_norm.weight"] == 0.0
 
 
 def test_the_settings_reach_every_group(model: ESM2) -> None:

@@ -70,6 +70,7 @@ BENCHMARKS = {
     "attention": "--sizes 8m --tokens 1024 --rounds 1",
     "profile": STEPS,
     "host": "--updates 3 --rounds 1 --ranks 2",
+    "sharding": "--steps 1 --ranks 4",
     "loader": "--clusters 2048 --rounds 1 --workers 1 --ranks 8",
     "startup": "--clusters 70000",
     "embed": "--proteins 12 --rounds 1 --batch-sizes 4",

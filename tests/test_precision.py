@@ -107,7 +107,7 @@ def shard(net: ESM2, version: int, mixed_precision: str) -> torch.nn.Module:
             use_orig_params=True,
         )
     policy = create_mixed_precision_policy(Precision.AMP_BF16, mixed_precision)
-    for module in (*net.layers, net):
+    for module in (*net.groups, net):
         fully_shard(module, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
     return net
 

@@ -43,9 +43,9 @@ MFU = {16: 0.15, 24: 0.20, 32: 0.28}  # by head size
 MFU_OTHERWISE = 0.40
 LINK_SHARE = 0.7  # of a link's speed that collectives reach
 HOP = 5e-6  # seconds of a collective's ring from one GPU to the next
-# Seconds in which a host launches a layer's kernels, forward and backward, and what FSDP adds, on few tokens as on
-# many: as measured on an H200's (docs/performance.md).
-LAUNCHING, LAUNCHING_FSDP = 1.6e-3, 2.7e-3
+# Seconds in which a host launches a layer's kernels, forward and backward, on few tokens as on many, and what FSDP
+# adds for each layer and for each of its units (docs/performance.md).
+LAUNCHING, FSDP_OF_A_LAYER, FSDP_OF_A_UNIT = 1.6e-3, 0.6e-3, 2.1e-3
 STEP_OVERHEAD = 0.03  # seconds between two steps, cautiously: 0.013 on an H200's host (docs/performance.md)
 RESERVED = 4e9  # bytes a GPU holds besides: context, communication buffers, fragmentation
 
@@ -111,7 +111,8 @@ def estimate_run(
     config = architecture(recipe.model)
     model = skeleton(config)
     parameters = count_parameters(model)
-    layer = count_parameters(model.layers[0])
+    # What is gathered and summed at once: FSDP's units, or gradients of about a layer by DDP.
+    units = [m for m in model.modules() if model.fsdp_wrap_fn(m)] if recipe.fsdp is not None else model.layers
     tokens = recipe.global_train_batch_size * mean_tokens
     per_sequence = model.flops([attended], 0) * mean_tokens / attended  # every token sees `attended` others
     predicted = round(recipe.data.mask_fraction * tokens)
@@ -137,11 +138,11 @@ def estimate_run(
     share = min(1.0, tokens / gpus / recipe.device_microbatch_tokens)  # of a microbatch that a GPU's tokens fill
     rounds = max(1, math.ceil(tokens / gpus / recipe.device_microbatch_tokens))
     compute = (flops + repeated) / gpus / (mfu * gpu.flops)
-    shards, state, unsharded = _memory(recipe.fsdp, parameters, layer, gpus)
-    communication = _communication(recipe.fsdp, parameters, config.num_layers, gpus, shards, rounds, gpu)
-    launching_a_layer = LAUNCHING * (4 / 3 if recomputing is True else 1)
-    launching_a_layer += LAUNCHING_FSDP if recipe.fsdp is not None else 0
-    launching = rounds * config.num_layers * launching_a_layer
+    shards, state, unsharded = _memory(recipe.fsdp, parameters, count_parameters(units[0]), gpus)
+    communication = _communication(recipe.fsdp, parameters, len(units), gpus, shards, rounds, gpu)
+    launching = config.num_layers * LAUNCHING * (4 / 3 if recomputing is True else 1)
+    if recipe.fsdp is not None:
+        launching += config.num_layers * FSDP_OF_A_LAYER + len(units) * FSDP_OF_A_UNIT
     return Estimate(
         gpus=gpus,
         parameters=parameters,
@@ -152,13 +153,13 @@ def estimate_run(
         activation_bytes=activations * share,
         compute_seconds=compute,
         communication_seconds=communication,
-        launching_seconds=launching,
+        launching_seconds=rounds * launching,
         step_seconds=max(compute, communication, launching) + STEP_OVERHEAD,
         updates=recipe.updates,
     )
 
 
-def _memory(fsdp: FSDPSection | None, parameters: int, layer: int, gpus: int) -> tuple[int, float, float]:
+def _memory(fsdp: FSDPSection | None, parameters: int, unit: int, gpus: int) -> tuple[int, float, float]:
     """(GPUs a copy is sharded over, bytes of the shard's state, bytes of what lies there unsharded)."""
     if fsdp is None:
         # fp32 weights, gradients and two moments; bf16 casts, and DDP's buckets for gradients
@@ -167,22 +168,22 @@ def _memory(fsdp: FSDPSection | None, parameters: int, layer: int, gpus: int) ->
     shards = fsdp.data_parallel_shard_degree
     if shards == -1:
         shards = gpus // (replicas or 1)
-    two_layers = 2 * layer * (2 + 4)  # the next one is gathered in bf16 while one computes; fp32 gradients
+    two_units = 2 * unit * (2 + 4)  # the next one is gathered in bf16 while one computes; fp32 gradients
     # bf16, kept for the backward pass; a GPU by itself casts its weights again
     whole = 2 * parameters if fsdp.sharding_strategy == "SHARD_GRAD_OP" and shards > 1 else 0
-    return shards, 16 * parameters / shards, whole + two_layers
+    return shards, 16 * parameters / shards, whole + two_units
 
 
 def _communication(
-    fsdp: FSDPSection | None, parameters: int, layers: int, gpus: int, shards: int, rounds: int, gpu: GPU
+    fsdp: FSDPSection | None, parameters: int, units: int, gpus: int, shards: int, rounds: int, gpu: GPU
 ) -> float:
     """Seconds of a step's collectives, one after the other."""
     if gpus == 1:
         return 0.0
     if shards == 1:  # all gradients, once a step
-        return _ring(8 * parameters, gpus, gpu) + 2 * layers * gpus * HOP
+        return _ring(8 * parameters, gpus, gpu) + 2 * units * gpus * HOP
     gathers = 1 if fsdp.sharding_strategy == "SHARD_GRAD_OP" else 2
-    a_round = _ring((2 * gathers + 4) * parameters, shards, gpu) + (gathers + 1) * layers * shards * HOP
+    a_round = _ring((2 * gathers + 4) * parameters, shards, gpu) + (gathers + 1) * units * shards * HOP
     between = _ring(8 * parameters / shards, gpus // shards, gpu, across=True) if gpus > shards else 0
     return rounds * (a_round + between)
 

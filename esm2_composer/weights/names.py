@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from esm2_composer.errors import UserError
-from esm2_composer.model import rotary_frequencies
+from esm2_composer.model import layer_name, rotary_frequencies
 from esm2_composer.weights.files import State, check_types
 
 # module here, in transformers' EsmForMaskedLM, in fair-esm; the three of `qkv` lie stacked here
@@ -51,7 +51,7 @@ def foreign_keys(num_layers: int, fair: bool) -> Iterable[tuple[str, list[str]]]
         for ours, hf_modules, fair_modules in _LAYER_MODULES:
             for kind in ("weight", "bias"):
                 modules = fair_modules if fair else hf_modules
-                yield f"layers.{i}.{ours}.{kind}", [f"{layer}.{module}.{kind}" for module in modules]
+                yield f"{layer_name(i)}.{ours}.{kind}", [f"{layer}.{module}.{kind}" for module in modules]
 
 
 class Stored(NamedTuple):

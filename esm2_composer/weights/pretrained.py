@@ -10,10 +10,10 @@ import torch
 
 from esm2_composer.checkpoints.sharded import read_sharded
 from esm2_composer.errors import UserError, system_error
-from esm2_composer.model import ESM2, ESM2Config
+from esm2_composer.model import ESM2, ESM2Config, layer_name
 from esm2_composer.weights import fair_esm, hugging_face
 from esm2_composer.weights.files import State, check_sums, check_types, torch_load
-from esm2_composer.weights.names import Stored, count_layers
+from esm2_composer.weights.names import Stored
 
 COMPOSER_PREFIX = "net."  # the attribute of task.MaskedLanguageModel that holds the ESM2
 
@@ -108,13 +108,13 @@ def _from_composer(seen: State, load: Callable[[], State], path: Path) -> Stored
 
     state = ours(seen)
     try:
-        num_layers = count_layers(state, "layers.")
+        num_layers = sum(key.endswith(".fc1.weight") for key in state)
         dimensions = {
             "num_layers": num_layers,
             "hidden_size": state["embed.weight"].shape[1],
             # the contact head sees every attention map: layers x heads inputs
             "num_heads": state["contact_head.weight"].shape[1] // num_layers,
-            "ffn_hidden_size": state["layers.0.fc1.weight"].shape[0],
+            "ffn_hidden_size": state[f"{layer_name(0)}.fc1.weight"].shape[0],
         }
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: a Composer checkpoint, but not of an ESM-2 ({error})") from error
