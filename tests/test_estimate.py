@@ -296,6 +296,7 @@ def test_a_share_of_the_peak_that_is_none_is_refused(mfu):
         ("650m", 64, None),
         ("650m", 8, None),
         ("3b", 128, None),
+        ("15b", 512, "fsdp.sharding_strategy=SHARD_GRAD_OP"),  # one gather less of each layer
         ("8m", 32, None),
     ],
 )
@@ -327,7 +328,9 @@ def test_to_recompute_less_is_told_of_where_it_fits(gpus, change):
 def test_as_little_is_recomputed_as_fits(tokens, change):
     """Where microbatches cannot be smaller, since proteins are that long."""
     long = f"data.max_length={tokens}", f"device_microbatch_tokens={tokens}"
-    kept = recipe("3b", *long, "global_train_batch_size=65536")  # enough to fill them
+    kept = recipe(
+        "3b", *long, "fsdp.sharding_strategy=FULL_SHARD", "global_train_batch_size=65536"
+    )  # to fill them
     found = remedy(kept, estimate_run(kept, 8, GPUS["h100"], 0.4), GPUS["h100"])
     assert found == (
         f"fsdp.activation_checkpointing={change}" if change else "more GPUs, or ones with more memory"

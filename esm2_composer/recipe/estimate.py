@@ -255,6 +255,7 @@ def faster(recipe: Recipe, estimate: Estimate, gpu: GPU, mfu: float) -> tuple[st
     for change, fsdp in (
         ("fsdp.activation_checkpointing=false", replace(recipe.fsdp, activation_checkpointing=False)),
         ("fsdp.activation_checkpointing=selective", replace(recipe.fsdp, activation_checkpointing="selective")),
+        ("fsdp.sharding_strategy=SHARD_GRAD_OP", replace(recipe.fsdp, sharding_strategy="SHARD_GRAD_OP")),
         ("fsdp=null", None),
     ):
         other = estimate_run(replace(recipe, fsdp=fsdp), estimate.gpus, gpu, mfu)
