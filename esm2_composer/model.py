@@ -178,13 +178,14 @@ class LayerGroup(nn.Sequential):
     longer than a GPU computes where it has few tokens. For a few layers at once it does so less often.
     """
 
-    def forward(self, x, update, *shared: Any, positions=None, most: int | None = None) -> tuple:
-        """The first `most` of these layers one after the other (all, if None), the last of them for those at
-        `positions` only; arguments and results are those of `Layer`."""
-        *others, last = list(self)[:most]
+    def forward(
+        self, x, update, tables, attention, cu_seqlens, max_seqlen, positions=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Layer`; the positions are the last layer's."""
+        *others, last = self
         for layer in others:
-            x, update = layer(x, update, *shared)
-        return last(x, update, *shared, positions)
+            x, update = layer(x, update, tables, attention, cu_seqlens, max_seqlen)
+        return last(x, update, tables, attention, cu_seqlens, max_seqlen, positions)
 
 
 class Head(nn.Module):
@@ -296,10 +297,10 @@ class ESM2(nn.Module):
         attention = select_attention(c.attention, x.device.type, compute_dtype(x), c.num_heads, c.head_size)
         update = None
         wanted = positions if positions is not None and len(positions) else None  # kernels take no empty batch
-        for group, first in zip(self.groups, range(0, layer, LAYERS_OF_A_GROUP), strict=False):
-            most = min(layer - first, LAYERS_OF_A_GROUP)
-            of_last = wanted if first + most == layer else None
-            x, update = group(x, update, tables, attention, cu_seqlens, max_seqlen, positions=of_last, most=most)
+        blocks = self.groups if layer == c.num_layers else self.layers[:layer]
+        for i, block in enumerate(blocks, start=1):
+            of_block = wanted if i == len(blocks) else None
+            x, update = block(x, update, tables, attention, cu_seqlens, max_seqlen, of_block)
         return (x, update) if wanted is positions else (x[positions], update[positions])
 
     def _embed(self, tokens: torch.Tensor, sequence: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

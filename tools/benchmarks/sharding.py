@@ -111,7 +111,6 @@ def make_step(
     ends = torch.tensor([0, TOKENS], dtype=torch.int32, device=device)
 
     def step() -> None:
-        model.LAYERS_OF_A_GROUP = together  # the models of all cases take turns
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = sharded(tokens, ends, TOKENS).float().sum()
         loss.backward()
