@@ -178,6 +178,9 @@ def test_a_host_that_has_too_many_layers_to_launch_for_few_tokens_is_told_of():
     network = replace(GPUS["h100"], node_link=10e9)
     slow = estimate_run(recipe("650m"), 128, network, 0.4)
     assert slow.communication_seconds > slow.launching_seconds
+    rounds = estimate_run(recipe("650m", "device_microbatch_tokens=1024"), 64, GPUS["h100"], 0.4)
+    assert rounds.step_seconds == rounds.launching_seconds + STEP_OVERHEAD
+    assert rounds.launching_seconds == pytest.approx(10 * told[64][1]["launching_seconds"])
     once, repeated = (
         estimate_run(recipe("650m", f"fsdp.activation_checkpointing={w}"), 64, GPUS["h100"], 0.4).launching_seconds
         for w in ("selective", "true")

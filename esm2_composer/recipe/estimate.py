@@ -140,9 +140,10 @@ def estimate_run(
     compute = (flops + repeated) / gpus / (mfu * gpu.flops)
     shards, state, unsharded = _memory(recipe.fsdp, parameters, count_parameters(units[0]), gpus)
     communication = _communication(recipe.fsdp, parameters, len(units), gpus, shards, rounds, gpu)
-    launching = config.num_layers * LAUNCHING * (4 / 3 if recomputing is True else 1)
+    a_round = config.num_layers * LAUNCHING * (4 / 3 if recomputing is True else 1)
     if recipe.fsdp is not None:
-        launching += config.num_layers * FSDP_OF_A_LAYER + len(units) * FSDP_OF_A_UNIT
+        a_round += config.num_layers * FSDP_OF_A_LAYER + len(units) * FSDP_OF_A_UNIT
+    launching = rounds * a_round
     return Estimate(
         gpus=gpus,
         parameters=parameters,
@@ -153,7 +154,7 @@ def estimate_run(
         activation_bytes=activations * share,
         compute_seconds=compute,
         communication_seconds=communication,
-        launching_seconds=rounds * launching,
+        launching_seconds=launching,
         step_seconds=max(compute, communication, launching) + STEP_OVERHEAD,
         updates=recipe.updates,
     )
