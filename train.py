@@ -41,7 +41,7 @@ def train() -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     if args.dry_run:
         with slow_imports():
-            from esm2_composer.recipe.estimate import describe
+            from esm2_composer.recipe.report import describe
 
         if recipe.data.local is not None:
             with slow_imports():

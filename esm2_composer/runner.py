@@ -48,7 +48,7 @@ from esm2_composer.optim import build_adamw, build_schedule, restore_settings, s
 from esm2_composer.preemption import kill_workers_at_exit, obey_rank_alone
 from esm2_composer.recipe.architecture import build_model
 from esm2_composer.recipe.config import flatten
-from esm2_composer.recipe.estimate import GPUS
+from esm2_composer.recipe.gpus import GPUS
 from esm2_composer.recipe.schema import DataSection, Recipe, batches
 from esm2_composer.task import MaskedLanguageModel
 

@@ -59,8 +59,16 @@ WITHOUT_STREAMING = {
     *("test_kernels_attention", "test_kernels_elementwise", "test_kernels_fp8", "test_kernels_layer"),
     *("test_launcher", "test_layouts", "test_loggers", "test_markers", "test_masking", "test_mds"),
     *("test_model", "test_optim", "test_parts", "test_pool", "test_precision", "test_progress"),
-    *("test_proteins", "test_records", "test_resume", "test_retry", "test_running", "test_sample_data"),
-    *("test_schema", "test_sharded", "test_sockets", "test_spark", "test_splits", "test_storage"),
+    *("test_proteins", "test_records", "test_report", "test_resume", "test_retry", "test_running"),
+    *(
+        "test_sample_data",
+        "test_schema",
+        "test_sharded",
+        "test_sockets",
+        "test_spark",
+        "test_splits",
+        "test_storage",
+    ),
     *("test_strict", "test_task", "test_verification", "test_weights", "test_workers"),
 }
 

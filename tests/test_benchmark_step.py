@@ -38,7 +38,7 @@ from esm2_composer.alphabet import PAD
 from esm2_composer.errors import ArgumentParser, UserError
 from esm2_composer.model import SIZES
 from esm2_composer.recipe.architecture import skeleton
-from esm2_composer.recipe.estimate import GPUS, gpu_named
+from esm2_composer.recipe.gpus import GPUS, gpu_named
 
 H200 = Limits("NVIDIA H200", 989e12, 780e12, 4.3e12, 141e9)
 CPU = Limits("CPU, 2 threads", None, 1e11, 1e10, None)

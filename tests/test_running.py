@@ -17,7 +17,7 @@ from conftest import ROOT
 from esm2_composer.errors import EXIT_DIVERGED, EXIT_PREEMPTED
 from esm2_composer.preemption import GRACE
 from esm2_composer.recipe.config import load_recipe
-from esm2_composer.recipe.estimate import report
+from esm2_composer.recipe.report import report
 
 TEXT = (ROOT / "docs/running.md").read_text()
 SLURM = (ROOT / "docs/jobs/slurm.sh").read_text()

@@ -30,7 +30,8 @@ from esm2_composer.distributed.fsdp import DivideByRanks
 from esm2_composer.errors import TransientError, UserError
 from esm2_composer.loggers import PERPLEXITY
 from esm2_composer.recipe.config import load_recipe
-from esm2_composer.recipe.estimate import GPUS, estimate_run
+from esm2_composer.recipe.estimate import estimate_run
+from esm2_composer.recipe.gpus import GPUS
 from esm2_composer.recipe.schema import DataSection
 from esm2_composer.runner import Done, build_trainer, digests_of_all_nodes
 

@@ -11,8 +11,7 @@ import json
 
 from esm2_composer.errors import ArgumentParser, in_range, run_command
 from esm2_composer.imports import slow_imports
-
-GPU_NAMES = ("a100", "h100", "h200", "b200")
+from esm2_composer.recipe.gpus import GPUS
 
 
 def main() -> None:
@@ -20,7 +19,7 @@ def main() -> None:
     parser.add_argument("recipe", help="a YAML file, see yamls/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
     parser.add_argument("--gpus", type=in_range(int, 1), required=True, help="of the whole run")
-    parser.add_argument("--gpu", choices=GPU_NAMES, default="h100", help="default: h100")
+    parser.add_argument("--gpu", choices=GPUS, default="h100", help="default: h100")
     parser.add_argument(
         "--mfu",
         type=in_range(float, 0.001, 1),
@@ -33,7 +32,7 @@ def main() -> None:
 
     recipe = load_recipe(args.recipe, args.overrides, data_is_here=False)
     with slow_imports():
-        from esm2_composer.recipe.estimate import report
+        from esm2_composer.recipe.report import report
 
     text, data = report(recipe, args.gpus, args.gpu, args.mfu)
     print(json.dumps(data) if args.json else text)

@@ -8,36 +8,14 @@ the GPUs reach (MFU), link speeds, what a host takes to launch a layer, and what
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from esm2_composer.alphabet import VOCAB_SIZE
-from esm2_composer.errors import UserError
 from esm2_composer.model import count_parameters
 from esm2_composer.recipe.architecture import architecture, skeleton
-from esm2_composer.recipe.config import to_yaml
-from esm2_composer.recipe.schema import FSDPSection, Recipe, batches
+from esm2_composer.recipe.gpus import GPU, NODE
+from esm2_composer.recipe.schema import FSDPSection, Recipe
 
-
-@dataclass(frozen=True)
-class GPU:
-    """Peak dense bf16 operations a second; memory, bytes; bytes a second that a GPU sends to others in its node,
-    and that it sends to other nodes, with a network port for each GPU; and whether Triton has too few registers
-    there for heads of more than 64, so that torch computes the layers (see `attention`)."""
-
-    flops: float
-    memory: float
-    node_link: float
-    network: float
-    spills: bool = False
-
-
-GPUS = {
-    "a100": GPU(312e12, 80e9, 300e9, 25e9, spills=True),
-    "h100": GPU(989e12, 80e9, 450e9, 50e9),
-    "h200": GPU(989e12, 141e9, 450e9, 50e9),
-    "b200": GPU(2250e12, 180e9, 900e9, 50e9),
-}
-NODE = 8  # GPUs in a node
 # A cautious share of the peak: small heads leave most of a tensor core idle, small layers wait to be launched.
 MFU = {16: 0.15, 24: 0.20, 32: 0.28}  # by head size
 MFU_OTHERWISE = 0.40
@@ -89,11 +67,6 @@ class Estimate:
     @property
     def days(self) -> float:
         return self.updates * self.step_seconds / 86400
-
-
-def gpu_named(device_name: str) -> GPU | None:
-    """The GPU that CUDA's name of a device, such as "NVIDIA H100 80GB HBM3", tells of; None if it is not here."""
-    return next((gpu for name, gpu in GPUS.items() if name in device_name.lower()), None)
 
 
 def usual_mfu(recipe: Recipe) -> float:
@@ -208,7 +181,7 @@ def useful_gpus(recipe: Recipe, gpu: GPU, mfu: float) -> int:
     """The most GPUs worth using: twice as many would be less than 1.5 times as fast. At least what the recipe's
     data_parallel degrees make, and no more where they make just so many."""
     gpus = recipe.fsdp.fewest_ranks if recipe.fsdp else 1
-    while _takes_more(recipe) and recipe.global_train_batch_size % (2 * gpus) == 0:
+    while takes_more(recipe) and recipe.global_train_batch_size % (2 * gpus) == 0:
         now, twice = (estimate_run(recipe, n, gpu, mfu).step_seconds for n in (gpus, 2 * gpus))
         if now / twice < 1.5:
             break
@@ -216,7 +189,7 @@ def useful_gpus(recipe: Recipe, gpu: GPU, mfu: float) -> int:
     return gpus
 
 
-def _takes_more(recipe: Recipe) -> bool:
+def takes_more(recipe: Recipe) -> bool:
     return recipe.fsdp is None or recipe.fsdp.takes_multiples
 
 
@@ -263,92 +236,3 @@ def faster(recipe: Recipe, estimate: Estimate, gpu: GPU, mfu: float) -> tuple[st
         if other.memory < 0.9 * gpu.memory and other.step_seconds < 0.95 * estimate.step_seconds:
             found.append((change, other))
     return min(found, key=lambda each: each[1].step_seconds, default=None)
-
-
-def report(recipe: Recipe, gpus: int, gpu_name: str, mfu: float | None = None) -> tuple[str, dict]:
-    """An estimate for people, and the same as plain data."""
-    gpu = GPUS[gpu_name]
-    _check_gpus(recipe, gpus)
-    mfu = mfu or usual_mfu(recipe)
-    estimate = estimate_run(recipe, gpus, gpu, mfu)
-    change, useful = remedy(recipe, estimate, gpu), useful_gpus(recipe, gpu, mfu)
-    quicker = faster(recipe, estimate, gpu, mfu)
-    fitting = fitting_microbatch(recipe, estimate, gpu)
-    hours = estimate.days * 24 * gpus
-    kept = recipe.save_num_checkpoints_to_keep + recipe.callbacks.best_checkpoints
-    between = batches(recipe.save_interval)
-    mean = estimate.real_tokens // recipe.global_train_batch_size
-    meanwhile = {"network": estimate.communication_seconds, "host": estimate.launching_seconds}
-    slowest = max(meanwhile, key=meanwhile.__getitem__)
-    waits = f" (it waits for the {slowest})" if meanwhile[slowest] > estimate.compute_seconds else ""
-    rows = {
-        "assuming": f"{mfu:.0%} MFU, {mean} tokens a protein; a GPU sends {gpu.node_link / 1e9:.0f} GB/s "
-        f"within a node of {NODE}, {gpu.network / 1e9:.0f} GB/s to others",
-        "parameters": f"{estimate.parameters:,}",
-        "tokens a step": f"{estimate.real_tokens:,} real ones, {estimate.real_tokens // gpus:,} a GPU",
-        "memory a GPU": f"{_memory_text(estimate)} of {gpu.memory / 1e9:.0f}: "
-        + (f"does NOT fit; change: {change}" if change else "fits"),
-        "microbatch": f"{recipe.device_microbatch_tokens:,} tokens; memory holds {fitting:,}",
-        "a step": f"{estimate.step_seconds:.3f} s: computing {estimate.compute_seconds:.3f}, "
-        f"meanwhile communicating {estimate.communication_seconds:.3f} "
-        f"and launching {estimate.launching_seconds:.3f}{waits}; besides {STEP_OVERHEAD}",
-        "speed": f"{estimate.real_tokens / estimate.step_seconds / gpus:,.0f} real tokens a second and GPU",
-        "whole recipe": f"{estimate.days:.2f} days, {hours:,.0f} GPU-hours for {estimate.updates:,} updates",
-        "checkpoints": f"{_gigabytes(estimate.checkpoint_bytes)} each, every {between:,} updates "
-        f"({between * estimate.step_seconds / 60:.1f} minutes); {kept} kept, "
-        f"{_gigabytes(kept * estimate.checkpoint_bytes)}",
-        "more GPUs": f"help up to about {useful}: twice as many would be less than 1.5 times as fast"
-        if _takes_more(recipe)
-        else f"are not taken: the recipe's fsdp.data_parallel degrees make {gpus}",
-    }
-    if quicker:
-        rows["faster"] = f"{quicker[0]}: {quicker[1].step_seconds:.3f} s a step, {_memory_text(quicker[1])}"
-    text = "\n".join([f"{recipe.run_name} on {gpus} x {gpu_name}", *(f"  {k:<15}{v}" for k, v in rows.items())])
-    data = {**asdict(estimate), "gpu": gpu_name, "mfu": mfu}
-    data |= {"memory_bytes": estimate.memory, "fits": change is None, "change": change}
-    data |= {"faster": quicker and quicker[0]}
-    data |= {"days": estimate.days, "gpu_hours": hours, "useful_gpus": useful, "fitting_microbatch": fitting}
-    data |= {"checkpoint_bytes": estimate.checkpoint_bytes, "checkpoints_kept": kept}
-    return text, data
-
-
-def _check_gpus(recipe: Recipe, gpus: int) -> None:
-    """Raise a UserError if so many cannot share the batch, or are not what the data_parallel degrees make."""
-    batch = recipe.global_train_batch_size
-    if batch % gpus:
-        fewer = next(n for n in range(min(gpus, batch), 0, -1) if batch % n == 0)
-        raise UserError(f"{gpus} GPUs cannot share global_train_batch_size {batch} equally; {fewer} can")
-    if recipe.fsdp is not None:
-        recipe.fsdp.check_degrees(gpus)
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.{0 if size > 1e11 else 1 if size > 1e9 else 2}f} GB"
-
-
-def _memory_text(estimate: Estimate) -> str:
-    parts = {
-        "state": estimate.state_bytes,
-        "copies": estimate.unsharded_bytes,
-        "activations": estimate.activation_bytes,
-        "reserved": RESERVED,
-    }
-    return (
-        f"{estimate.memory / 1e9:.1f} GB ({', '.join(f'{name} {size / 1e9:.1f}' for name, size in parts.items())})"
-    )
-
-
-def describe(recipe: Recipe, ranks: int) -> str:
-    """What `--dry-run` prints: the resolved recipe, its parameters, tokens a step and memory on so many GPUs, or
-    on those that its data_parallel degrees make at least."""
-    ranks = max(ranks, recipe.fsdp.fewest_ranks if recipe.fsdp else 1)
-    _check_gpus(recipe, ranks)
-    estimate = estimate_run(recipe, ranks, GPUS["h100"], usual_mfu(recipe))
-    sequences = recipe.global_train_batch_size
-    return (
-        f"{to_yaml(recipe)}\n"
-        f"parameters: {estimate.parameters:,}\n"
-        f"tokens a step: at most {sequences * recipe.data.max_length:,}, in {sequences:,} sequences; "
-        f"of UniRef50 about {estimate.real_tokens:,}\n"
-        f"memory a GPU, of {ranks}: about {_memory_text(estimate)}"
-    )

@@ -91,8 +91,8 @@ class ScheduleSection:
 
 @dataclass(frozen=True)
 class FSDPSection:
-    """Passed to Composer as they are, except `version`, of which 1 needs GPUs and 2 runs anywhere, and
-    `activation_checkpointing`, which is the model's."""
+    """Of version 1, which needs GPUs, passed to Composer as they are, except `activation_checkpointing`, which is
+    the model's; of version 2, which runs anywhere, as `fsdp.fsdp_options` says."""
 
     version: Literal[1, 2] = 1
     sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP"] = "FULL_SHARD"

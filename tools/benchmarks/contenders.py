@@ -36,6 +36,7 @@ from esm2_composer.attention import select_attention
 from esm2_composer.data.masking import MaskingRule
 from esm2_composer.kernels.checks import failure_line
 from esm2_composer.model import ESM2, SIZES
+from esm2_composer.optim import build_adamw
 from esm2_composer.recipe.config import load_recipe
 from esm2_composer.recipe.schema import Recipe
 from esm2_composer.weights.hugging_face import hugging_face_config
@@ -326,12 +327,7 @@ def train_plainly(
     """A training loop in plain PyTorch on microbatches (*inputs, labels); `logits` makes those of all places."""
     o = recipe_of(work.size).optimizer
     model = model.to(work.device).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1]},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, o.lr, o.betas, o.eps, o.weight_decay, fused=True)
+    optimizer = build_adamw(model, o.lr, o.betas, o.eps, o.weight_decay)
     counts = [sum(int((labels != PAD).sum()) for *_, labels in microbatches) for microbatches in batches]
     ends: list[float] = []
     before = resident_bytes()
@@ -347,7 +343,7 @@ def train_plainly(
             loss = F.cross_entropy(found.float(), labels, ignore_index=PAD, reduction="sum") / masked
             loss.backward()
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(parameters, o.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_norm)
         optimizer.step()
         assert total.isfinite()
         ends.append(time.perf_counter())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from esm2_composer.recipe.estimate import gpu_named
+from esm2_composer.recipe.gpus import gpu_named
 
 
 @dataclass(frozen=True)

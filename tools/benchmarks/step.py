@@ -34,7 +34,8 @@ from benchmarks.limits import Limits, measure_limits
 from esm2_composer.errors import UserError, in_range
 from esm2_composer.model import SIZES
 from esm2_composer.recipe.architecture import skeleton
-from esm2_composer.recipe.estimate import GPU, estimate_run, fitting_microbatch
+from esm2_composer.recipe.estimate import estimate_run, fitting_microbatch
+from esm2_composer.recipe.gpus import GPU
 
 ON_CPU = 16 * LONGEST  # tokens of a microbatch: one of transformers' batches of 16
 NAME = 58  # letters of a contender's name
