@@ -51,7 +51,7 @@ class Preemption(Callback):
         preemption.waiting_for_data.clear()
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        preemption.waiting_for_data.clear()  # Composer has asked in vain
+        preemption.waiting_for_data.clear()  # the loader had no further batch
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         self._ask()

@@ -73,8 +73,8 @@ def system_error(message: str, error: OSError) -> ReportedError:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's; a mistake in the arguments is a UserError, and so is an abbreviated option: some are looked for
-    before all are parsed."""
+    """argparse's; a mistake in the arguments is a UserError, and so is an abbreviated option: commands look for
+    some in sys.argv before they parse it."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments, allow_abbrev=False)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def slow_imports() -> Iterator[None]:
-    """For what is imported in it, hardly ever garbage. Python would look through it again and again while it
-    grows, whenever it looks for garbage later, and once more at the end."""
+    """Turn the garbage collector off during imports, and leave out of it what they made: that is hardly ever
+    garbage, and to look through it, again and again as it grows, then later, and at the end, takes seconds."""
     gc.disable()
     try:
         yield

@@ -68,7 +68,7 @@ def build_trainer(recipe: Recipe) -> tuple[Trainer, CheckpointSaver]:
         Done: nothing is left to train. Raised before ranks connect, since other nodes' ranks may have exited.
     """
     _show_log()
-    # Composer's, whenever a run resumes at an epoch's end, and torch's about workers, for which we print a line.
+    # Composer's is to be expected where a run resumes at an epoch's end; instead of torch's, we print a line.
     warnings.filterwarnings("ignore", "No batches were trained for global rank")
     warnings.filterwarnings("ignore", "This DataLoader will create")
     device = get_device(None)

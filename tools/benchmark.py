@@ -3,7 +3,7 @@
     python tools/benchmark.py step       training steps, versus transformers
     python tools/benchmark.py profile    where a training step's time goes, and what each part could take at best
     python tools/benchmark.py host       the time between two updates, by loggers and number of ranks
-    python tools/benchmark.py sharding   what FSDP takes of a host for a layer, by how many it shards together
+    python tools/benchmark.py sharding   the host's time that FSDP adds per layer, by layers sharded together
     python tools/benchmark.py attention  rotation and attention of a layer, by every kernel
     python tools/benchmark.py loader     from shards to balanced microbatches, versus transformers' collator
     python tools/benchmark.py startup    from launch to the first batch of 65 million clusters

@@ -46,7 +46,7 @@ def main() -> None:
         default="amino_acids",
         help="what replaces a tenth of the selected: one of the 20 (default), or all 33, as in the published runs",
     )
-    parser.add_argument("--floors", action="store_true", help="also what models reach that know no context")
+    parser.add_argument("--floors", action="store_true", help="also what is reached without context")
     parser.add_argument(
         "--microbatch-tokens",
         type=in_range(int, 8, MAX_INT),

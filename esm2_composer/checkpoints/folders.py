@@ -184,7 +184,7 @@ def _is_whole(checkpoint: Path) -> bool:
         return (checkpoint / ".metadata").exists()
     try:
         return checkpoint.is_file() and zipfile.is_zipfile(checkpoint)
-    except zipfile.BadZipFile:  # it tells this damage so
+    except zipfile.BadZipFile:  # whole but damaged, which is looked for later
         return True
 
 

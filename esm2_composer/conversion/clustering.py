@@ -40,8 +40,8 @@ from esm2_composer.errors import TransientError, UserError, system_error
 from esm2_composer.files import refuse_existing, refuse_irregular
 
 MIN_RESIDUES = 11
-# Of a validation sequence. MMseqs2's scores stop at 32,766, which alignments of some 6,000 residues reach: longer
-# copies, where they have gaps, it need neither join nor find, and they would be in both splits.
+# Of a validation sequence. MMseqs2's scores stop at 32,766, which alignments of some 6,000 residues reach. Above
+# that it may miss near-copies with gaps, which would then be in both splits.
 MAX_VALID_RESIDUES = 5_000
 COVERAGE = ("-c", "0.8", "--cov-mode", "0")  # 80 % of both sequences
 CLUSTER = (*COVERAGE, "--cluster-mode", "2", "--cluster-reassign", "1", "--min-seq-id")

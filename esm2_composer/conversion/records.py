@@ -34,7 +34,7 @@ LONGEST_COUNTED = 1022  # data.min_length is at most this, unless data.max_lengt
 LENGTH_LABELS = [f"{low}-{high - 1}" for low, high in pairwise(LENGTH_EDGES)] + [f"{LENGTH_EDGES[-1]}-"]
 
 RESIDUES = b"ACDEFGHIKLMNPQRSTVWYXBUZO"
-NUCLEOTIDES = b"ACGTUNacgtun"  # a quarter of a protein's letters
+NUCLEOTIDES = b"ACGTUNacgtun"  # of a protein's letters, about a quarter are among these
 LOOKED_AT = 100  # sequences of a file, to tell nucleotides by
 _TO_UPPER = bytes.maketrans(b"abcdefghijklmnopqrstuvwxyz", b"ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _WHITE_SPACE = b" \t\r\n\v\f"

@@ -1,5 +1,5 @@
-"""What a layer computes between its matrix products, in Triton: sums with layer norm, GELU, and the sums of rows
-that biases' gradients are.
+"""What a layer computes between its matrix products, in Triton: sums with layer norm, GELU, and the sums over
+rows that are the biases' gradients.
 
 Forward and backward are one pass over memory each, at its speed, and the backward pass also adds up what the
 gradients of weights and biases need. torch's compiler takes 1.3 to 4.6 times as long (docs/performance.md).

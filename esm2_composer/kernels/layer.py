@@ -30,8 +30,8 @@ def compute(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`model.Layer.forward`, of the layer, on a GPU, in fp16 or bf16.
 
-    The layer's modules are not called: hooks on them, and what other modules in their place compute, have no
-    effect; and the product of `qkv` stands for all four.
+    The layer's modules are not called: hooks on them, or other modules in their place, have no effect. The
+    `product` of `qkv` serves all four linear layers.
     """
     parameters = [
         parameter

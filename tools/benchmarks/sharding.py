@@ -1,4 +1,4 @@
-"""What FSDP takes of a host for a layer, forward and backward, by the number of layers that it shards together.
+"""The host's time that FSDP adds per layer, forward and backward, by the number of layers that it shards together.
 
 A narrow model on one short sequence, so that a host does little else; one rank of several, which exchange nothing
 (torch's fake process group). The model without FSDP is subtracted. Network, and GPU, are not measured.
