@@ -29,8 +29,12 @@ LAYER_NORM_EPS = 1e-5
 ROTARY_BASE = 10000.0
 # Token dropout assumes that training hides this share of all tokens, whatever share a run really hides.
 EXPECTED_MASK_RATIO = 0.15 * 0.8
-LAYERS_OF_A_GROUP = 3  # divides the number of layers of every published size
-LARGEST_GROUP = 2**28  # parameters that are sharded together, at most: of 3B a group of layers, of 15B a layer
+LAYERS_OF_A_GROUP = (
+    3  # divides the layers of every published size; parameters' names, so checkpoints, depend on it
+)
+LARGEST_GROUP = (
+    2**28
+)  # parameters; layers of larger groups are sharded one by one: 15B's, 3 x 315 M; 3B's are 3 x 79 M
 
 
 @dataclass(frozen=True)

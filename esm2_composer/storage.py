@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from esm2_composer.errors import StoreUnavailable, UserError
 from esm2_composer.files import xxh64
-from esm2_composer.retry import is_permanent
+from esm2_composer.retry import Result, is_permanent, retry
 
-ATTEMPTS = 5  # with 1, 2, 4 and 8 seconds between them
 DOWNLOAD_SECONDS = 300
 
 
@@ -44,22 +45,16 @@ class Store:
             raise failure(f"{uri}: cannot be opened", error) from error
 
     def upload(self, name: str) -> None:
-        """Store `name` of the folder. Raises StoreError or StoreUnavailable if that fails, tried several times."""
-        from streaming.base.util import retry
-
+        """Store `name` of the folder. Raises StoreError, or StoreUnavailable if that fails for half a minute."""
         expected = xxh64(self._folder / name)
 
-        @retry(num_attempts=ATTEMPTS)
         def upload() -> None:
             self._uploader.upload_file(name)
             with tempfile.TemporaryDirectory(dir=self._folder) as scratch:
                 if xxh64(self._fetch(name, Path(scratch))) != expected:
                     raise OSError("it differs from what was sent")
 
-        try:
-            upload()
-        except Exception as error:
-            raise failure(f"{self._uri}/{name}: cannot be stored", error) from error
+        self._retry(upload, name, "stored")
 
     def names(self, start: str = "") -> set[str]:
         """What is there under names that begin so. Raises StoreError or StoreUnavailable if it does not say."""
@@ -70,13 +65,16 @@ class Store:
         return {key.rpartition("/")[2] for key in found}
 
     def download(self, name: str, folder: Path) -> Path:
-        """Fetch an object into `folder`; its path there. Raises StoreError or StoreUnavailable if that fails."""
-        from streaming.base.util import retry
+        """Fetch an object into `folder`; its path there. Raises as `upload`."""
+        return self._retry(partial(self._fetch, name, folder), name, "read")
 
+    def _retry(self, ask: Callable[[], Result], name: str, done: str) -> Result:
         try:
-            return retry(num_attempts=ATTEMPTS)(self._fetch)(name, folder)
+            return retry(ask, f"{self._uri}/{name}")
+        except StoreUnavailable:
+            raise
         except Exception as error:
-            raise failure(f"{self._uri}/{name}: cannot be read", error) from error
+            raise failure(f"{self._uri}/{name}: cannot be {done}", error) from error
 
     def _fetch(self, name: str, folder: Path) -> Path:
         self._downloader.download(f"{self._uri}/{name}", str(folder / name), DOWNLOAD_SECONDS)

@@ -52,8 +52,8 @@ def test_host() -> None:
 
 def test_sharding() -> None:
     found = measure("sharding", "--ranks", "4", "--together", "1", "3", "--steps", "1")
-    cases = [(row["version"], row["strategy"], row["layers_together"]) for row in found["by_sharding"]]
-    assert cases == [(v, s, n) for v in (1, 2) for s in ("SHARD_GRAD_OP", "FULL_SHARD") for n in (1, 3)]
+    cases = [tuple(row[key] for key in ("version", "strategy", "units")) for row in found["by_sharding"]]
+    assert cases == [(v, s, n) for v in (1, 2) for s in ("SHARD_GRAD_OP", "FULL_SHARD") for n in (24, 8)]
     assert (found["ranks"], found["steps"], found["seconds_of_a_layer"] > 0) == (4, 1, True)
 
 

@@ -32,8 +32,10 @@ def layers_alone():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("esm2_composer.model.LARGEST_GROUP", 0)
         skeleton.cache_clear()
-        yield
-    skeleton.cache_clear()
+        try:
+            yield
+        finally:
+            skeleton.cache_clear()
 
 
 def recipe(size: str, *overrides: str):

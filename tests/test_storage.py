@@ -14,13 +14,13 @@ import pytest
 from moto.server import ThreadedMotoServer
 from raw_data import bionemo, hashes, in_order, random_data
 
-from esm2_composer import storage
+from esm2_composer import retry
 from esm2_composer.conversion import plan as conversion_plan
 from esm2_composer.conversion.convert import Interrupted, Options, convert
 from esm2_composer.conversion.layouts import BioNeMo
 from esm2_composer.conversion.verification import verify
 from esm2_composer.errors import StoreUnavailable, UserError
-from esm2_composer.storage import Store
+from esm2_composer.storage import Store, StoreError
 
 # What becomes of a request: (method, path, body) -> the body to pass on, or a status to answer with.
 Fault = Callable[[str, str, bytes], "bytes | int"]
@@ -95,7 +95,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # boto3's own retries out of the way of ours
-    monkeypatch.setattr("streaming.base.util.sleep", lambda seconds: None)
+    monkeypatch.setattr(retry, "WAITS", (0,) * 5)
     boto3.client("s3", endpoint_url=server.url).create_bucket(Bucket="bucket")
     server.stored.clear()
     yield server
@@ -184,11 +184,11 @@ def test_a_download_that_fails_is_tried_again_and_told_in_one_line(
     other = bionemo(tmp_path / "other", {"ur50_id": ["z"]}, {"z": "MK"})
     for name, one, split in (("conversion.json", layout, "train"), ("cluster_ids.parquet", other, "valid")):
         bucket.fault = fail(10**9, 500, f"bucket/x/train/{name}", "GET")
-        with pytest.raises(StoreUnavailable, match=rf"^s3://bucket/x/train/{name}: cannot be read \("):
+        with pytest.raises(StoreUnavailable, match=rf"^s3://bucket/x/train/{name} cannot be reached \("):
             convert(one, "s3://bucket/x", Options(split), scratch=tmp_path)
         assert not list(tmp_path.glob(".*"))
     bucket.fault = fail(10**9, 500, "bucket/x/train/index.json", "GET")
-    with pytest.raises(StoreUnavailable, match=r"train/index\.json: cannot be read"):
+    with pytest.raises(StoreUnavailable, match=r"train/index\.json cannot be reached"):
         verify("s3://bucket/x")
     bucket.fault = fail(3, 500, "bucket/x/train/conversion.json", "GET")
     assert convert(layout, "s3://bucket/x", Options(), scratch=tmp_path) == {**told, "already_done": True}
@@ -233,7 +233,7 @@ def test_a_shard_that_has_gone_since_its_upload_is_made_again(
 
 def test_unfinished_work_for_another_place_is_refused(bucket: Bucket, layout: BioNeMo, tmp_path: Path) -> None:
     """The names of their folders are the same."""
-    bucket.fault = fail(storage.ATTEMPTS, 500, "index.json")
+    bucket.fault = fail(len(retry.WAITS) + 1, 500, "index.json")
     with pytest.raises(Interrupted):
         convert(layout, "s3://bucket/a-b", Options(), scratch=tmp_path)
     with pytest.raises(UserError, match=r"destination\.0 was 's3://bucket/a-b', is 's3://bucket/a_b'"):
@@ -290,8 +290,8 @@ def test_verification_of_object_storage_finds_damage(bucket: Bucket, layout: Bio
 def test_an_object_counts_only_when_it_comes_back_alike(bucket: Bucket, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
     store = Store("s3://bucket/x", tmp_path)
-    bucket.fault = fail(storage.ATTEMPTS, lambda body: body.replace(b"content", b"CONTENT"), "file")
-    with pytest.raises(StoreUnavailable, match=r"s3://bucket/x/file: .* did not match"):
+    bucket.fault = fail(len(retry.WAITS) + 1, lambda body: body.replace(b"content", b"CONTENT"), "file")
+    with pytest.raises(StoreUnavailable, match=r"s3://bucket/x/file cannot be reached .* did not match"):
         store.upload("file")
     store.upload("file")
     assert store.names() == store.names("file") == store.names("fil") == {"file"}
@@ -299,3 +299,21 @@ def test_an_object_counts_only_when_it_comes_back_alike(bucket: Bucket, tmp_path
     (tmp_path / "there").mkdir()
     assert store.download("file", tmp_path / "there").read_bytes() == b"content"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]
+
+
+def test_what_the_store_refuses_is_asked_for_once(bucket: Bucket, tmp_path: Path, capfd) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    store, asked = Store("s3://bucket/x", tmp_path), []
+
+    def refuse(method: str, path: str, body: bytes) -> bytes | int:
+        asked.append(method)
+        return 403
+
+    bucket.fault = refuse
+    with pytest.raises(StoreError, match=r"^s3://bucket/x/file: cannot be stored \(.*403"):
+        store.upload("file")
+    assert len(asked) == 1
+    (tmp_path / "there").mkdir()
+    with pytest.raises(StoreError, match=r"^s3://bucket/x/file: cannot be read \(.*permission"):
+        store.download("file", tmp_path / "there")
+    assert "trying again" not in capfd.readouterr().err

@@ -299,6 +299,7 @@ def test_a_contact_head_of_nan_is_as_none(model, tmp_path):
 OTHERS = [
     *([1], {"model": 3}, {"model": {"embed_tokens.weight": torch.ones(2)}}),
     *({"state": 3}, {"state": {"model": None}}, {"state": {}, "param_groups": []}),
+    {"state": {"model": {"net.embed.weight": torch.ones(2, 2), "net.contact_head.weight": torch.ones(1, 2)}}},
     {"state": {"model": {"net.embed.weight": 3, "net.groups.0.0.fc1.weight": 1}}},
 ]
 

@@ -116,6 +116,6 @@ def _from_composer(seen: State, load: Callable[[], State], path: Path) -> Stored
             "num_heads": state["contact_head.weight"].shape[1] // num_layers,
             "ffn_hidden_size": state[f"{layer_name(0)}.fc1.weight"].shape[0],
         }
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{path}: a Composer checkpoint, but not of an ESM-2 ({error})") from error
     return Stored(dimensions, lambda: ours(load()))

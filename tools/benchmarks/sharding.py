@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
     parser.add_argument("--ranks", type=in_range(int, 2), default=64, help="(%(default)s)")
     parser.add_argument(
-        "--together", type=in_range(int, 1, LAYERS), nargs="*", default=[1, 2, 3, 4, 6], help="layers (1 2 3 4 6)"
+        "--together", type=in_range(int, 1, LAYERS), nargs="+", default=[1, 2, 3, 4, 6], help="layers (1 2 3 4 6)"
     )
     parser.add_argument("--steps", type=in_range(int, 1), default=40, help="of each that count (%(default)s)")
 
@@ -53,8 +53,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for strategy in STRATEGIES
         for together in args.together
     ]
-    steps: dict[Any, Callable[[], None]] = {None: make_step(args.device)}
-    steps |= {case: make_step(args.device, *case) for case in cases}
+    units, steps = {}, {}
+    for case in (None, *cases):
+        units[case], steps[case] = make_step(args.device, *(case or ()))
     seconds: dict[Any, list[float]] = {case: [] for case in steps}
     for _ in range(WARMUP + args.steps):
         for case, step in steps.items():
@@ -76,6 +77,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 "version": version,
                 "strategy": strategy,
                 "layers_together": together,
+                "units": units[version, strategy, together],
                 "seconds_besides": medians[version, strategy, together] - medians[None],
             }
             for version, strategy, together in cases
@@ -85,8 +87,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def make_step(
     device: str, version: int | None = None, strategy: str = "", together: int = 1
-) -> Callable[[], None]:
-    """A forward and a backward pass of the model, sharded as recipes shard it, or unsharded."""
+) -> tuple[int, Callable[[], None]]:
+    """How many units a model's layers are, and its forward and backward pass, sharded as recipes shard it, or
+    unsharded."""
     model.LAYERS_OF_A_GROUP = together
     net = ESM2(ESM2Config(LAYERS, 32, 1, 64)).to(device)
     sharded: torch.nn.Module = net
@@ -117,7 +120,7 @@ def make_step(
         for parameter in sharded.parameters():
             parameter.grad = None
 
-    return step
+    return sum(net.fsdp_wrap_fn(module) for module in net.modules()), step
 
 
 def table(result: dict[str, Any]) -> str:
