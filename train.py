@@ -14,16 +14,9 @@ import argparse
 import os
 import sys
 
+from esm2_composer.command import ArgumentParser, run_command
 from esm2_composer.distributed.launcher import run_on_ranks
-from esm2_composer.errors import (
-    EXIT_DIVERGED,
-    EXIT_FAILURE,
-    EXIT_PREEMPTED,
-    ArgumentParser,
-    UserError,
-    run_command,
-    tell,
-)
+from esm2_composer.errors import EXIT_DIVERGED, EXIT_FAILURE, EXIT_PREEMPTED, UserError, tell
 from esm2_composer.imports import slow_imports
 
 

@@ -27,10 +27,10 @@ from streaming import MDSWriter
 from streaming.base.shared import memory
 
 from esm2_composer.checkpoints.folders import Folder, open_folder
+from esm2_composer.command import run_command
 from esm2_composer.data.mds import COLUMNS
 from esm2_composer.distributed.collectives import end_process_group
 from esm2_composer.distributed.launcher import LEAST
-from esm2_composer.errors import run_command
 
 ROOT = Path(__file__).parent.parent
 REAL_DATA = Path(os.environ.get("ESM2_REAL_DATA") or ROOT.parent / "shared" / "data")
@@ -53,8 +53,8 @@ TERMINAL = pytest.StashKey[int]()
 WITHOUT_STREAMING = {
     *("test_alphabet", "test_attention", "test_benchmark", "test_benchmark_convert", "test_benchmark_profile"),
     *("test_benchmark_step", "test_build_clusters", "test_callbacks", "test_checksums", "test_collectives"),
-    *("test_config", "test_conversion_plan", "test_convert", "test_divergence", "test_docs", "test_draw"),
-    *("test_embed", "test_epochs", "test_errors", "test_estimate", "test_export_hf", "test_fasta"),
+    *("test_command", "test_config", "test_conversion_plan", "test_convert", "test_divergence", "test_docs"),
+    *("test_draw", "test_embed", "test_epochs", "test_errors", "test_estimate", "test_export_hf", "test_fasta"),
     *("test_files", "test_folders", "test_fp8", "test_fsdp", "test_imports", "test_index", "test_journal"),
     *("test_kernels_attention", "test_kernels_elementwise", "test_kernels_fp8", "test_kernels_layer"),
     *("test_launcher", "test_layouts", "test_loggers", "test_markers", "test_masking", "test_mds"),

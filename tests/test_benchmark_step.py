@@ -35,7 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from esm2_composer import fp8
 from esm2_composer.alphabet import PAD
-from esm2_composer.errors import ArgumentParser, UserError
+from esm2_composer.command import ArgumentParser
+from esm2_composer.errors import UserError
 from esm2_composer.model import SIZES
 from esm2_composer.recipe.architecture import skeleton
 from esm2_composer.recipe.gpus import GPUS, gpu_named

@@ -65,7 +65,7 @@ def test_a_limit_on_file_size_is_one_line_and_leaves_nothing(checkpoint, tmp_pat
     """The same from the system itself, in the middle of the tensors."""
     command = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); "
     command += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    command += "import export_hf; from esm2_composer.errors import run_command; run_command(export_hf.main)"
+    command += "import export_hf; from esm2_composer.command import run_command; run_command(export_hf.main)"
     result = subprocess.run(
         [sys.executable, "-c", command, checkpoint, tmp_path / "hf"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -22,7 +22,7 @@ import importlib
 import json
 import sys
 
-from esm2_composer.errors import ArgumentParser, run_command
+from esm2_composer.command import ArgumentParser, run_command
 
 BENCHMARKS = (
     "step",

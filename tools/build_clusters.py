@@ -13,7 +13,8 @@ import os
 import sys
 from pathlib import Path
 
-from esm2_composer.errors import ArgumentParser, UserError, in_range, run_command
+from esm2_composer.command import ArgumentParser, in_range, run_command
+from esm2_composer.errors import UserError
 
 ENOUGH_VALID = 100  # clusters
 

@@ -13,7 +13,8 @@ import contextlib
 import sys
 from pathlib import Path
 
-from esm2_composer.errors import ArgumentParser, UserError, in_range, run_command
+from esm2_composer.command import ArgumentParser, in_range, run_command
+from esm2_composer.errors import UserError
 from esm2_composer.files import refuse_existing
 from esm2_composer.imports import slow_imports
 from esm2_composer.progress import Progress

@@ -14,9 +14,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from esm2_composer.command import ArgumentParser, in_range, run_command
 from esm2_composer.data.splits import SPLITS, check_data
 from esm2_composer.distributed.launcher import run_on_ranks
-from esm2_composer.errors import ArgumentParser, UserError, in_range, run_command
+from esm2_composer.errors import UserError
 from esm2_composer.imports import slow_imports
 from esm2_composer.progress import Progress
 from esm2_composer.recipe.schema import MAX_INT, DataSection

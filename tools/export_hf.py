@@ -10,7 +10,7 @@ import argparse
 import re
 from pathlib import Path
 
-from esm2_composer.errors import ArgumentParser, run_command
+from esm2_composer.command import ArgumentParser, run_command
 from esm2_composer.files import appearing_whole, refuse_existing
 from esm2_composer.imports import slow_imports
 

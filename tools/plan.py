@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from esm2_composer.errors import ArgumentParser, in_range, run_command
+from esm2_composer.command import ArgumentParser, in_range, run_command
 from esm2_composer.imports import slow_imports
 from esm2_composer.recipe.gpus import GPUS
 

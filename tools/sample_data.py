@@ -32,7 +32,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.errors import ArgumentParser, TransientError, UserError, in_range, run_command, system_error
+from esm2_composer.command import ArgumentParser, in_range, run_command
+from esm2_composer.errors import TransientError, UserError, system_error
 from esm2_composer.files import appearing_whole, is_remote
 
 RESIDUES = np.frombuffer(b"ARNDCQEGHILKMFPSTWYV", np.uint8)

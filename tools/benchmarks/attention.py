@@ -20,7 +20,8 @@ from benchmarks.lengths import uniref_like_lengths
 from benchmarks.limits import compute_type
 
 from esm2_composer.attention import Attention, rotate, select_attention
-from esm2_composer.errors import UserError, in_range
+from esm2_composer.command import in_range
+from esm2_composer.errors import UserError
 from esm2_composer.model import SIZES, rotary_frequencies, rotary_tables
 
 BACKENDS = ("triton", "torch", "flash", "cpu")

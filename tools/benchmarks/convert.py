@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from esm2_composer.errors import in_range
+from esm2_composer.command import in_range
 
 UNIREF_RESIDUES = 63e9
 CLUSTER_TAIL, MAX_CLUSTER = 1.3, 50  # P(size >= k) = k ** -1.3: mean 2.9

@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from esm2_composer.errors import UserError, in_range
+from esm2_composer.command import in_range
+from esm2_composer.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

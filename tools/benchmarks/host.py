@@ -24,7 +24,7 @@ import torch
 from benchmarks.contenders import Work, make_trainer
 from benchmarks.step import check_size_and_device, in_own_process
 
-from esm2_composer.errors import in_range
+from esm2_composer.command import in_range
 
 WARMUP = 20  # updates
 SEQUENCE = 320  # tokens of one, at most

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from benchmarks.lengths import uniref_like_lengths
 
-from esm2_composer.errors import in_range
+from esm2_composer.command import in_range
 
 BATCH = 256
 TIMED_BATCHES = 8  # for the parts of the time

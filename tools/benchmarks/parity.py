@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from transformers import EsmConfig, EsmForMaskedLM
 
 from esm2_composer import alphabet
-from esm2_composer.errors import UserError, in_range
+from esm2_composer.command import in_range
+from esm2_composer.errors import UserError
 from esm2_composer.model import ESM2, SIZES, ESM2Config
 from esm2_composer.weights.hugging_face import hugging_face_config
 from esm2_composer.weights.names import foreign_keys

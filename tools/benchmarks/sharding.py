@@ -26,7 +26,8 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from esm2_composer import model
-from esm2_composer.errors import UserError, in_range
+from esm2_composer.command import in_range
+from esm2_composer.errors import UserError
 from esm2_composer.model import ESM2, ESM2Config
 
 LAYERS, TOKENS, WARMUP = 24, 8, 5

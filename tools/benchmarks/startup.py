@@ -21,7 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from esm2_composer.errors import UserError, in_range
+from esm2_composer.command import in_range
+from esm2_composer.errors import UserError
 
 SHARD = 65_536  # clusters
 SHARED_MEMORY = "/dev/shm"

@@ -31,7 +31,8 @@ from benchmarks.contenders import LONGEST, Failure, Outcome, Work, bins_of, cont
 from benchmarks.lengths import uniref_like_lengths
 from benchmarks.limits import Limits, measure_limits
 
-from esm2_composer.errors import UserError, in_range
+from esm2_composer.command import in_range
+from esm2_composer.errors import UserError
 from esm2_composer.model import SIZES
 from esm2_composer.recipe.architecture import skeleton
 from esm2_composer.recipe.estimate import estimate_run, fitting_microbatch
