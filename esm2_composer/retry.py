@@ -63,8 +63,12 @@ def is_permanent(error: Exception) -> bool:
 
 def _http_status(error: Exception) -> int | None:
     """The status of a store's answer; each store's library has its own place for it. None: there was no answer."""
-    response = getattr(error, "response", None) or getattr(error.__context__, "response", None)
-    if isinstance(response, dict):  # boto's, which boto3 hides behind an error of its own if an upload fails
+    from boto3.exceptions import S3UploadFailedError  # takes half a second
+
+    if isinstance(error, S3UploadFailedError):  # boto3's, which only quotes what the store answered
+        error = error.__context__ or error
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # boto's
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     names = "code", "status_code", "status"  # Google's, Azure's and requests', Oracle's
     codes = (getattr(source, name, None) for source in (error, response) for name in names)

@@ -73,8 +73,8 @@ class Store:
             return retry(ask, f"{self._uri}/{name}")
         except StoreUnavailable:
             raise
-        except Exception as error:
-            raise failure(f"{self._uri}/{name}: cannot be {done}", error) from error
+        except Exception as error:  # it will not work later either
+            raise StoreError(f"{self._uri}/{name}: cannot be {done} ({error})") from error
 
     def _fetch(self, name: str, folder: Path) -> Path:
         self._downloader.download(f"{self._uri}/{name}", str(folder / name), DOWNLOAD_SECONDS)

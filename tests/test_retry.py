@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import botocore.session
 import pytest
+from boto3.exceptions import S3UploadFailedError
 from botocore.exceptions import (
     ClientError,
     EndpointConnectionError,
@@ -31,6 +32,17 @@ def answer(status: int) -> ClientError:
     return ClientError({"ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
 
 
+def upload_failed(status: int) -> S3UploadFailedError:
+    error = S3UploadFailedError("Failed to upload file to bucket/file")
+    error.__context__ = answer(status)  # as boto3 raises it
+    return error
+
+
+def while_handling(error: Exception, other: Exception) -> Exception:
+    error.__context__ = other
+    return error
+
+
 class ErrorOfAnotherLibrary(Exception):
     """As google.api_core's (`code`), azure.core's (`status_code`), oci's (`code` is text) and requests' are."""
 
@@ -45,6 +57,9 @@ class ErrorOfAnotherLibrary(Exception):
     [
         *((answer(status), True) for status in (403, 404)),
         *((answer(status), False) for status in (408, 429, 503)),
+        (upload_failed(403), True),
+        (upload_failed(503), False),
+        (while_handling(OSError("it differs"), answer(404)), False),
         (ErrorOfAnotherLibrary(code=HTTPStatus.NOT_FOUND), True),
         (ErrorOfAnotherLibrary(response=object(), status_code=403), True),
         (ErrorOfAnotherLibrary(code="BucketNotFound", status=404), True),

@@ -22,7 +22,6 @@ import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import boto3
 from botocore.config import Config
@@ -33,10 +32,9 @@ from esm2_composer.checkpoints.names import DIVERGED, LATEST, is_checkpoint, is_
 from esm2_composer.distributed.collectives import say
 from esm2_composer.errors import StoreUnavailable, TransientError, UserError, system_error
 from esm2_composer.files import sync, write_durably
-from esm2_composer.retry import retry
+from esm2_composer.retry import Result, retry
 
 LOCK = ".lock"
-Result = TypeVar("Result")
 _STAGING, PROBE = ".saving", ".seen-"
 DELETIONS = 10  # of a store's objects, at a time
 LOCK_SECONDS = 30  # enough for a run that got SIGTERM to leave (preemption.GRACE)
