@@ -29,12 +29,10 @@ LAYER_NORM_EPS = 1e-5
 ROTARY_BASE = 10000.0
 # Token dropout assumes that training hides this share of all tokens, whatever share a run really hides.
 EXPECTED_MASK_RATIO = 0.15 * 0.8
-LAYERS_OF_A_GROUP = (
-    3  # divides the layers of every published size; parameters' names, so checkpoints, depend on it
-)
-LARGEST_GROUP = (
-    2**28
-)  # parameters; layers of larger groups are sharded one by one: 15B's, 3 x 315 M; 3B's are 3 x 79 M
+# Divides the layers of every published size. Parameters' names, so checkpoints, depend on it.
+LAYERS_OF_A_GROUP = 3
+# Parameters. Layers of larger groups are sharded one by one: 15B's are 3 x 315 M; 3B's, 3 x 79 M.
+LARGEST_GROUP = 2**28
 
 
 @dataclass(frozen=True)
@@ -166,9 +164,8 @@ class Layer(nn.Module):
 
         # In the backward pass torch computes `function` again, and not the product, which nothing there needs;
         # but that of fp8 it would repeat, for the rounded copies of x that are kept of it.
-        return (
-            _checkpointed(compute, x) if self.recomputes == "selective" and linear.product is PLAIN else compute(x)
-        )
+        recomputes = self.recomputes == "selective" and linear.product is PLAIN
+        return _checkpointed(compute, x) if recomputes else compute(x)
 
 
 def _checkpointed(function: Callable, *inputs: Any) -> Any:

@@ -105,12 +105,8 @@ def print_other_errors() -> None:
     print(relative_error(results(), want))
     x = torch.randn(40, 32, requires_grad=True)
     layer = make(ESM2Config(1, 32, 2, 64), "fp32").layers[0]
-    out = (
-        triton()
-        .layer(layer, x, None, torch.zeros(2, 40, 1, 8, dtype=torch.int32), cu_seqlens, 33)[0]
-        .square()
-        .sum()
-    )
+    tables = torch.zeros(2, 40, 1, 8, dtype=torch.int32)
+    out = triton().layer(layer, x, None, tables, cu_seqlens, 33)[0].square().sum()
     (grad,) = torch.autograd.grad(out, x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
