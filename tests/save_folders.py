@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from esm2_composer.checkpoints.folders import Folder, LocalFolder
+from esm2_composer.checkpoints.folders import Folder
+from esm2_composer.checkpoints.local import LocalFolder
 
 
 def stage(tmp_path: Path, name: str) -> Path:

@@ -14,8 +14,9 @@ import pytest
 from conftest import ROOT
 from save_folders import listing, save, stage
 
-from esm2_composer.checkpoints import folders
-from esm2_composer.checkpoints.folders import LocalFolder, ask, open_folder
+from esm2_composer.checkpoints import local
+from esm2_composer.checkpoints.folders import ask, open_folder
+from esm2_composer.checkpoints.local import LocalFolder
 from esm2_composer.checkpoints.names import LATEST
 from esm2_composer.errors import TransientError, UserError
 
@@ -113,7 +114,7 @@ def test_a_place_for_uploads_that_others_can_write_to_is_refused(store, tmp_path
 
 HOLDER = """
 import os, sys, time
-from esm2_composer.checkpoints.folders import LocalFolder
+from esm2_composer.checkpoints.local import LocalFolder
 LocalFolder(sys.argv[1]).lock()
 if os.fork():
     print(flush=True)
@@ -126,10 +127,10 @@ def test_a_folder_in_use_is_waited_for_and_then_refused(tmp_path, monkeypatch, c
     with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, cwd=ROOT) as holder:
         (worker,) = holder.stdout.readline() and psutil.Process(holder.pid).children()
         in_use = f"{tmp_path} is in use by process {holder.pid} on {socket.gethostname()}; "
-        monkeypatch.setattr(folders, "LOCK_SECONDS", 0)
+        monkeypatch.setattr(local, "LOCK_SECONDS", 0)
         with pytest.raises(TransientError, match=in_use):
             LocalFolder(str(tmp_path)).lock()
-        monkeypatch.setattr(folders, "LOCK_SECONDS", 10)
+        monkeypatch.setattr(local, "LOCK_SECONDS", 10)
         threading.Timer(2, holder.kill).start()
         LocalFolder(str(tmp_path)).lock()
         assert worker.is_running()
@@ -142,7 +143,7 @@ def test_a_file_system_without_locks_is_gone_on_with(tmp_path, monkeypatch):
     def none(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(folders.fcntl, "lockf", none)
+    monkeypatch.setattr(local.fcntl, "lockf", none)
     LocalFolder(str(tmp_path)).lock()
 
 

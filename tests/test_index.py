@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from esm2_composer.checkpoints.folders import LocalFolder
 from esm2_composer.checkpoints.index import Index, best, superseded
+from esm2_composer.checkpoints.local import LocalFolder
 from esm2_composer.errors import UserError
 
 

@@ -12,8 +12,9 @@ import torch.distributed.checkpoint as dcp
 from save_folders import listing, save, stage
 
 from esm2_composer import retry
-from esm2_composer.checkpoints.folders import LocalFolder, open_folder
+from esm2_composer.checkpoints.folders import open_folder
 from esm2_composer.checkpoints.index import Index
+from esm2_composer.checkpoints.local import LocalFolder
 from esm2_composer.checkpoints.names import DIVERGED
 from esm2_composer.checkpoints.resume import (
     RECIPE,

@@ -1,4 +1,4 @@
-"""What a run's checkpoints are called."""
+"""What a run's checkpoints are called, and what else lies in their folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 
 LATEST = "latest-rank0.pt"  # a link to a run's newest checkpoint, in local folders, for people and tools
 DIVERGED = "diverged-"  # prefix of states kept for inspection, never resumed from
+STAGING, PROBE = ".saving", ".seen-"  # where a checkpoint is written; a file to see who shares the folder
 _NAME = re.compile(r"ep\d+-ba(\d+)(-rank0\.pt)?")  # a file or, if sharded, a folder
 
 
@@ -26,3 +27,8 @@ def updates(name: str) -> int:
     match = _NAME.fullmatch(name)
     assert match, name
     return int(match[1])
+
+
+def listed_parts(metadata: bytes) -> set[str]:
+    """The files that a sharded checkpoint's `.metadata` lists: a pickle, not to be loaded."""
+    return {name.decode() for name in re.findall(rb"__\d+_\d+\.distcp", metadata)}

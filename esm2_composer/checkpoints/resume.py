@@ -15,8 +15,8 @@ from composer.core import State
 from composer.utils import dist
 from omegaconf.errors import OmegaConfBaseException
 
-from esm2_composer.checkpoints.folders import PROBE, Folder, ask, damaged, open_folder
-from esm2_composer.checkpoints.names import DIVERGED, LATEST, is_sharded, updates
+from esm2_composer.checkpoints.folders import Folder, ask, damaged, open_folder
+from esm2_composer.checkpoints.names import DIVERGED, LATEST, PROBE, is_sharded, updates
 from esm2_composer.distributed.collectives import on_every_rank, on_rank_zero
 from esm2_composer.errors import UserError, naming
 from esm2_composer.recipe.config import BRANCH_MAY_CHANGE, MAY_CHANGE, changes, to_yaml
