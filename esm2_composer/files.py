@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
+from typing import IO
 
 import xxhash
 
+from esm2_composer.addresses import is_remote
 from esm2_composer.errors import UserError, system_error
 
 
@@ -42,10 +43,8 @@ def appearing_whole(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("w") as held:
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{out}: another command is writing it") from None
+            if not try_lock(held):
+                raise UserError(f"{out}: another command is writing it")
             try:
                 if os.path.lexists(out) and not out.is_dir():  # another command's; renaming refuses a full folder
                     raise UserError(f"{out} exists already")
@@ -67,6 +66,18 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
+def try_lock(file: int | IO) -> bool:
+    """Whether no other process holds the file's lock, which this one then does until it closes the file or ends.
+
+    Raises OSError where the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def sync(path: Path) -> None:
     """See that what was written to a file, or what a folder lists, outlasts a power failure."""
     opened = os.open(path, os.O_RDONLY)
@@ -83,22 +94,6 @@ def xxh64(path: Path) -> str:
         while piece := file.read(2**20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def is_remote(uri: str) -> bool:
-    """Whether it is the address of a store: s3://bucket/prefix, or dbfs:/Volumes/..."""
-    return re.match(r"[\w+-]+:/", uri) is not None
-
-
-def names_bucket(uri: str) -> bool:
-    """Whether a store's address says where in it, if the store has buckets: s3://, s3:///x and s3:/x do not."""
-    return not re.match(r"(s3|gs|oci|azure|azure-dl|hf|sftp):(?!//[^/])", uri)
-
-
-def lies_in(place: str, folder: str) -> bool:
-    """Whether it is the folder, or something in it, on a disk or in a store."""
-    place, folder = (each if is_remote(each) else os.path.realpath(each) for each in (place, folder))
-    return PurePath(place).is_relative_to(folder)
 
 
 def refuse_existing(out: Path, kind: str = "file") -> None:

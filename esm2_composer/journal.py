@@ -7,7 +7,6 @@ is damaged, with all after it; the output appears at once and whole.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import struct
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from esm2_composer.errors import UserError, system_error
-from esm2_composer.files import refuse_existing, sync
+from esm2_composer.files import refuse_existing, sync, try_lock
 
 METADATA_KEY = b"esm2_composer"
 ROW_GROUP_BYTES = 32 * 2**20
@@ -55,11 +54,11 @@ class Journal:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "ab")  # noqa: SIM115, it stays open
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another process is writing it") from None
+            mine = try_lock(self._file)
         except OSError as error:
             raise system_error(f"{out}: cannot be written ({error})", error) from error
+        if not mine:
+            raise UserError(f"{out}: another process is writing it")
         try:
             batches = [(batch.num_rows, end) for batch, end in self._batches()]
         except OSError as error:

@@ -51,25 +51,18 @@ TERMINAL = pytest.StashKey[int]()
 # Modules that open no StreamingDataset, nor start what does. Datasets of several processes race for names in
 # shared memory, so all others' tests run in one of pytest's workers, one after the other.
 WITHOUT_STREAMING = {
-    *("test_alphabet", "test_attention", "test_benchmark", "test_benchmark_convert", "test_benchmark_profile"),
-    *("test_benchmark_step", "test_build_clusters", "test_callbacks", "test_checksums", "test_collectives"),
-    *("test_command", "test_config", "test_conversion_plan", "test_convert", "test_divergence", "test_docs"),
-    *("test_draw", "test_embed", "test_epochs", "test_errors", "test_estimate", "test_export_hf", "test_fasta"),
-    *("test_files", "test_folders", "test_fp8", "test_fsdp", "test_imports", "test_index", "test_journal"),
-    *("test_kernels_attention", "test_kernels_elementwise", "test_kernels_fp8", "test_kernels_layer"),
-    *("test_launcher", "test_layouts", "test_loggers", "test_markers", "test_masking", "test_mds"),
-    *("test_model", "test_optim", "test_parts", "test_pool", "test_precision", "test_progress"),
-    *("test_proteins", "test_records", "test_report", "test_resume", "test_retry", "test_running"),
-    *(
-        "test_sample_data",
-        "test_schema",
-        "test_sharded",
-        "test_sockets",
-        "test_spark",
-        "test_splits",
-        "test_storage",
-    ),
-    *("test_strict", "test_task", "test_verification", "test_weights", "test_workers"),
+    *("test_addresses", "test_alphabet", "test_attention", "test_benchmark", "test_benchmark_convert"),
+    *("test_benchmark_profile", "test_benchmark_step", "test_build_clusters", "test_callbacks"),
+    *("test_checksums", "test_collectives", "test_command", "test_config", "test_conversion_plan"),
+    *("test_convert", "test_divergence", "test_docs", "test_draw", "test_embed", "test_epochs", "test_errors"),
+    *("test_estimate", "test_export_hf", "test_fasta", "test_files", "test_folders", "test_fp8", "test_fsdp"),
+    *("test_imports", "test_index", "test_journal", "test_kernels_attention", "test_kernels_elementwise"),
+    *("test_kernels_fp8", "test_kernels_layer", "test_launcher", "test_layouts", "test_loggers"),
+    *("test_markers", "test_masking", "test_mds", "test_model", "test_optim", "test_parts", "test_pool"),
+    *("test_precision", "test_progress", "test_proteins", "test_records", "test_report", "test_resume"),
+    *("test_retry", "test_running", "test_sample_data", "test_schema", "test_sharded", "test_sockets"),
+    *("test_spark", "test_splits", "test_storage", "test_strict", "test_task", "test_verification"),
+    *("test_weights", "test_workers"),
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from esm2_composer.errors import TransientError, UserError
-from esm2_composer.files import appearing_whole, lies_in, refuse_existing, write_durably
+from esm2_composer.files import appearing_whole, refuse_existing, write_durably
 
 
 def test_a_file_is_never_seen_half_written(tmp_path: Path) -> None:
@@ -72,23 +72,3 @@ def test_an_output_that_another_command_has_made_meanwhile_stays(tmp_path: Path)
 def test_an_output_in_a_store_is_refused_where_only_files_are_written():
     with pytest.raises(UserError, match="s3:/bucket/out: write to a local disk, and copy"):
         refuse_existing(Path("s3://bucket/out"))
-
-
-@pytest.mark.parametrize(
-    ("place", "folder", "within"),
-    [
-        ("a", "a", True),
-        ("a/b/../c", "./a/", True),
-        ("ab", "a", False),
-        ("link/x", "a", True),
-        ("loop", "a", False),
-        ("s3://a/b", "s3://a", True),
-        ("s3://a", "a", False),
-        ("a", "s3://a", False),
-    ],
-)
-def test_what_lies_in_a_folder(tmp_path, monkeypatch, place, folder, within):
-    monkeypatch.chdir(tmp_path)
-    Path("link").symlink_to("a")
-    Path("loop").symlink_to("loop")
-    assert lies_in(place, folder) == within

@@ -252,7 +252,7 @@ def test_a_worker_that_writes_on_hides_no_mistake(
         raise OSError(faults.pop() if stops else errno.ENOTEMPTY, "disturbed")
 
     monkeypatch.setattr(shutil, "rmtree", disturbed)
-    monkeypatch.setattr(conversion, "SECONDS_TO_STOP", 10 if stops else 0.1)
+    monkeypatch.setattr("esm2_composer.conversion.work.SECONDS_TO_STOP", 10 if stops else 0.1)
     (tmp_path / "f").write_text(">a\nM-K\n")
     with pytest.raises(UserError, match=r"members rejected.*") as caught:
         convert(Fasta([tmp_path / "f"]), str(tmp_path / "out"), Options())

@@ -114,7 +114,7 @@ def test_splits_converted_at_the_same_time_share_no_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where locks do not tell, as of two machines that write to a store."""
-    monkeypatch.setattr("esm2_composer.conversion.convert._refuse_while_other_is_converted", lambda *_: None)
+    monkeypatch.setattr("esm2_composer.conversion.convert.refuse_while_other_is_converted", lambda *_: None)
     train, valid = (
         bionemo(tmp_path / names, {"ur50_id": list(names)}, dict.fromkeys(names, "MK"))
         for names in ("abcd", "dxyz")

@@ -20,10 +20,10 @@ import re
 import sys
 from pathlib import Path
 
+from esm2_composer.addresses import is_remote, lies_in, names_bucket
 from esm2_composer.command import ArgumentParser, in_range, run_command
 from esm2_composer.data.splits import SPLITS
 from esm2_composer.errors import UserError
-from esm2_composer.files import is_remote, lies_in, names_bucket
 from esm2_composer.progress import Progress
 
 

@@ -22,10 +22,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from esm2_composer.addresses import is_remote
 from esm2_composer.command import ArgumentParser, run_command
 from esm2_composer.data.splits import SPLITS, check_data, count_clusters
 from esm2_composer.errors import UserError
-from esm2_composer.files import appearing_whole, is_remote, refuse_existing, refuse_irregular
+from esm2_composer.files import appearing_whole, refuse_existing, refuse_irregular
 from esm2_composer.recipe.schema import DataSection
 
 PERPLEXITY = "metrics/valid/perplexity"

@@ -32,9 +32,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from esm2_composer.addresses import is_remote
 from esm2_composer.command import ArgumentParser, in_range, run_command
 from esm2_composer.errors import TransientError, UserError, system_error
-from esm2_composer.files import appearing_whole, is_remote
+from esm2_composer.files import appearing_whole
 
 RESIDUES = np.frombuffer(b"ARNDCQEGHILKMFPSTWYV", np.uint8)
 # Percent in UniProtKB/Swiss-Prot, in the order of RESIDUES.

@@ -15,7 +15,6 @@ that no header can confuse it. What does not fit memory is for SQLite and MMseqs
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -37,7 +36,7 @@ from esm2_composer.conversion.fasta import read_fasta
 from esm2_composer.conversion.proteins import sort_within
 from esm2_composer.conversion.records import TOO_MANY_REJECTED, Report, clean
 from esm2_composer.errors import TransientError, UserError, system_error
-from esm2_composer.files import refuse_existing, refuse_irregular
+from esm2_composer.files import refuse_existing, refuse_irregular, try_lock
 
 MIN_RESIDUES = 11
 # Of a validation sequence. MMseqs2's scores stop at 32,766, which alignments of some 6,000 residues reach. Above
@@ -126,14 +125,14 @@ def _locked(folder: Path) -> Iterator[None]:
         raise system_error(f"{folder}: cannot be written ({error.strerror})", error) from error
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            mine = try_lock(handle)
+        except OSError as error:
+            raise system_error(f"{folder}: cannot be locked ({error.strerror})", error) from error
+        if not mine:
             raise UserError(
                 f"{folder}: another run is at work there, or the mmseqs of one that was killed; "
                 "wait for it or stop it"
-            ) from None
-        except OSError as error:
-            raise system_error(f"{folder}: cannot be locked ({error.strerror})", error) from error
+            )
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield

@@ -3,31 +3,18 @@
 What always holds: the shards depend only on input and options, not on who builds the parts or on how often the run
 was killed; a part counts once its record exists, which is written after its shards, and they are whole; index.json
 comes last, so that an unfinished split is never mistaken for a whole one.
-
-Work in progress is in a separate folder, `.SPLIT.work` (for a store `.URI.SPLIT.work` in `--scratch`); the one run
-that may write there holds `.SPLIT.work.lock` next to it:
-
-    state.json    what this conversion is: inputs, options; a rerun with others is refused
-    plan.*, staged.json, sequences.db, ids.parquet, clusters.tsv    see plan, layouts and proteins
-    parts/        00000.json: shards and report of a finished part; 00000.ids: its clusters, in order
-                  (plan.json, staged.json and these are `markers`)
-    shards/       the split to be: renamed at the end, or uploaded part by part
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,22 +22,30 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from esm2_composer.conversion.destinations import LocalSplit, RemoteSplit, open_destination, other_split_name
+from esm2_composer.addresses import is_remote
+from esm2_composer.conversion.destinations import LocalSplit, RemoteSplit, open_destination
 from esm2_composer.conversion.layouts import Layout
 from esm2_composer.conversion.markers import read_marker, write_marker
 from esm2_composer.conversion.parts import EngineError, Options, Part, PartBuilder, Processes
 from esm2_composer.conversion.plan import Plan, make_plan
 from esm2_composer.conversion.proteins import Counted
 from esm2_composer.conversion.records import TOO_MANY_REJECTED, Report
-from esm2_composer.data.splits import SPLITS
-from esm2_composer.errors import ReadError, StoreUnavailable, TransientError, UserError, system_error
-from esm2_composer.files import is_remote, sync, write_durably, xxh64
+from esm2_composer.conversion.work import (
+    Interrupted,
+    describe,
+    locked,
+    refuse_differences,
+    refuse_while_other_is_converted,
+    remove,
+    start_or_go_on,
+    work_folder,
+)
+from esm2_composer.errors import ReadError, StoreUnavailable, UserError
+from esm2_composer.files import sync, write_durably, xxh64
 from esm2_composer.progress import OnProgress
 from esm2_composer.storage import StoreError
 
-FORMAT = 1  # to be incremented when the same input and options would give other shards
 UPLOADS = 8  # at a time
-SECONDS_TO_STOP = 10  # for workers that nobody waits for, such as Spark's
 
 # Errors for which neither the input nor the options are to blame.
 TRANSIENT = (ReadError, OSError, MemoryError, sqlite3.OperationalError, duckdb.IOException)
@@ -68,10 +63,6 @@ class Engine(Protocol):
 
 
 KEPT = "the work is kept: run the same command again to go on"
-
-
-class Interrupted(TransientError):
-    """The work is kept, and the same command resumes it."""
 
 
 def convert(
@@ -103,23 +94,19 @@ def convert(
     """
     start = time.monotonic()
     engine = engine or Processes(workers)
-    if is_remote(out):
-        name = "".join(letter if letter.isalnum() else "_" for letter in out.rstrip("/"))
-        work = (scratch or Path()) / f".{name}.{options.split}.work"
-    else:
-        work = Path(out) / f".{options.split}.work"
-    with _locked(work, in_new_folder=not is_remote(out) and not work.parent.exists()):
+    work = work_folder(out, options.split, scratch)
+    with locked(work, in_new_folder=not is_remote(out) and not work.parent.exists()):
         destination = open_destination(out, options.split, work)
-        state = _describe(layout, options)
+        state = describe(layout, options)
         finished = destination.conversion()
         if finished:
-            _refuse_differences(finished["state"], state, f"{out}: {options.split} exists already, of another")
+            refuse_differences(finished["state"], state, f"{out}: {options.split} exists already, of another")
             shutil.rmtree(work)
             return {**finished, "already_done": True}
-        _refuse_while_other_is_converted(work, options.split)
+        refuse_while_other_is_converted(work, options.split)
         other_split = destination.other_split()
         state["other_split"] = other_split and other_split.xxh64
-        _start_or_go_on(work, {**state, "destination": destination.address})
+        start_or_go_on(work, {**state, "destination": destination.address})
         try:
             staged = engine.stage(layout, work, partial(progress, "sequences read", total=0))
             plan = make_plan(layout, work, other_split, workers, staged)
@@ -146,155 +133,14 @@ def convert(
         except UserError as error:
             uploaded = is_remote(out) and any((work / "parts").glob("*.json"))
             try:
-                _remove(work)
+                remove(work)
             except Interrupted as stays:
                 raise UserError(f"{error}; {stays}") from error
             if uploaded:
                 raise UserError(f"{error}; shards stay at {out}/{options.split}, without index.json") from error
             raise
-        _remove(work)
+        remove(work)
     return conversion
-
-
-def _remove(work: Path) -> None:
-    """Remove the work folder, to which a worker that was told to stop, maybe on another machine, may still write.
-
-    Raises Interrupted if that cannot be done.
-    """
-    deadline = time.monotonic() + SECONDS_TO_STOP
-    while work.exists():
-        try:
-            shutil.rmtree(work)
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise Interrupted(f"{work} cannot be removed ({error})") from error
-            time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def _locked(work: Path, in_new_folder: bool = False) -> Iterator[None]:
-    """Hold the work folder; the lock dies with the process. On exit, removes a work folder in which nothing was
-    begun and, if `in_new_folder`, its parent when empty.
-
-    The lock is next to the folder, and is removed after it: on NFS a folder with an open file cannot be removed.
-    """
-    path = _lock_of(work)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("w")
-    except FileExistsError:
-        raise UserError(f"{path.parent} is a file; it must be a folder") from None
-    except OSError as error:
-        raise system_error(f"{path}: cannot be written ({error.strerror})", error) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                raise BlockingIOError
-            _remove_unknown(work)
-            work.mkdir(exist_ok=True)
-        except (BlockingIOError, FileNotFoundError):  # or the holder just ended and removed this file
-            raise UserError(f"{work}: another conversion is at work there; wait for it or stop it") from None
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise system_error(f"{work}: cannot be made and locked ({error.strerror})", error) from error
-        try:
-            yield
-        finally:
-            _remove_unknown(work)
-            if not work.exists():
-                path.unlink(missing_ok=True)
-            if in_new_folder:
-                with contextlib.suppress(OSError):  # it is not empty
-                    path.parent.rmdir()
-
-
-def _refuse_while_other_is_converted(work: Path, split: str) -> None:
-    """Raise a UserError now, not after hours of work that were compared with an incomplete split."""
-    other = other_split_name(split)
-    other_work = work.with_name(f"{work.name.removesuffix(f'{split}.work')}{other}.work")
-    attempts = 10 if split == SPLITS[0] else 1  # of two that start at once, the first split's continues
-    for _ in range(attempts):
-        if not _is_locked(other_work):
-            return
-        time.sleep(0.1)
-    raise UserError(
-        f"{other_work}: {other} is being converted there; splits are converted one after the other, since the "
-        "second is compared with the first"
-    )
-
-
-def _is_locked(work: Path) -> bool:
-    """Whether a conversion is at work there; False where that cannot be determined."""
-    with contextlib.suppress(FileNotFoundError, PermissionError), _lock_of(work).open("r+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _lock_of(work: Path) -> Path:
-    return work.with_name(f"{work.name}.lock")
-
-
-def _remove_unknown(work: Path) -> None:
-    """Remove a work folder that does not say what it belongs to."""
-    if work.exists() and not (work / "state.json").exists():
-        shutil.rmtree(work)
-
-
-def _describe(layout: Layout, options: Options) -> dict[str, Any]:
-    """What the shards depend on, as far as is known without reading it all."""
-    inputs = {
-        role: [
-            {"path": str(path.absolute()), "bytes": path.stat().st_size, "modified": path.stat().st_mtime_ns}
-            for path in chain.from_iterable(map(_with_log, paths))
-        ]
-        for role, paths in layout.inputs.items()
-    }
-    return {"format": FORMAT, "inputs": inputs, "options": asdict(options)}
-
-
-def _with_log(path: Path) -> list[Path]:
-    """The file, and SQLite's files next to it with what is not yet in it."""
-    log = path.with_name(f"{path.name}-wal")
-    return [path, log] if log.exists() and log.stat().st_size else [path]
-
-
-def _start_or_go_on(work: Path, state: dict[str, Any]) -> None:
-    path = work / "state.json"
-    if path.exists():
-        try:
-            begun = json.loads(path.read_text())
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}: damaged; remove {work}, and the same command starts anew") from None
-        _refuse_differences(begun, state, f"{work} holds unfinished work, of another")
-    for folder in ("parts", "shards"):
-        (work / folder).mkdir(exist_ok=True)
-    write_durably(path, json.dumps(state, indent=2).encode())
-
-
-def _refuse_differences(old: dict[str, Any], new: dict[str, Any], what: str) -> None:
-    before, now = _flat(old), _flat(new)
-    differences = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key.split(".")[0] in new
-    ]
-    layouts = [sorted({key.split(".")[1] for key in flat if key.startswith("inputs.")}) for flat in (before, now)]
-    if all(layouts) and layouts[0] != layouts[1]:
-        differences = [f"inputs were {', '.join(layouts[0])}, are {', '.join(layouts[1])}"]
-    if differences:
-        shown = "; ".join(differences[:3])
-        raise UserError(f"{what} conversion: {shown}; remove it, or choose another --out")
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for name, part in items for k, v in _flat(part, f"{key}.{name}" if key else name).items()}
-    return {key: value}
 
 
 def _convert_parts(

@@ -13,9 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from esm2_composer.addresses import is_remote
 from esm2_composer.data.splits import SPLITS
 from esm2_composer.errors import UserError
-from esm2_composer.files import is_remote, xxh64
+from esm2_composer.files import xxh64
 from esm2_composer.storage import Store, StoreError
 
 TOLD = ("cluster_ids.parquet", "conversion.json", "index.json")  # of a split, beside its shards; in this order

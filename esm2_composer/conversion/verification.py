@@ -14,12 +14,13 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from esm2_composer.addresses import is_remote
 from esm2_composer.conversion.layouts import open_parquet, reading
 from esm2_composer.conversion.records import RESIDUES
 from esm2_composer.data.mds import Shard, check_index
 from esm2_composer.data.splits import SPLITS, swapped
 from esm2_composer.errors import UserError
-from esm2_composer.files import is_remote, refuse_irregular, xxh64
+from esm2_composer.files import refuse_irregular, xxh64
 from esm2_composer.progress import OnProgress
 from esm2_composer.storage import Store
 from esm2_composer.workers import Workers

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from streaming.base.storage.download import CloudDownloader
 
+from esm2_composer.addresses import is_remote
 from esm2_composer.conversion.records import LONGEST_COUNTED
 from esm2_composer.data.splits import SPLITS, count_clusters, swapped
 from esm2_composer.errors import StoreUnavailable, UserError, system_error, tell
-from esm2_composer.files import is_remote
 from esm2_composer.recipe.schema import DataSection
 from esm2_composer.retry import retry
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -32,6 +31,7 @@ from esm2_composer.data.checks import SHARED_MEMORY
 from esm2_composer.data.epochs import lay_out_epoch, layout_shape
 from esm2_composer.data.mds import Shard, check_index
 from esm2_composer.errors import FULL, ReportedError, TransientError, UserError, system_error
+from esm2_composer.files import try_lock
 from esm2_composer.retry import retry
 
 HASH = "xxh64"
@@ -52,19 +52,11 @@ def opening_alone() -> Iterator[None]:
             lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
             stack.callback(os.close, lock)
             deadline = time.monotonic() + OPENING_SECONDS
-            while not _lock(lock) and time.monotonic() < deadline:
+            while not try_lock(lock) and time.monotonic() < deadline:
                 time.sleep(0.05)
         if dist.is_initialized():
             dist.barrier()
         yield
-
-
-def _lock(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 class MappedDataset(StreamingDataset):

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from esm2_composer.addresses import is_remote, lies_in, names_bucket
 from esm2_composer.errors import UserError
-from esm2_composer.files import is_remote, lies_in, names_bucket
 
 SPLITS = ("train", "valid")
 

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.omegaconf import get_yaml_loader
 
+from esm2_composer.addresses import is_remote, lies_in, names_bucket
 from esm2_composer.data.splits import (
     SPLITS,
     cache_problem,
@@ -28,7 +29,7 @@ from esm2_composer.data.splits import (
     lacking,
 )
 from esm2_composer.errors import UserError
-from esm2_composer.files import is_remote, lies_in, names_bucket, refuse_irregular
+from esm2_composer.files import refuse_irregular
 from esm2_composer.recipe.schema import DataSection, FSDPSection, ModelSection, Recipe, batches
 from esm2_composer.recipe.strict import build
 
