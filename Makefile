@@ -10,7 +10,7 @@ UV := $(or $(shell command -v uv),$(BIN)/uv)
 LOCK ?= $(or $(shell cat .venv/.installed 2>/dev/null),requirements.lock)
 DEMO := data/demo
 
-.PHONY: setup demo test test-slow lint lock clean
+.PHONY: setup demo test test-slow test-gpu lint lock clean
 
 setup: .venv/.installed
 
@@ -48,6 +48,9 @@ test: lint
 
 test-slow: lint
 	$(BIN)/python -m pytest -n 1 --max-worker-restart 0 -m slow
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
 
 # Pins for Python 3.10 to 3.12. Composer 0.32.1 asks for a torch below 2.7.1
 # and runs with 2.11 as well.
