@@ -65,29 +65,6 @@ def print_errors(sizes: list[tuple[int, int]]) -> None:
         print(*(largest_error(size, heads, dtype, "cpu") for dtype in (torch.float32, torch.float16)))
 
 
-@pytest.mark.parametrize("kernel", ["_rotate", "_forward", "_backward_q", "_backward_kv"])
-@pytest.mark.parametrize("head_size", [24, 64])
-def test_they_compile_for_gpus_to_their_matrix_instructions(kernel: str, head_size: int) -> None:
-    """For an A100 and an H100, neither of which this takes."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    from esm2_composer.kernels import attention
-
-    function = getattr(attention, kernel)
-    types = {"lse": "*fp32", "delta": "*fp32", "tables": "*fp32", "cu_seqlens": "*i32", "scale": "fp32"}
-    types |= {"tokens": "i32", "tiles": "i32"}
-    signature = {name: "constexpr" if name.isupper() else types.get(name, "*bf16") for name in function.arg_names}
-    values = [20, head_size, 32 if head_size == 24 else 64, attention.OWN, attention.OTHER]
-    places = [(i,) for i, name in enumerate(function.arg_names) if name.isupper()]
-    source = ASTSource(function, signature, dict(zip(places, values, strict=False)))
-    options = {"num_warps": attention.WARPS, "num_stages": attention.STAGES}
-    for capability, instruction in ((80, "mma.sync"), (90, "wgmma")):
-        made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        assert len(made.asm["cubin"]) > 1000
-        assert (instruction in made.asm["ptx"]) == (kernel != "_rotate")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_size", [8, 16, 24, 32, 64, 128])

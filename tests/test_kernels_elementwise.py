@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import compile_for, interpreted
+from kernels import interpreted
 
 from esm2_composer.attention import TOLERANCE
 
@@ -120,40 +120,6 @@ def test_their_check_sees_rounding_only_where_they_are_right(which, place, chang
 
     monkeypatch.setattr(module, which, wrong)
     assert not module.elementwise_error(torch.bfloat16, 320, "cpu") < TOLERANCE
-
-
-@pytest.mark.parametrize(
-    ("columns", "stream"), [(320, "*fp32"), (5120, "*fp32"), (5120, "*bf16"), (16384, "*fp32")]
-)
-@pytest.mark.parametrize("kernel", ["_add_norm", "_add_norm_backward", "_gelu", "_gelu_backward", "_sum_rows"])
-def test_they_compile_for_gpus_to_wide_loads(kernel: str, columns: int, stream: str) -> None:
-    """For an A100 and an H100, neither of which this takes."""
-    from esm2_composer.kernels import elementwise as module
-
-    function, width = getattr(module, kernel), module._width(columns)
-    types = dict.fromkeys(("x", "total", "grad_total", "grad_x", "weight", "bias"), stream)
-    types |= dict.fromkeys(("mean", "rstd", "sums", "sums_weight", "sums_bias"), "*fp32") | {"eps": "fp32"}
-    types |= dict.fromkeys(("tokens", "size"), "i32")
-    values = {
-        "D": columns,
-        "F": columns,
-        "C": columns,
-        "WIDE": width["WIDE"],
-        "BOTH": stream == "*fp32",
-        "ADD": True,
-        "BLOCK": module.BLOCK,
-    }
-    values["STAGES"] = module._stages(columns, 4 if stream == "*fp32" else 2)
-    tile = {
-        "_gelu_backward": (module.GELU_ROWS, module.GELU_COLUMNS, module.GELU_SUMMED),
-        "_sum_rows": (module.SUM_ROWS, module.SUM_COLUMNS, module.SUM_SUMMED),
-    }
-    values |= zip(("ROWS", "COLUMNS", "SUMMED"), tile.get(kernel, (0, 0, module.NORM_ROWS)), strict=True)
-    warps = width["num_warps"] if "norm" in kernel else module.WARPS
-    for capability in (80, 90):
-        made = compile_for(capability, function, types, values, warps)
-        assert "ld.global.v4.b32" in made.asm["ptx"] or "ld.global.v4.u32" in made.asm["ptx"]
-        assert made.metadata.shared <= 99 * 1024  # what an L40S has
 
 
 @pytest.mark.gpu

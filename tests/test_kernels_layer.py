@@ -12,7 +12,7 @@ from itertools import compress
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import interpreted
+from kernels import SHARED_MEMORY, interpreted, launches, wide_loads
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import CustomPolicy
@@ -84,6 +84,42 @@ def triton(*_: object) -> Attention:
     from esm2_composer.kernels.layer import compute
 
     return Attention("triton", layer=compute)
+
+
+MATRICES = {"_forward", "_backward_q", "_backward_kv"}
+OTHERS = {"_rotate", "_add_norm", "_add_norm_backward", "_gelu", "_gelu_backward", "_sum_rows"}
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "heads", "autocast"), [(480, 20, False), (5120, 40, True), (16384, 128, True)]
+)
+def test_what_a_step_launches_compiles_for_gpus_to_their_best_instructions(
+    monkeypatch: pytest.MonkeyPatch, hidden_size: int, heads: int, autocast: bool
+) -> None:
+    """For an A100 and an H100, neither of which this takes."""
+    from esm2_composer.kernels import layer
+
+    with torch.device("meta"):
+        net = ESM2(ESM2Config(2, hidden_size, heads, 4 * hidden_size))
+    if autocast:  # which the meta device has not
+        monkeypatch.setattr(layer, "compute_dtype", lambda x: torch.bfloat16)
+    else:
+        net = net.bfloat16()
+    monkeypatch.setattr(module, "select_attention", triton)
+
+    def step() -> None:
+        tokens, cu_seqlens = torch.empty(300, dtype=torch.int32), torch.empty(9, dtype=torch.int32)
+        x = net(tokens.to("meta"), cu_seqlens.to("meta"), 64, torch.empty(40, dtype=torch.int64, device="meta"))
+        x.sum().backward()
+
+    launched = launches(step)
+    assert {launch.function.__name__ for launch in launched} == MATRICES | OTHERS
+    for capability, instruction in ((80, "mma.sync"), (90, "wgmma")):
+        for launch in launched:
+            name, made = launch.function.__name__, launch.compile_for(capability)
+            assert (instruction in made.asm["ptx"]) == (name in MATRICES), name
+            assert wide_loads(made) or name in MATRICES, name
+            assert made.metadata.shared <= SHARED_MEMORY, name
 
 
 def test_interpreted_it_infers_and_takes_gradients_that_are_one_number_in_all_places() -> None:

@@ -189,17 +189,8 @@ def _backward_q(
             acc, queries, grads, norms, deltas, k, v, whole + others, length, columns, inside, scale * LOG2_E,
             False, ROW, K, WIDE,
         )  # fmt: skip
-    _store_unrotated(
-        grad_qkv + start * ROW + head * K,
-        ROW,
-        rows,
-        length,
-        tables + start * (K // 2),
-        tokens,
-        acc * scale,
-        K,
-        WIDE,
-    )
+    grad_q = grad_qkv + start * ROW + head * K
+    _store_unrotated(grad_q, ROW, rows, length, tables + start * (K // 2), tokens, acc * scale, K, WIDE)
 
 
 @triton.jit
