@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from esm2_composer.data.checks import too_few
 from esm2_composer.data.draw import ClusterDraw, Share, Window
 from esm2_composer.data.epochs import shards_in_use
-from esm2_composer.data.shards import CheckedStream, MappedDataset, opening_alone
+from esm2_composer.data.shards import MappedDataset, opening_alone
+from esm2_composer.data.streams import CheckedStream
 from esm2_composer.errors import ReportedError, UserError, tell
 
 # The order is laid out for gcd(this, global batch) nodes, so a run resumes on any number that divides it or is a
