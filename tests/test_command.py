@@ -188,3 +188,47 @@ def test_empty_and_wrong_arguments_are_one_line(capsys, monkeypatch, arguments, 
     with pytest.raises(SystemExit) as ended:
         run_command(lambda: parser.parse_args() and None)
     assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {message}\n")
+
+
+ALLOCATION = "PYTORCH_CUDA_ALLOC_CONF"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "found"),
+    [
+        ({}, "expandable_segments:True"),
+        ({ALLOCATION: "max_split_size_mb:512"}, "max_split_size_mb:512"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, None),  # torch would take ours, and not this
+    ],
+)
+def test_memory_on_gpus_grows_unless_the_user_has_it_otherwise(monkeypatch, theirs, found):
+    for name in (ALLOCATION, "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # to be given back
+        monkeypatch.delenv(name)
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        run_command(lambda: 0)
+    assert os.environ.get(ALLOCATION) == found
+
+
+ALLOCATE = """
+import torch
+from esm2_composer.command import run_command
+
+def main() -> None:
+    torch.ones(1, device="cuda")
+    print(torch.cuda.memory_snapshot()[0]["is_expandable"])
+
+run_command(main)
+"""
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_memory_grows(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    for name in (ALLOCATION, "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    done = subprocess.run([sys.executable, "-c", ALLOCATE], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
