@@ -17,10 +17,12 @@ import sys
 from esm2_composer.command import ArgumentParser, run_command
 from esm2_composer.distributed.launcher import run_on_ranks
 from esm2_composer.errors import EXIT_DIVERGED, EXIT_FAILURE, EXIT_PREEMPTED, UserError, tell
+from esm2_composer.gpu_memory import naming_lack
 from esm2_composer.imports import slow_imports
+from esm2_composer.recipe.schema import Recipe
 
 
-def train() -> int:
+def main() -> int:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", help="a YAML file, see yamls/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the recipe")
@@ -44,6 +46,13 @@ def train() -> int:
         print(describe(recipe, ranks=int(os.environ.get("WORLD_SIZE", 1))))
         return 0
 
+    tokens = recipe.device_microbatch_tokens
+    with naming_lack(f"set device_microbatch_tokens below {tokens}, or see what tools/plan.py tells"):
+        return train(recipe)
+
+
+def train(recipe: Recipe) -> int:
+    """The exit code of a run."""
     with slow_imports():  # until now signals and mistakes were handled at once
         from esm2_composer.callbacks import Preempted
         from esm2_composer.checkpoints.names import DIVERGED
@@ -86,4 +95,4 @@ def train() -> int:
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_on_ranks(train, joins="--dry-run" not in sys.argv))
+    run_command(lambda: run_on_ranks(main, joins="--dry-run" not in sys.argv))

@@ -1,5 +1,4 @@
-"""What all commands have in common: how arguments are checked, how errors and signals become exit codes, and how
-memory is allocated on GPUs."""
+"""What all commands have in common: how arguments are checked, and how errors and signals become exit codes."""
 
 from __future__ import annotations
 
@@ -24,6 +23,7 @@ from esm2_composer.errors import (
     UserError,
     tell,
 )
+from esm2_composer.gpu_memory import let_it_grow
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -62,7 +62,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Run a command line's `main` and leave the process with its exit code (0 for None)."""
     try:
         refuse_empty(sys.argv)
-        _let_gpu_memory_grow()
+        let_it_grow()
         code = main()
     except UserError as error:
         tell(f"error: {error}")
@@ -92,17 +92,6 @@ def run_command(main: Callable[[], int | None]) -> None:
     except SystemExit as stop:  # of argparse; importing Composer makes Ctrl-C one, too
         code = _interrupted() if stop.code == EXIT_INTERRUPTED else stop.code
     sys.exit(_flush(code))
-
-
-def _let_gpu_memory_grow() -> None:
-    """Have PyTorch extend what it has allocated on a GPU, unless the user has set how it allocates.
-
-    Each microbatch has another number of tokens. Freed pieces of one do not fit the next, so that PyTorch would
-    allocate more, and at the limit wait for the GPU, free all that is unused and allocate anew, or find no room.
-    It reads the variable when it first allocates.
-    """
-    if "PYTORCH_ALLOC_CONF" not in os.environ:  # as PyTorch 2.9 and newer call it
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def _flush(code: int | None) -> int | None:

@@ -61,8 +61,7 @@ COMMANDS = sorted(
 
 @functools.cache
 def help_of(script: str, *subcommand: str) -> str:
-    module = importlib.import_module(Path(script).stem)
-    main = module.train if script == "train.py" else module.main
+    main = importlib.import_module(Path(script).stem).main
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as told:
         patch.setattr(sys, "argv", [script, *subcommand, "--help"])
         with pytest.raises(SystemExit, match=r"^0$"):

@@ -241,6 +241,29 @@ def test_a_damaged_shard_that_one_of_two_ranks_reads_is_one_line_and_exit_code_2
     assert_user_error(result, f"{damaged}: damaged")
 
 
+NO_ROOM = """
+import runpy, sys, torch
+from esm2_composer.task import MaskedLanguageModel
+
+def loss(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved ...")
+
+MaskedLanguageModel.loss = loss
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_gpu_without_room_is_one_line_that_names_the_key_and_exit_code_2(shards, tmp_path, ranks):
+    script = tmp_path / "no_room.py"
+    script.write_text(NO_ROOM)
+    train = script, *command(shards)
+    result = python(*train, cwd=tmp_path) if ranks == 1 else composer("-n", "2", *train, cwd=tmp_path)
+    told = "a GPU has no room; set device_microbatch_tokens below 2048"
+    assert_user_error(result, told, "(CUDA out of memory. Tried to allocate 2.00 GiB.)")
+
+
 @pytest.fixture
 def given_to_trainer(shards, tmp_path, monkeypatch):
     """What `build_trainer` gives to Composer's Trainer, for overrides of the recipe."""

@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path
 
 from esm2_composer.command import ArgumentParser, in_range, run_command
 from esm2_composer.errors import UserError
 from esm2_composer.files import refuse_existing
+from esm2_composer.gpu_memory import naming_lack
 from esm2_composer.imports import slow_imports
 from esm2_composer.progress import Progress
 from esm2_composer.recipe.schema import MAX_INT
@@ -92,18 +94,18 @@ def main() -> None:
         "rejected": dict(found.rejected),
         "changed": dict(found.changed),
     }
-    embedder = Embedder(model.to(device), layer, args.max_length, args.batch_tokens, args.per_residue)
-    paths = {"fasta": str(args.fasta), "model": args.model}
-    journal = Journal(args.out, embedder.columns, origin, paths)
-    if journal.rows:
-        print(f"going on after {journal.rows:,} proteins of an earlier run", file=sys.stderr)
-    try:
-        with contextlib.closing(Progress("embed")) as show:
-            embed_file(
-                args.fasta, found.proteins, journal, embedder, lambda done: show("residues", done, found.residues)
-            )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{journal.rows:,} proteins are kept: the same command goes on") from None
+    with naming_lack(f"set --batch-tokens below {args.batch_tokens}"):
+        embedder = Embedder(model.to(device), layer, args.max_length, args.batch_tokens, args.per_residue)
+        paths = {"fasta": str(args.fasta), "model": args.model}
+        journal = Journal(args.out, embedder.columns, origin, paths)
+        if journal.rows:
+            print(f"going on after {journal.rows:,} proteins of an earlier run", file=sys.stderr)
+        try:
+            with contextlib.closing(Progress("embed")) as show:
+                told = partial(show, "residues", total=found.residues)
+                embed_file(args.fasta, found.proteins, journal, embedder, told)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{journal.rows:,} proteins are kept: the same command goes on") from None
     print(f"{args.out}: {found.proteins:,} proteins", file=sys.stderr)
 
 

@@ -18,6 +18,7 @@ from esm2_composer.command import ArgumentParser, in_range, run_command
 from esm2_composer.data.splits import SPLITS, check_data
 from esm2_composer.distributed.launcher import run_on_ranks
 from esm2_composer.errors import UserError
+from esm2_composer.gpu_memory import naming_lack
 from esm2_composer.imports import slow_imports
 from esm2_composer.progress import Progress
 from esm2_composer.recipe.schema import MAX_INT, DataSection
@@ -90,7 +91,8 @@ def main() -> None:
         shares = progress(shares, len(loader))
     pool = Pool(args.microbatch_tokens, net.config.hidden_size)
     batches = iter(lambda: pool.take(shares), None)
-    result = evaluate(net.to(device), (m for batch in batches for m in batch["microbatches"]), device)
+    with naming_lack(f"set --microbatch-tokens below {args.microbatch_tokens}"):
+        result = evaluate(net.to(device), (m for batch in batches for m in batch["microbatches"]), device)
     result |= {key: getattr(args, key) for key in ("data", "split", "seed", "max_length", "replacement")}
     if args.floors:
         (result["floors"],) = data_floors(data, [rule])
