@@ -1,4 +1,5 @@
-# setup: virtual environment in .venv; demo: the whole path on synthetic data; test: lint, format, tests.
+# setup: virtual environment in .venv; demo: the whole path on synthetic data; test: lint, format, tests;
+# test-slow: those that take minutes; test-gpu: those for a GPU.
 # Needs Linux, Python 3.10 to 3.12 and make; uv is installed into the environment if it is not on PATH.
 # LOCK=requirements-torch2.11.lock: the stack for GPUs of docs/running.md (after make clean, where there is another).
 
@@ -50,6 +51,7 @@ test-slow: lint
 	$(BIN)/python -m pytest -n 1 --max-worker-restart 0 -m slow
 
 test-gpu: setup
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: torch sees no GPU")'
 	$(BIN)/python -m pytest -m gpu
 
 # Pins for Python 3.10 to 3.12. Composer 0.32.1 asks for a torch below 2.7.1

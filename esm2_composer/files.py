@@ -67,7 +67,8 @@ def _remove(path: Path) -> None:
 
 
 def try_lock(file: int | IO) -> bool:
-    """Whether no other process holds the file's lock, which this one then does until it closes the file or ends.
+    """Whether nobody else has locked the file. This open file then has, until all processes that share it, a child
+    that inherits it too, have closed it or ended.
 
     Raises OSError where the file system has no locks.
     """

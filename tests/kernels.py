@@ -1,6 +1,7 @@
 """Triton's code for GPUs that are not here: interpreted, one operation at a time, or compiled."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,5 +84,5 @@ def launches(call: Callable[[], object]) -> list[Launch]:
 
 
 def wide_loads(made: Any) -> bool:
-    """Whether a compiled kernel loads 16 bytes at once."""
-    return "ld.global.v4.b32" in made.asm["ptx"] or "ld.global.v4.u32" in made.asm["ptx"]
+    """Whether a compiled kernel loads 16 bytes at once, into registers or into shared memory."""
+    return re.search(r"ld\.global\.v4\.[bu]32|cp\.async\.cg\.shared\.global .*, 0x10", made.asm["ptx"]) is not None

@@ -1,4 +1,4 @@
-"""triton_fp8.py: a matrix and its transpose are rounded alike, whatever the number of rows; interpreted here, and
+"""kernels/fp8.py: a matrix and its transpose are rounded alike, whatever the number of rows; interpreted here, and
 compiled for a GPU that is not here."""
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_they_compile_for_a_gpu(kind: torch.dtype) -> None:
     exchanged = re.findall(r"convert_layout.*", rounds.asm["ttgir"])
     assert exchanged
     assert not any("xf8" in line for line in exchanged)
-    assert rounds.metadata.shared <= 48 * 1024
+    assert max(largest.metadata.shared, rounds.metadata.shared) <= 48 * 1024
 
 
 @pytest.mark.gpu

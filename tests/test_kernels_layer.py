@@ -6,12 +6,14 @@ Without a GPU Triton interprets its kernels.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 from itertools import compress
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from kernels import SHARED_MEMORY, interpreted, launches, wide_loads
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -22,7 +24,8 @@ from esm2_composer import model as module
 from esm2_composer.attention import Attention, select_attention
 from esm2_composer.fp8 import use_fp8
 from esm2_composer.kernels.checks import relative_error
-from esm2_composer.model import ESM2, ESM2Config
+from esm2_composer.model import ESM2, SIZES, ESM2Config
+from esm2_composer.recipe.config import load_recipe
 from esm2_composer.recipe.estimate import KEPT, KEPT_BF16
 
 BATCHES = [3, 31], [7]  # lengths: more rows than the 32 of a program, and fewer
@@ -91,18 +94,18 @@ OTHERS = {"_rotate", "_add_norm", "_add_norm_backward", "_gelu", "_gelu_backward
 
 
 @pytest.mark.parametrize(
-    ("hidden_size", "heads", "autocast"), [(480, 20, False), (5120, 40, True), (16384, 128, True)]
+    "size", ["8m", "650m", "15b", *(pytest.param(size, marks=pytest.mark.slow) for size in ("35m", "150m", "3b"))]
 )
-def test_what_a_step_launches_compiles_for_gpus_to_their_best_instructions(
-    monkeypatch: pytest.MonkeyPatch, hidden_size: int, heads: int, autocast: bool
+def test_what_a_step_launches_compiles_for_gpus_to_matrix_instructions_and_wide_loads(
+    monkeypatch: pytest.MonkeyPatch, size: str
 ) -> None:
-    """For an A100 and an H100, neither of which this takes."""
+    """As the size's recipe trains it, for an A100 and an H100, neither of which this takes."""
     from esm2_composer.kernels import layer
 
     with torch.device("meta"):
-        net = ESM2(ESM2Config(2, hidden_size, heads, 4 * hidden_size))
-    if autocast:  # which the meta device has not
-        monkeypatch.setattr(layer, "compute_dtype", lambda x: torch.bfloat16)
+        net = ESM2(dataclasses.replace(SIZES[size], num_layers=2))
+    if load_recipe(f"{ROOT}/yamls/{size}.yaml", data_is_here=False).fsdp is None:
+        monkeypatch.setattr(layer, "compute_dtype", lambda x: torch.bfloat16)  # autocast, which meta has not
     else:
         net = net.bfloat16()
     monkeypatch.setattr(module, "select_attention", triton)
@@ -118,7 +121,8 @@ def test_what_a_step_launches_compiles_for_gpus_to_their_best_instructions(
         for launch in launched:
             name, made = launch.function.__name__, launch.compile_for(capability)
             assert (instruction in made.asm["ptx"]) == (name in MATRICES), name
-            assert wide_loads(made) or name in MATRICES, name
+            assert "tf32" not in made.asm["ptx"], name
+            assert wide_loads(made) or (size, name) == ("35m", "_forward"), name  # its heads are no power of two
             assert made.metadata.shared <= SHARED_MEMORY, name
 
 

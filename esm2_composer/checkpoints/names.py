@@ -1,4 +1,4 @@
-"""What a run's checkpoints are called, and what else lies in their folder."""
+"""What a run's checkpoints and their parts are called, and what is beside them for a while."""
 
 from __future__ import annotations
 

@@ -32,12 +32,12 @@ from esm2_composer.conversion.proteins import Counted
 from esm2_composer.conversion.records import TOO_MANY_REJECTED, Report
 from esm2_composer.conversion.work import (
     Interrupted,
-    describe,
-    locked,
+    locked_work,
     refuse_differences,
     refuse_while_other_is_converted,
-    remove,
+    remove_work,
     start_or_go_on,
+    state_of,
     work_folder,
 )
 from esm2_composer.errors import ReadError, StoreUnavailable, UserError
@@ -95,9 +95,9 @@ def convert(
     start = time.monotonic()
     engine = engine or Processes(workers)
     work = work_folder(out, options.split, scratch)
-    with locked(work, in_new_folder=not is_remote(out) and not work.parent.exists()):
+    with locked_work(work, in_new_folder=not is_remote(out) and not work.parent.exists()):
         destination = open_destination(out, options.split, work)
-        state = describe(layout, options)
+        state = state_of(layout, options)
         finished = destination.conversion()
         if finished:
             refuse_differences(finished["state"], state, f"{out}: {options.split} exists already, of another")
@@ -133,13 +133,13 @@ def convert(
         except UserError as error:
             uploaded = is_remote(out) and any((work / "parts").glob("*.json"))
             try:
-                remove(work)
+                remove_work(work)
             except Interrupted as stays:
                 raise UserError(f"{error}; {stays}") from error
             if uploaded:
                 raise UserError(f"{error}; shards stay at {out}/{options.split}, without index.json") from error
             raise
-        remove(work)
+        remove_work(work)
     return conversion
 
 

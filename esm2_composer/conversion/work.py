@@ -47,7 +47,7 @@ def work_folder(out: str, split: str, scratch: Path | None) -> Path:
     return (scratch or Path()) / f".{name}.{split}.work"
 
 
-def remove(work: Path) -> None:
+def remove_work(work: Path) -> None:
     """Remove the work folder, to which a worker that was told to stop, maybe on another machine, may still write.
 
     Raises Interrupted if that cannot be done.
@@ -63,7 +63,7 @@ def remove(work: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(work: Path, in_new_folder: bool = False) -> Iterator[None]:
+def locked_work(work: Path, in_new_folder: bool = False) -> Iterator[None]:
     """Hold the work folder; the lock dies with the process. On exit, removes a work folder in which nothing was
     begun and, if `in_new_folder`, its parent when empty.
 
@@ -139,7 +139,7 @@ def _remove_unknown(work: Path) -> None:
         shutil.rmtree(work)
 
 
-def describe(layout: Layout, options: Options) -> dict[str, Any]:
+def state_of(layout: Layout, options: Options) -> dict[str, Any]:
     """What the shards depend on, as far as is known without reading it all."""
     inputs = {
         role: [
