@@ -16,22 +16,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from benchmarks.devices import add_device_argument
 from benchmarks.lengths import uniref_like_lengths
 from benchmarks.limits import compute_type
 
 from esm2_composer.attention import Attention, rotate, select_attention
 from esm2_composer.command import in_range
-from esm2_composer.errors import UserError
 from esm2_composer.model import SIZES, rotary_frequencies, rotary_tables
 
 BACKENDS = ("triton", "torch", "flash", "cpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sizes", nargs="+", default=["8m", "35m", "150m", "650m", "3b", "15b"])
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES])
+    add_device_argument(parser)
     parser.add_argument(
         "--tokens", type=in_range(int, 1024), help="at most, in the batch; by default 65,536, on a CPU 2,048"
     )
@@ -40,10 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     tokens = args.tokens or (65536 if args.device == "cuda" else 2048)
-    if unknown := set(args.sizes) - set(SIZES):
-        raise UserError(f"--sizes: no {', '.join(sorted(unknown))}; there are: {', '.join(SIZES)}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU here")
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     rows = [row for size in args.sizes for row in measure_size(size, args.device, tokens, args.rounds)]
     return {"device": device, "torch": torch.__version__, "rows": rows}

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 
 from esm2_composer.command import in_range
-from esm2_composer.errors import UserError
+from esm2_composer.model import SIZES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", default="8m", help="8m, 35m, 150m, 650m, 3b or 15b")
+    parser.add_argument("--size", choices=SIZES, default="8m")
     parser.add_argument(
         "--proteins", type=in_range(int, 1), default=256, help="of UniRef-like lengths, cropped to 1,022"
     )
@@ -42,11 +42,9 @@ def measure(args: argparse.Namespace) -> dict:
     from transformers import EsmConfig, EsmModel
 
     from esm2_composer.embedding import Embedder
-    from esm2_composer.model import ESM2, SIZES
+    from esm2_composer.model import ESM2
     from esm2_composer.weights.hugging_face import hugging_face_config
 
-    if args.size not in SIZES:
-        raise UserError(f"--size {args.size}; there are: {', '.join(SIZES)}")
     torch.manual_seed(0)
     generator = random.Random(0)
     lengths = (uniref_like_lengths(args.proteins, 0) - 2).tolist()

@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.contenders import Work, make_trainer
-from benchmarks.step import check_size_and_device, in_own_process
+from benchmarks.devices import add_device_argument
+from benchmarks.step import in_own_process
 
 from esm2_composer.command import in_range
+from esm2_composer.model import SIZES
 
 WARMUP = 20  # updates
 SEQUENCE = 320  # tokens of one, at most
@@ -32,8 +34,8 @@ LOGGERS = ("none", "esm2_composer's", "Composer's")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", default="8m", help="8m, 35m, 150m, 650m, 3b or 15b (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="8m", help="(%(default)s)")
+    add_device_argument(parser, default="cpu")
     parser.add_argument("--tokens", type=in_range(int, 3), default=16, help="of an update (%(default)s)")
     parser.add_argument("--updates", type=in_range(int, 1), default=100, help="that count, a round (%(default)s)")
     parser.add_argument("--rounds", type=in_range(int, 1), default=2, help="(%(default)s)")
@@ -43,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    check_size_and_device(args)
     sequences = -(-args.tokens // SEQUENCE)
     lengths = [len(part) for part in np.array_split(range(args.tokens), sequences)]
     work = Work(args.size, args.device, [lengths], args.tokens, warmup=WARMUP, steps=args.updates + 1)

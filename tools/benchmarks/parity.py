@@ -20,7 +20,6 @@ from transformers import EsmConfig, EsmForMaskedLM
 
 from esm2_composer import alphabet
 from esm2_composer.command import in_range
-from esm2_composer.errors import UserError
 from esm2_composer.model import ESM2, SIZES, ESM2Config
 from esm2_composer.weights.hugging_face import hugging_face_config
 from esm2_composer.weights.names import foreign_keys
@@ -31,15 +30,15 @@ GROUPS = [(0, 4), (4, 5)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sizes", nargs="+", default=["8m", "35m", "150m"], help="650m takes 14 GB")
+    parser.add_argument(
+        "--sizes", nargs="+", choices=SIZES, default=["8m", "35m", "150m"], help="650m takes 14 GB"
+    )
     parser.add_argument(
         "--layers", type=in_range(int, 1), help="at most so many of a model's, at its full width, to fit memory"
     )
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    if unknown := set(args.sizes) - set(SIZES):
-        raise UserError(f"--sizes: no {', '.join(sorted(unknown))}; there are: {', '.join(SIZES)}")
     rows = []
     for size in args.sizes:
         layers = min(args.layers or SIZES[size].num_layers, SIZES[size].num_layers)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from benchmarks.contenders import Work, make_trainer, recipe_of
 from benchmarks.limits import Limits, compute_type, measure_limits
-from benchmarks.step import add_work_arguments, check_size_and_device, in_own_process, make_work
+from benchmarks.step import add_work_arguments, in_own_process, make_work
 
 from esm2_composer.errors import UserError
 from esm2_composer.model import SIZES
@@ -43,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    check_size_and_device(args)
     if args.compile and args.device == "cuda":
         raise UserError("--compile: on a GPU whole layers are in Triton, and nothing is left to compile")
     limits = in_own_process(measure_limits, args.device)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from benchmarks.devices import add_device_argument
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
@@ -27,7 +28,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from esm2_composer import model
 from esm2_composer.command import in_range
-from esm2_composer.errors import UserError
 from esm2_composer.model import ESM2, ESM2Config
 
 LAYERS, TOKENS, WARMUP = 24, 8, 5
@@ -35,7 +35,7 @@ STRATEGIES = ("SHARD_GRAD_OP", "FULL_SHARD")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
+    add_device_argument(parser, default="cpu")
     parser.add_argument("--ranks", type=in_range(int, 2), default=64, help="(%(default)s)")
     parser.add_argument(
         "--together", type=in_range(int, 1, LAYERS), nargs="+", default=[1, 2, 3, 4, 6], help="layers (1 2 3 4 6)"
@@ -44,8 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU here")
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.ranks)
     cases = [

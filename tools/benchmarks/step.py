@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.contenders import LONGEST, Failure, Outcome, Work, bins_of, contenders, recipe_of, run_contender
+from benchmarks.devices import add_device_argument
 from benchmarks.lengths import uniref_like_lengths
 from benchmarks.limits import Limits, measure_limits
 
@@ -50,10 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_work_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", default="8m", help="8m, 35m, 150m, 650m, 3b or 15b")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    parser.add_argument("--size", choices=SIZES, default="8m")
+    add_device_argument(parser)
     parser.add_argument("--batches", type=in_range(int, 1), default=2, help="different batches, in turns")
     parser.add_argument(
         "--sequences", type=in_range(int, 1), help="a batch; by default 16 on a CPU, on a GPU a full microbatch"
@@ -70,7 +69,6 @@ def add_work_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run every contender in turns, `rounds` times, or until Ctrl-C, which ends with what was measured by then."""
-    check_size_and_device(args)
     limits = [in_own_process(measure_limits, args.device)]
     work = make_work(args, limits[0])
     all_names = list(contenders(args.device, args.size))
@@ -113,13 +111,6 @@ def attempt(name: str, work: Work) -> Outcome | Failure:
         return in_own_process(run_contender, name, work)
     except BrokenProcessPool:
         return Failure("its process was killed, as happens when the host's memory is full")
-
-
-def check_size_and_device(args: argparse.Namespace) -> None:
-    if args.size not in SIZES:
-        raise UserError(f"--size {args.size}; there are: {', '.join(SIZES)}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU here")
 
 
 def make_work(args: argparse.Namespace, limits: Limits) -> Work:
