@@ -32,7 +32,7 @@ LOCK_SECONDS = 30  # enough for a run that got SIGTERM to leave (preemption.GRAC
 
 
 class LocalFolder:
-    """See `folders`."""
+    """What `S3Folder` offers too: see `folders` for what always holds."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)

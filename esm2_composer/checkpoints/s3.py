@@ -29,7 +29,7 @@ DELETIONS = 10  # at a time
 
 
 class S3Folder:
-    """See `folders`."""
+    """What `LocalFolder` offers too: see `folders` for what always holds."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri.rstrip("/")
